@@ -1,0 +1,90 @@
+"""The one recurrence that every fast backend serves.
+
+Per sequence and state head, with S of shape [K, V] kept in float32 (float64 for float64 inputs)::
+
+    S ← Diag(exp g_t) S
+    S ← S + k_t (w_t ⊙ v_t − Sᵀ (e_t ⊙ k_t))ᵀ
+    o_t = Sᵀ q_t                                   read "after" this update, or S before it
+    z ← Diag(exp g_t) z + k_t,  o_t ← o_t / (zᵀ q_t + eps)   with denominator=True, 0 where zᵀ q_t = 0
+
+A rule *lowers* onto it by choosing the decay g, the erase strength e and the write strength w, see `fwp.rules`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Read = Literal["after", "before"]
+
+
+class State(NamedTuple):
+    """The fast weights of one layer: everything that is remembered of the past.
+
+    S: [N, H, K, V], float32 or float64; N sequences, H state heads, K key features, V value features.
+    z: [N, H, K], the running sum of keys, or None without attention normalisation.
+    """
+
+    S: Tensor
+    z: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Core:
+    """The inputs of the recurrence above. Letters: B batch, T time, H state heads, K key and V value features.
+
+    q [B, T, Hq, K] is already scaled; q and k have passed the feature map and its norm. Hk and Hv divide H = max(Hk, Hv);
+    Hq is a multiple or a divisor of H. Head h of H uses key head h // (H / Hk) and value head h // (H / Hv); query head
+    i of Hq ≥ H reads state head i // (Hq / H). Masked tokens arrive with k = v = q = 0 and g = e = w = 0.
+    With cu_seqlens [N + 1] (packed sequences) B is 1 and the state is of N sequences, else N = B.
+    """
+
+    q: Tensor  # [B, T, Hq, K]
+    k: Tensor  # [B, T, Hk, K]
+    v: Tensor  # [B, T, Hv, V]
+    g: Tensor | None = None  # decay in log space ≤ 0: [B, T, H] or [B, T, H, K]; None: no decay
+    e: Tensor | None = None  # erase strength: [B, T, H] or [B, T, H, K]; None: nothing is erased
+    w: Tensor | None = None  # write strength: [B, T, H] or [B, T, H, V]; None: 1
+    S: Tensor | None = None  # initial state [N, H, K, V]; None: 0
+    z: Tensor | None = None  # initial sum of keys [N, H, K]; None: 0
+    cu_seqlens: Tensor | None = None
+    read: Read = "after"
+    denominator: bool = False
+    eps: float = 1e-6
+    causal: bool = True
+
+    @property
+    def heads(self) -> int:
+        """H, the number of state heads."""
+        return max(self.k.shape[2], self.v.shape[2])
+
+    @property
+    def sequences(self) -> int:
+        """N, the number of sequences."""
+        return self.k.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of state, gates and all accumulation."""
+        return state_dtype(self.v.dtype)
+
+    def initial(self) -> State:
+        """The initial state, zeros where none was given."""
+        shape = (self.sequences, self.heads, self.k.shape[-1], self.v.shape[-1])
+        S = self.v.new_zeros(shape, dtype=self.dtype) if self.S is None else self.S
+        if not self.denominator:
+            return State(S)
+        return State(S, self.v.new_zeros(shape[:3], dtype=self.dtype) if self.z is None else self.z)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64 inputs, else float32: a bf16 state drifts by percents within a few thousand tokens."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def to_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, T, Hx, …] → [B, T, heads, …]: each of the Hx heads serves heads / Hx neighbours."""
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)

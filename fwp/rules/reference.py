@@ -1,0 +1,73 @@
+"""Every rule as its paper writes it: one function, one token. These functions are the specification.
+
+S [..., K, V] fast weights, k [..., K] key, v [..., V] value, beta [...] learning rate, g [...] or [..., K] log decay.
+The `*_normalised` functions carry z [..., K], the running sum of keys, which also divides the retrieved value.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def outer(k: Tensor, v: Tensor) -> Tensor:
+    """k vᵀ: [..., K], [..., V] → [..., K, V]."""
+    return k.unsqueeze(-1) * v.unsqueeze(-2)
+
+
+def retrieve(S: Tensor, k: Tensor) -> Tensor:
+    """Sᵀ k, the value stored under k: [..., K, V], [..., K] → [..., V]."""
+    return (S * k.unsqueeze(-1)).sum(-2)
+
+
+def ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and 0 where b = 0, with finite gradients there."""
+    zero = b == 0
+    return (a / b.masked_fill(zero, 1)).masked_fill(zero, 0)
+
+
+def additive(S: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """S + k vᵀ."""
+    return S + outer(k, v)
+
+
+def decay(S: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """α S + k vᵀ, α = exp g one number a head."""
+    return g.exp()[..., None, None] * S + outer(k, v)
+
+
+def gla(S: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Diag(α) S + k vᵀ, α = exp g one number a key channel."""
+    return g.exp().unsqueeze(-1) * S + outer(k, v)
+
+
+def delta(S: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
+    """S + β k (v − Sᵀ k)ᵀ."""
+    return S + beta[..., None, None] * outer(k, v - retrieve(S, k))
+
+
+def gated_delta(S: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Tensor:
+    """S' = α S, then S' + β k (v − S'ᵀ k)ᵀ."""
+    return delta(g.exp()[..., None, None] * S, k, v, beta)
+
+
+def kda(S: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Tensor:
+    """S' = Diag(α) S, then S' + β k (v − S'ᵀ k)ᵀ."""
+    return delta(g.exp().unsqueeze(-1) * S, k, v, beta)
+
+
+def delta_normalised(S: Tensor, z: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """v̄ = Sᵀ k / (zᵀ k), 0 at the first token; S + β k (v − v̄)ᵀ; z + k (equation 25 of the 2021 paper)."""
+    old = ratio(retrieve(S, k), (z * k).sum(-1, keepdim=True))
+    return S + beta[..., None, None] * outer(k, v - old), z + k
+
+
+def gated_delta_normalised(
+    S: Tensor, z: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`delta_normalised` on the decayed αS and αz."""
+    return delta_normalised(g.exp()[..., None, None] * S, g.exp().unsqueeze(-1) * z, k, v, beta)
+
+
+def kda_normalised(S: Tensor, z: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """`delta_normalised` on the decayed Diag(α)S and Diag(α)z."""
+    return delta_normalised(g.exp().unsqueeze(-1) * S, g.exp() * z, k, v, beta)

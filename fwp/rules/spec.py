@@ -1,0 +1,94 @@
+"""What a fast weight update rule is: one row of the table in `fwp.rules`, or a `Rule` of your own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fwp.core import Core
+
+Shape = Literal["BTH", "BTHK", "BTHV"]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One input of a rule beside q, k and v, given per token and state head.
+
+    shape: its axes, B batch, T time, H state heads, K key and V value features.
+    low, high: the values it may take.
+    activation: how a layer makes it from a linear projection of its input.
+    sample: (size, generator) → float64 values that a test or benchmark uses.
+    neutral: the value at which a token leaves the state alone (with k = v = 0); what a masked token gets.
+    default: the value when it isn't given; None: it must be given.
+    """
+
+    shape: Shape
+    low: float
+    high: float
+    activation: Callable[[Tensor], Tensor]
+    sample: Callable[[tuple[int, ...], torch.Generator], Tensor]
+    neutral: float = 0.0
+    default: float | None = None
+
+
+def uniform(low: float, high: float) -> Callable[[tuple[int, ...], torch.Generator], Tensor]:
+    """A sampler of independent values between low and high."""
+    return lambda size, generator: torch.rand(size, generator=generator, dtype=torch.float64) * (high - low) + low
+
+
+def beta(shape: Shape = "BTH") -> Gate:
+    """A learning rate: 0 changes nothing, 1 replaces the value stored under a unit key, 2 mirrors it."""
+    return Gate(shape, 0.0, 2.0, torch.sigmoid, uniform(0.1, 0.9))
+
+
+def decay(shape: Shape = "BTH") -> Gate:
+    """A decay in log space, α = exp g; 0 keeps all, −inf forgets all."""
+    return Gate(shape, -math.inf, 0.0, F.logsigmoid, uniform(-0.3, 0.0), default=0.0)
+
+
+def read_linear(S: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """o = Sᵀ q, the state unchanged. S [..., K, V], q [..., K] → o [..., V]."""
+    return (S * q.unsqueeze(-1)).sum(-2), S
+
+
+def init_zero(batch: tuple[int, ...], K: int, V: int, like: Tensor) -> Tensor:
+    """S = 0 of shape [*batch, K, V] in the dtype and on the device of `like`."""
+    return like.new_zeros(*batch, K, V)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A fast weight update rule.
+
+    step: (state, k [..., K], v [..., V], **gates) → state, the paper's equation for one token. The specification.
+    gates: name → `Gate`, in the order of the typed function's arguments.
+    lower: (core, **gates) → core: sets g, e and w (or k, v) of the recurrence in `fwp.core`, by plain differentiable
+        torch on [B, T, H, …]. None: the rule has no such form and runs token by token through `step`.
+    normalised: (state, z, k, v, **gates) → (state, z), `step` under attention normalisation. None: z is what `step`
+        makes of v = 1, which is right for rules that erase nothing.
+    init: (batch, K, V, like) → state before the first token; any pytree of tensors [*batch, …].
+    read: (state, q [..., K]) → (o [..., V], state).
+    extends: name of a simpler rule → how its gates become this rule's, (k, **gates) → gates.
+    erases: whether the old value under k is removed before writing.
+    linear_in_v: whether output and state are linear in (v, initial state).
+    paper, bibtex: the source.
+    """
+
+    name: str
+    step: Callable[..., Any]
+    gates: Mapping[str, Gate] = field(default_factory=dict)
+    lower: Callable[..., Core] | None = None
+    normalised: Callable[..., Any] | None = None
+    init: Callable[..., Any] = init_zero
+    read: Callable[..., Any] = read_linear
+    extends: Mapping[str, Callable[..., dict[str, Tensor]]] = field(default_factory=dict)
+    erases: bool = False
+    linear_in_v: bool = True
+    paper: str = ""
+    bibtex: str = ""
