@@ -1,0 +1,54 @@
+# Everything needs Python ≥ 3.10, make and a package index; nothing needs a C++ compiler.
+#   make reproduce [SCALE=smoke|quick|reduced|paper]    check the op, draw the papers' figures
+#   make test                                           all tests, notebooks too
+#   PYTHON=python3.12 make …                            another interpreter for .venv (make clean when it changes)
+PYTHON ?= python3
+SCALE ?= quick
+OUT ?= fwp-results
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: reproduce test test-gpu lint bench notebooks wheel clean
+
+reproduce: $(VENV)/.installed
+	$(BIN)/fwp check
+	$(BIN)/fwp reproduce --scale $(SCALE) --out $(OUT)
+	@echo "The report: $(abspath $(OUT))/report.html"
+
+# One thread a worker: the tests are many and small, and more threads than cores only wait for each other.
+test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup --timeout 600 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout 300 notebooks
+
+# On the Python, PyTorch and Triton that the machine has, from a bare checkout.
+test-gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest tests -m gpu
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	@for notebook in notebooks/*.ipynb; do \
+	  $(BIN)/jupytext --to py:percent --output - --quiet $$notebook | diff - $${notebook%.ipynb}.py \
+	  || { echo "$$notebook and its .py differ: make notebooks"; exit 1; }; \
+	done
+
+bench: $(VENV)/.installed
+	$(BIN)/fwp bench
+
+# Takes over what was edited, .ipynb or .py, and runs all of them anew.
+notebooks: $(VENV)/.installed
+	$(BIN)/jupytext --sync --execute notebooks/*.ipynb
+
+wheel: $(VENV)/.installed
+	$(BIN)/python -m build --no-isolation
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): PyTorch is large, this takes some minutes the first time."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+	@echo "Installed: $$($(BIN)/python -c 'import platform, torch; print("Python", platform.python_version(), "with PyTorch", torch.__version__)')"
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
