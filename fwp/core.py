@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 Read = Literal["after", "before"]
+Form = Literal["recurrent", "chunk"]
 
 
 class State(NamedTuple):
@@ -88,3 +89,11 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 def to_heads(x: Tensor, heads: int) -> Tensor:
     """[B, T, Hx, …] → [B, T, heads, …]: each of the Hx heads serves heads / Hx neighbours."""
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
+
+
+def check_bounds(cu_seqlens: Tensor, T: int) -> None:
+    """ValueError unless the borders of packed sequences start at 0, never decrease and end at T."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != T or any(a > b for a, b in zip(bounds, bounds[1:])):
+        shown = str(bounds) if len(bounds) <= 8 else f"[{', '.join(map(str, bounds[:4]))}, …, {bounds[-1]}]"
+        raise ValueError(f"cu_seqlens: must start at 0, not decrease, and end at T = {T}; got {shown}")

@@ -92,3 +92,8 @@ class Rule:
     linear_in_v: bool = True
     paper: str = ""
     bibtex: str = ""
+
+    @property
+    def plain(self) -> bool:
+        """Whether the state is one matrix S, which the op wraps into a `State`."""
+        return self.init is init_zero

@@ -1,0 +1,56 @@
+"""Fast weight programmers and linear attention: one op, S ← decay(S) + write(k, v), o = Sᵀ q.
+
+Names are loaded when first used; importing this package loads torch and nothing else.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "fast_weights": "functional",
+    "read": "functional",
+    "State": "core",
+    "RULES": "rules",
+    "Rule": "rules",
+    "Gate": "rules",
+    "FEATURE_MAPS": "feature_maps",
+    "DPFP": "feature_maps",
+    "FavorPlus": "feature_maps",
+    "Taylor": "feature_maps",
+    "additive": "verbs",
+    "decay": "verbs",
+    "gla": "verbs",
+    "delta": "verbs",
+    "gated_delta": "verbs",
+    "kda": "verbs",
+}
+_MODULES = ("nn", "models", "testing")
+
+__all__ = ["__version__", *_HOME, *_MODULES]
+
+if TYPE_CHECKING:
+    from fwp import models, nn, testing
+    from fwp.core import State
+    from fwp.feature_maps import DPFP, FEATURE_MAPS, FavorPlus, Taylor
+    from fwp.functional import fast_weights, read
+    from fwp.rules import RULES, Gate, Rule
+    from fwp.verbs import additive, decay, delta, gated_delta, gla, kda
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(import_module(f"fwp.{_HOME[name]}"), name)
+    elif name in _MODULES:
+        value = import_module(f"fwp.{name}")
+    else:
+        raise AttributeError(f"module 'fwp' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

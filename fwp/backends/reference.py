@@ -1,0 +1,115 @@
+"""The specification at work: one generic loop, token by token, over a rule's equation. Slow, differentiable, exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map as _tree_map
+
+from fwp.core import Core, State, to_heads
+from fwp.rules.reference import ratio
+from fwp.rules.spec import Rule
+
+
+def tree_map(fn: Callable[..., Tensor], *states: Any) -> Any:
+    """fn over the tensors of states of one structure; None, which torch counts as a leaf, stays."""
+    return _tree_map(lambda *x: None if x[0] is None else fn(*x), *states)
+
+
+def run(rule: Rule, core: Core, gates: Mapping[str, Tensor], mask: Tensor | None, state: Any) -> tuple[Tensor, Any]:
+    """Runs `rule` over q, k and v of `core`; mask [B, T] leaves tokens out. state: the rule's, of N sequences.
+
+    Returns o [B, T, max(Hq, H), V] in the state's dtype and the final state.
+    """
+    H = core.heads
+    batch = core.k.shape[:2]
+    for name, gate in rule.gates.items():
+        if name not in gates:
+            features = {"BTH": (), "BTHK": core.k.shape[3:], "BTHV": core.v.shape[3:]}[gate.shape]
+            gates = {**gates, name: core.v.new_full((*batch, H, *features), gate.default, dtype=core.dtype)}
+    if state is None:
+        state = rule.init((core.sequences, H), core.k.shape[-1], core.v.shape[-1], core.initial().S)
+    q = to_heads(core.q, max(core.q.shape[2], H)).to(core.dtype)
+    k, v = (to_heads(x, H).to(core.dtype) for x in (core.k, core.v))
+    if core.cu_seqlens is None:
+        return _walk(rule, core, q, k, v, gates, mask, state)
+    outputs, states = [], []
+    bounds = core.cu_seqlens.tolist()
+    for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
+        part = slice(start, end)
+        o, final = _walk(
+            rule,
+            core,
+            q[:, part],
+            k[:, part],
+            v[:, part],
+            {name: gate[:, part] for name, gate in gates.items()},
+            None if mask is None else mask[:, part],
+            tree_map(lambda x: x[n : n + 1], state),
+        )
+        outputs.append(o)
+        states.append(final)
+    return torch.cat(outputs, 1), tree_map(lambda *x: torch.cat(x), *states)
+
+
+def _walk(
+    rule: Rule,
+    core: Core,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Mapping[str, Tensor],
+    mask: Tensor | None,
+    state: Any,
+) -> tuple[Tensor, Any]:
+    """One sequence a batch row."""
+    outputs: list[Tensor] = []
+    for t in range(k.shape[1]):
+        past = state
+        if core.causal and core.read == "before":
+            o, state = _read(rule, core, state, q[:, t])
+            outputs.append(o)
+        state = _step(rule, core, state, k[:, t], v[:, t], {name: gate[:, t] for name, gate in gates.items()})
+        if core.causal and core.read == "after":
+            o, state = _read(rule, core, state, q[:, t])
+            outputs.append(o)
+        if mask is not None:
+            state = _where(mask[:, t], state, past)
+    if not core.causal:
+        outputs = [_read(rule, core, state, q[:, t])[0] for t in range(q.shape[1])]
+    out = torch.stack(outputs, 1) if outputs else q.new_zeros(*q.shape[:3], v.shape[-1])
+    return (out if mask is None else out.masked_fill(~mask[:, :, None, None], 0)), state
+
+
+def _step(rule: Rule, core: Core, state: Any, k: Tensor, v: Tensor, gates: Mapping[str, Tensor]) -> Any:
+    """The state after one token. k [B, H, K], v [B, H, V]."""
+    if not rule.plain:
+        return rule.step(state, k, v, **gates)
+    S, z = state
+    if not core.denominator:
+        return State(rule.step(S, k, v, **gates))
+    if rule.normalised is not None:
+        return State(*rule.normalised(S, z, k, v, **gates))
+    ones = torch.ones_like(v[..., :1])
+    return State(rule.step(S, k, v, **gates), rule.step(z.unsqueeze(-1), k, ones, **gates).squeeze(-1))
+
+
+def _read(rule: Rule, core: Core, state: Any, q: Tensor) -> tuple[Tensor, Any]:
+    """What the queries q [B, max(Hq, H), K] of one token find."""
+    if not rule.plain:
+        return rule.read(state, q)
+    group = q.shape[1] // state.S.shape[1]
+    S, z = tree_map(lambda x: x.repeat_interleave(group, 1), state)
+    o = rule.read(S, q)[0]
+    if core.denominator:
+        found = (z * q).sum(-1, keepdim=True)
+        o = ratio(o, torch.where(found == 0, 0, found + core.eps))
+    return o, state
+
+
+def _where(keep: Tensor, new: Any, old: Any) -> Any:
+    """The new state where keep [B], else the old one."""
+    return tree_map(lambda a, b: torch.where(keep.view(-1, *[1] * (a.dim() - 1)), a, b), new, old)

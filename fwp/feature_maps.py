@@ -1,0 +1,134 @@
+"""Feature maps φ: what keys and queries pass before they meet the fast weights.
+
+A map is any callable [..., d] → [..., K']. `FEATURE_MAPS` names the ones of the field; `norm` holds the two norms.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fwp.errors import suggest
+from fwp.rules.reference import ratio
+
+FeatureMap = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class DPFP:
+    """Deterministic parameter-free projection of width 2dν: concat over i = 1…ν of r ⊙ roll(r, i), r = relu([x, −x]).
+
+    Schlag, Irie and Schmidhuber 2021, equation 37.
+    """
+
+    nu: int = 1
+
+    def __post_init__(self) -> None:
+        if self.nu < 1:
+            raise ValueError(f"nu: expected a positive integer, got {self.nu}")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        r = torch.cat([x, -x], -1).relu()
+        return torch.cat([r * r.roll(i, -1) for i in range(1, self.nu + 1)], -1)
+
+
+@dataclass(frozen=True)
+class FavorPlus:
+    """Positive random features of exp(qᵀk), width 2m: exp(−‖x‖²/2) / √(2m) · [exp(Rx), exp(−Rx)], R [m, d].
+
+    The 2021 paper's form of the Performer's features (Choromanski et al. 2021, arXiv 2009.14794).
+    """
+
+    R: Tensor
+
+    @staticmethod
+    def draw(d: int, m: int | None = None, generator: torch.Generator | None = None) -> FavorPlus:
+        """m (default d) random directions in d dimensions: blocks of orthogonal rows with the norms of Gaussian ones."""
+        m = d if m is None else m
+        blocks = [
+            torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))[0].T
+            for _ in range(math.ceil(m / d))
+        ]
+        norms = torch.randn(m, d, generator=generator, dtype=torch.float64).norm(dim=-1, keepdim=True)
+        return FavorPlus(torch.cat(blocks)[:m] * norms)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.R.shape[-1]:
+            raise ValueError(f"R: expected (m, {x.shape[-1]}), got {tuple(self.R.shape)}")
+        projected = x @ self.R.to(x).T  # [..., m]
+        offset = x.square().sum(-1, keepdim=True) / 2
+        return torch.cat([(projected - offset).exp(), (-projected - offset).exp()], -1) / math.sqrt(2 * len(self.R))
+
+
+@dataclass(frozen=True)
+class Taylor:
+    """Second-order Taylor features of exp(qᵀk), width 1 + d + d²: [1, x, vec(x xᵀ)/√2], so φ(q)ᵀφ(k) = 1 + s + s²/2.
+
+    Based, Arora et al. 2024, arXiv 2402.18668 (without its d^−½ temperature: scale x for it).
+    """
+
+    def __call__(self, x: Tensor) -> Tensor:
+        square = (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2) / math.sqrt(2)
+        return torch.cat([torch.ones_like(x[..., :1]), x, square], -1)
+
+
+def favor_plus(x: Tensor) -> Tensor:
+    """FAVOR+ with m = d directions drawn once from a fixed seed; redraw with `FavorPlus.draw`."""
+    return FavorPlus.draw(x.shape[-1], generator=torch.Generator().manual_seed(0))(x)
+
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    """elu(x) + 1, positive everywhere (Katharopoulos et al. 2020)."""
+    return F.elu(x) + 1
+
+
+def softmax(x: Tensor) -> Tensor:
+    """softmax over the features."""
+    return x.softmax(-1)
+
+
+FEATURE_MAPS: dict[str, FeatureMap] = {
+    "relu": torch.relu,
+    "elu+1": elu_plus_one,
+    "exp": torch.exp,
+    "softmax": softmax,
+    "dpfp-1": DPFP(1),
+    "dpfp-2": DPFP(2),
+    "dpfp-3": DPFP(3),
+    "favor+": favor_plus,
+    "taylor": Taylor(),
+}
+
+
+def get(feature_map: str | FeatureMap | None) -> FeatureMap:
+    """The map of that name ("dpfp" is "dpfp-1", "dpfp-ν" any ν), the callable itself, or the identity for None."""
+    if feature_map is None:
+        return lambda x: x
+    if callable(feature_map):
+        return feature_map
+    if isinstance(feature_map, str):
+        if feature_map in FEATURE_MAPS:
+            return FEATURE_MAPS[feature_map]
+        if match := re.fullmatch(r"dpfp(?:-([1-9]\d*))?", feature_map):
+            return DPFP(int(match[1] or 1))
+    raise ValueError(
+        f"feature_map: expected one of {', '.join(FEATURE_MAPS)}, 'dpfp-ν' or a callable, "
+        f"got {feature_map!r}{suggest(str(feature_map), FEATURE_MAPS)}"
+    )
+
+
+def norm(x: Tensor, kind: str | None) -> Tensor:
+    """Over the last axis. "sum": x / Σx, 0 where the sum is 0. "l2": x · rsqrt(Σx² + 1e-6). None: x."""
+    if kind is None:
+        return x
+    if kind == "sum":
+        return ratio(x, x.sum(-1, keepdim=True))
+    if kind == "l2":
+        return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+    raise ValueError(f"feature_norm: expected None, 'sum' or 'l2', got {kind!r}")

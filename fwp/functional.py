@@ -1,0 +1,211 @@
+"""The op: `fast_weights` runs any rule, `read` asks a given state.
+
+Whatever can be wrong in the arguments is found in `fwp.validate`; then the rule is lowered onto the recurrence of
+`fwp.core` and a backend runs it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fwp import feature_maps, rules, validate
+from fwp.core import Core, Form, Read, State, state_dtype
+from fwp.feature_maps import FeatureMap
+from fwp.rules import Rule
+
+Backend = Literal["auto", "reference", "torch", "triton"]
+
+
+def fast_weights(
+    rule: str | Rule,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = True,
+    read: Read = "after",
+    scale: float = 1.0,
+    feature_map: str | FeatureMap | None = None,
+    feature_norm: Literal["sum", "l2"] | None = None,
+    denominator: bool = False,
+    eps: float = 1e-6,
+    state: Any = None,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
+    form: Literal["auto", "recurrent", "chunk"] = "auto",
+    check: bool = False,
+    **gates: Tensor | None,
+) -> tuple[Tensor, Any]:
+    """Programs fast weights with (k, v) and reads them with q: causal linear attention under any update rule.
+
+    Per state head S ← decay(S) + write(k_t, v_t) and o_t = Sᵀ q_t, after q ← scale · norm(φ(q)) and k ← norm(φ(k)).
+
+    Letters: B batch, T time, K and V features, K' the width of φ(k). State heads H = max(Hk, Hv); Hk and Hv divide H,
+    and Hq is a multiple or a divisor of H, so that grouped queries keep the state at the key and value heads.
+
+    Args:
+        rule: a name of `fwp.RULES` or a `Rule`.
+        q, k, v: [B, T, Hq, K], [B, T, Hk, K], [B, T, Hv, V], one floating dtype. Never changed.
+        mask: [B, T] bool; a False token neither writes, erases nor decays, and its output is 0.
+        causal: False lets every query read the final state; for rules that neither decay nor erase.
+        read: "after" the update of its own token, or "before" it (1991).
+        scale: factor of the queries.
+        feature_map: φ, a name of `fwp.FEATURE_MAPS`, "dpfp-ν", or a callable [..., K] → [..., K'].
+        feature_norm: "sum" divides φ by the sum of its features, "l2" makes it unit length.
+        denominator: attention normalisation, o_t = Sᵀq / (zᵀq + eps) with z the (decayed) sum of keys, 0 where
+            zᵀq = 0. Rules that erase divide the retrieved value by zᵀk likewise, as in the 2021 paper.
+        eps: added to the denominator of the output.
+        state: what an earlier call returned; for rules on one matrix `State(S [N, H, K', V], z [N, H, K'] or None)`.
+        cu_seqlens: [N + 1] int32 or int64; B = 1 and N sequences lie end to end, n at cu_seqlens[n] : cu_seqlens[n + 1].
+        backend: "auto" takes the fastest that serves; an explicit one that can't raises.
+        form: "recurrent" token by token, "chunk" by matrix products; "auto" is recurrent for one token.
+        check: look at values too (synchronises a GPU): gates in range, no NaN, unit keys for rules that erase.
+        gates: what the rule asks for (`fwp list`), [B, T, H] or [B, T, H, K'] or [B, T, H, V], computed in the state's
+            dtype. Decays g are in log space.
+
+    Returns:
+        out [B, T, max(Hq, H), V] in v's dtype, and the final state, float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError: a missing or unknown gate, or a wrong dtype.
+        ValueError: a wrong shape, name or value, or a backend that can't serve the request.
+
+    Source: each rule's `paper`; the normalised delta rule is equation 25 of arXiv 2102.11174.
+    """
+    row = rules.get(rule)
+    q, k, v = _under_autocast(q, k, v)
+    validate.tensors(q, k, v)
+    validate.options(row, causal=causal, read=read, denominator=denominator, backend=backend, form=form)
+    B, T, H = *k.shape[:2], max(k.shape[2], v.shape[2])
+    if cu_seqlens is not None:
+        validate.packing(cu_seqlens, B, T, check or cu_seqlens.device.type == "cpu")
+    if mask is not None:
+        validate.tensor("mask", mask, (B, T), torch.bool, v.device)
+        q, k, v = (x.masked_fill(~mask[:, :, None, None], 0) for x in (q, k, v))
+    q = _features(q, feature_map, feature_norm, scale)
+    k = _features(k, feature_map, feature_norm, 1.0)
+    given = validate.gates(row, gates, (B, T, H, k.shape[-1], v.shape[-1]), v)
+    if mask is not None:
+        k = k.masked_fill(~mask[:, :, None, None], 0)  # φ(0) need not be 0
+        for name, gate in given.items():
+            hidden = ~mask.view(B, T, *[1] * (gate.dim() - 2))
+            given[name] = gate.masked_fill(hidden, row.gates[name].neutral)
+    if check:
+        validate.values(row, q, k, v, given)
+    core = Core(q, k, v, cu_seqlens=cu_seqlens, read=read, denominator=denominator, eps=eps, causal=causal)
+    if row.plain:
+        core = validate.with_state(core, state)
+
+    lowered = None if row.lower is None else row.lower(core, **given)
+    if not causal and (lowered is None or lowered.g is not None or lowered.e is not None):
+        raise ValueError(f"causal: False needs a rule that neither decays nor erases, got {row.name!r}")
+    name, form = choose(lowered, backend, form, v)
+    if lowered is None or name == "reference":
+        from fwp.backends import reference
+
+        out, end = reference.run(row, core, given, mask, core.initial() if row.plain else state)
+    else:
+        out, end = _module(name).run(lowered, form)
+    if mask is not None:
+        out = out.masked_fill(~mask[:, :, None, None], 0)
+    return out.to(v.dtype), end
+
+
+def read(
+    state: State,
+    q: Tensor,
+    *,
+    scale: float = 1.0,
+    feature_map: str | FeatureMap | None = None,
+    feature_norm: Literal["sum", "l2"] | None = None,
+    eps: float = 1e-6,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """o = Sᵀ q, or Sᵀ q / (zᵀ q + eps) if the state has z: queries against given fast weights.
+
+    state: `State(S [N, H, K', V], z)`; q [N, T, Hq, K], or [1, T, Hq, K] with cu_seqlens [N + 1]; the rest as in
+    `fast_weights`, with the feature map the state was written with. Returns [N or 1, T, max(Hq, H), V] in q's dtype.
+    For cross attention and inspection. TypeError and ValueError as in `fast_weights`.
+    """
+    validate.tensor("q", q, (None, None, None, None))
+    x = _features(q, feature_map, feature_norm, scale)
+    validate.readable(state, x, cu_seqlens)
+    B, T = q.shape[:2]
+    nothing = x.new_zeros(()).expand(B, T, state.S.shape[1], 1)
+    core = Core(
+        x,
+        nothing.expand(B, T, state.S.shape[1], x.shape[-1]),
+        nothing.expand(B, T, state.S.shape[1], state.S.shape[-1]),
+        S=state.S,
+        z=state.z,
+        cu_seqlens=cu_seqlens,
+        denominator=state.z is not None,
+        eps=eps,
+        causal=False,
+    )
+    return _module("torch").run(core, "chunk")[0].to(q.dtype)
+
+
+def choose(core: Core | None, backend: str, form: str, v: Tensor) -> tuple[str, Form]:
+    """The backend and form that run a lowered core (None: the rule has no lowered form)."""
+    if core is None:
+        if backend not in ("auto", "reference"):
+            raise ValueError(f"backend: {backend!r} serves rules that lower onto the recurrence, this one does not")
+        backend = "reference"
+    if backend == "reference":
+        if form == "chunk":
+            raise ValueError("form: the reference runs token by token, expected 'recurrent' or 'auto', got 'chunk'")
+        return "reference", "recurrent"
+    assert core is not None
+    picked: Form = "recurrent" if form == "recurrent" or (form == "auto" and v.shape[1] == 1) else "chunk"
+    if backend == "auto":
+        fast = v.is_cuda and v.dtype != torch.float64 and _refusal("triton", core, picked) is None
+        return ("triton" if fast else "torch"), picked
+    if why := _refusal(backend, core, picked):
+        raise ValueError(f"backend: {backend!r} can't serve this: {why}")
+    return backend, picked
+
+
+def _module(name: str) -> Any:
+    if name == "triton":
+        from fwp.backends import triton
+
+        return triton
+    from fwp.backends import torch as chunked
+
+    return chunked
+
+
+def _refusal(name: str, core: Core, form: Form) -> str | None:
+    """Why a backend can't serve these inputs."""
+    if name == "torch":
+        return None
+    try:
+        module = _module(name)
+    except ImportError as error:
+        return f"{name} is not installed ({error})"
+    return module.refuses(core, form)
+
+
+def _under_autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v in autocast's dtype where it is on; gates and state stay in float32."""
+    kind = inputs[0].device.type if isinstance(inputs[0], Tensor) else "cpu"
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return inputs
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x for x in inputs)
+
+
+def _features(x: Tensor, feature_map: str | FeatureMap | None, norm: str | None, scale: float) -> Tensor:
+    """scale · norm(φ(x)), computed in the state's dtype; a module is given x as it is."""
+    dtype = x.dtype
+    phi = feature_maps.get(feature_map)
+    if feature_map is not None or norm is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            x = phi(x if isinstance(phi, torch.nn.Module) else x.to(state_dtype(dtype)))
+            x = feature_maps.norm(x.to(state_dtype(dtype)), norm)
+    return (x if scale == 1.0 else x * scale).to(dtype)

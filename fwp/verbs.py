@@ -1,0 +1,67 @@
+"""A typed function a rule, for autocompletion: `fwp.delta(q, k, v, beta)` is `fwp.fast_weights("delta", …, beta=beta)`.
+
+Options are those of `fwp.fast_weights`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypedDict
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fwp.core import Read, State
+from fwp.feature_maps import FeatureMap
+from fwp.functional import Backend, fast_weights
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of `fwp.fast_weights` that are no gates."""
+
+    mask: Tensor | None
+    causal: bool
+    read: Read
+    scale: float
+    feature_map: str | FeatureMap | None
+    feature_norm: Literal["sum", "l2"] | None
+    denominator: bool
+    eps: float
+    state: Any
+    cu_seqlens: Tensor | None
+    backend: Backend
+    form: Literal["auto", "recurrent", "chunk"]
+    check: bool
+
+
+def additive(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> tuple[Tensor, State]:
+    """S + k vᵀ."""
+    return fast_weights("additive", q, k, v, **options)
+
+
+def decay(q: Tensor, k: Tensor, v: Tensor, g: Tensor, **options: Unpack[Options]) -> tuple[Tensor, State]:
+    """α S + k vᵀ, α = exp g, g [B, T, H]."""
+    return fast_weights("decay", q, k, v, g=g, **options)
+
+
+def gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, **options: Unpack[Options]) -> tuple[Tensor, State]:
+    """Diag(α) S + k vᵀ, α = exp g, g [B, T, H, K']."""
+    return fast_weights("gla", q, k, v, g=g, **options)
+
+
+def delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, **options: Unpack[Options]) -> tuple[Tensor, State]:
+    """S + β k (v − Sᵀ k)ᵀ, beta [B, T, H]."""
+    return fast_weights("delta", q, k, v, beta=beta, **options)
+
+
+def gated_delta(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = None, **options: Unpack[Options]
+) -> tuple[Tensor, State]:
+    """S' = α S, then S' + β k (v − S'ᵀ k)ᵀ; beta and g [B, T, H]."""
+    return fast_weights("gated_delta", q, k, v, beta=beta, g=g, **options)
+
+
+def kda(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = None, **options: Unpack[Options]
+) -> tuple[Tensor, State]:
+    """S' = Diag(α) S, then S' + β k (v − S'ᵀ k)ᵀ; beta [B, T, H], g [B, T, H, K']."""
+    return fast_weights("kda", q, k, v, beta=beta, g=g, **options)
