@@ -1,0 +1,35 @@
+"""What every test runs under: Triton's interpreter where there is no GPU, tests for a GPU only where there is one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when Triton is imported
+
+# `make test-gpu` runs on what a machine has: PyTorch, Triton and pytest must do.
+collect_ignore: list[str] = []
+if importlib.util.find_spec("hypothesis") is None:
+    collect_ignore += [
+        path.name
+        for path in Path(__file__).parent.glob("test_*.py")
+        if re.search(r"^(from|import) hypothesis", path.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+
+
+def pytest_report_header() -> str | None:
+    return f"hypothesis is not installed, left out: {', '.join(collect_ignore)}" if collect_ignore else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not GPU:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))

@@ -1,0 +1,203 @@
+"""The package as others meet it: what an import loads, what the wheel and sdist hold, which Pythons can read it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("kernels", "benchmarks")  # they enter the wheel as fwp/kernels and fwp/benchmarks
+pytestmark = pytest.mark.xdist_group("packaging")  # one worker builds the wheel once
+
+
+def python(code: str, cwd: Path = ROOT, path: tuple[Path, ...] = (), executable: str = sys.executable) -> str:
+    """What the code prints in a new interpreter, with cwd first and `path` next on sys.path."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path)), "PYTHONDONTWRITEBYTECODE": "1"}
+    run = subprocess.run([executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def files(folder: str) -> set[str]:
+    """The files of a folder of the checkout, as paths from the root; no caches."""
+    found = (path for path in (ROOT / folder).rglob("*") if path.is_file())
+    return {path.relative_to(ROOT).as_posix() for path in found if "__pycache__" not in path.parts}
+
+
+# ---- imports ----
+def test_import_loads_torch_alone() -> None:
+    code = """
+import json, sys
+import torch
+before = set(sys.modules)
+import fwp
+print(json.dumps(sorted({name.partition('.')[0] for name in set(sys.modules) - before})))
+"""
+    assert json.loads(python(code)) == ["fwp"]
+
+
+@pytest.mark.parametrize("use", ["fwp.fast_weights", "fwp.nn", "fwp.models", "fwp.testing"])
+def test_use_loads_nothing_heavy(use: str) -> None:
+    code = f"""
+import json, sys
+import fwp
+{use}
+print(json.dumps(sorted({{name.partition('.')[0] for name in sys.modules}})))
+"""
+    loaded = set(json.loads(python(code)))
+    assert loaded.isdisjoint({"triton", "transformers", "matplotlib", "typer", "rich", "pytest", "hypothesis"})
+    assert {"torch", "fwp"} <= loaded
+
+
+def test_every_public_name_loads() -> None:
+    python("import fwp\nfor name in fwp.__all__: getattr(fwp, name)\nassert set(fwp.__all__) <= set(dir(fwp))")
+
+
+def test_top_level_folders_are_no_packages() -> None:
+    for folder in (*FOLDERS, "tests"):
+        assert not (ROOT / folder / "__init__.py").exists(), f"{folder}/__init__.py makes a package that shadows others"
+
+
+def test_another_package_called_kernels_wins(tmp_path: Path) -> None:
+    other = tmp_path / "kernels" / "__init__.py"
+    other.parent.mkdir()
+    other.write_text("")
+    assert Path(python("import kernels; print(kernels.__file__)", path=(tmp_path,))) == other
+
+
+def test_transformers_works_from_the_root() -> None:
+    pytest.importorskip("transformers")
+    python("from transformers.utils import is_kernels_available\nfrom transformers import LlamaModel, Qwen3NextModel")
+
+
+# ---- wheel and sdist ----
+@pytest.fixture(scope="session")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist and the wheel, the latter built from the former."""
+    pytest.importorskip("hatchling")
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    run = subprocess.run(command, cwd=out, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def wheel(dist: Path) -> Path:
+    (path,) = dist.glob("*.whl")
+    return path
+
+
+def test_wheel(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert held == files("fwp") | {f"fwp/{name}" for folder in FOLDERS for name in files(folder)}
+    assert "fwp/py.typed" in held
+
+
+def test_sdist(dist: Path) -> None:
+    (path,) = dist.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    top = {"pyproject.toml", "hatch_build.py", "constraints.txt", "Makefile", "README.md", "CHANGELOG.md", "LICENSE"}
+    assert held >= top.union(*(files(folder) for folder in ("fwp", "tests", "notebooks", *FOLDERS)))
+
+
+def test_installed_wheel(wheel: Path, tmp_path: Path) -> None:
+    """Outside the checkout, every module of kernels and benchmarks is found inside the package, data files too."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site")]
+    subprocess.run([*command, str(wheel)], check=True, timeout=300)
+    names = sorted(
+        "fwp." + name.removesuffix(".py").replace("/", ".")
+        for folder in FOLDERS
+        for name in files(folder)
+        if name.endswith(".py")
+    )
+    assert names
+    code = f"""
+import importlib, fwp, fwp.kernels, fwp.benchmarks
+site = {str(tmp_path / "site")!r}
+for module in map(importlib.import_module, {names!r}):
+    assert module.__file__.startswith(site), module.__file__
+assert len(fwp.kernels.__path__) == len(fwp.benchmarks.__path__) == 1
+print(fwp.__version__)
+"""
+    assert python(code, cwd=tmp_path, path=(tmp_path / "site",)) in wheel.name
+
+
+# ---- sources ----
+@pytest.mark.parametrize("minor", range(10, 14))
+def test_other_pythons_can_read_every_source(minor: int) -> None:
+    name = f"python3.{minor}"
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    found = next(map(str, pyenv.glob(f"*/bin/{name}")), None) or shutil.which(name)
+    if found is None:
+        pytest.skip(f"no {name} here")
+    sources = sorted(name for folder in ("fwp", "tests", *FOLDERS) for name in files(folder) if name.endswith(".py"))
+    code = f"""
+import ast, sys
+assert sys.version_info[:2] == (3, {minor})
+for name in {sources!r}:
+    ast.parse(open(name, encoding='utf-8').read(), name)
+"""
+    python(code, executable=found)
+
+
+def test_no_kernel_is_stray() -> None:
+    """Every file in kernels/ is imported by a backend, itself or through another kernel."""
+    kernels = {path.stem: path for path in (ROOT / "kernels").glob("*.py")}
+
+    def imported(path: Path) -> set[str]:
+        text = path.read_text(encoding="utf-8")
+        names = {word for node in ast.walk(ast.parse(text)) for word in _names(node)}
+        return names & set(kernels)
+
+    reached: set[str] = set()
+    todo = set().union(*(imported(path) for path in (ROOT / "fwp" / "backends").glob("*.py")))
+    while todo:
+        reached |= todo
+        todo = set().union(*(imported(kernels[name]) for name in todo)) - reached
+    assert reached == set(kernels)
+
+
+def _names(node: ast.AST) -> set[str]:
+    """The modules of fwp.kernels that an import statement names: absolute in a backend, relative among the kernels."""
+    if isinstance(node, ast.Import):
+        return {alias.name.removeprefix("fwp.kernels.") for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+        module = node.module or ""
+        if module == "fwp.kernels" or (node.level == 1 and not module):
+            return {alias.name for alias in node.names}
+        if module.startswith("fwp.kernels.") or node.level == 1:
+            return {module.removeprefix("fwp.kernels.")}
+    return set()
+
+
+# ---- what README says ----
+def test_readme_shows_the_table_of_rules() -> None:
+    from typer.testing import CliRunner
+
+    from fwp.cli import app
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.search(r"<!-- rules -->\n(.*?)\n<!-- /rules -->", readme, re.DOTALL)
+    assert shown
+    assert shown[1] == CliRunner().invoke(app, ["list", "--markdown"]).stdout.strip()
+
+
+def test_readme_examples_run() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert examples
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), {})
