@@ -36,9 +36,10 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/fwp bench
 
-# Takes over what was edited, .ipynb or .py, and runs all of them anew.
+# Takes over what was edited last, .ipynb or .py, and runs all of them anew, outputs kept.
 notebooks: $(VENV)/.installed
-	$(BIN)/jupytext --sync --execute notebooks/*.ipynb
+	$(BIN)/jupytext --sync notebooks/*.py
+	$(BIN)/python -m pytest --nbmake --overwrite notebooks
 
 wheel: $(VENV)/.installed
 	$(BIN)/python -m build --no-isolation
