@@ -1,0 +1,201 @@
+"""What tests and benchmarks of any rule share: inputs, results with gradients, errors by row, budgets of error.
+
+inputs = fwp.testing.sample("kda", B=2, T=70, H=2, K=16, V=8, dtype=torch.bfloat16)
+found = fwp.testing.evaluate("kda", inputs, backend="torch", form="chunk")
+truth = fwp.testing.evaluate("kda", fwp.testing.cast(inputs, torch.float64), backend="reference")
+allowed = fwp.testing.budgets("kda", inputs)
+assert all(fwp.testing.row_error(found[name], truth[name]) <= allowed[name] for name in truth)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
+
+from fwp import feature_maps, rules
+from fwp.core import State, state_dtype
+from fwp.feature_maps import FeatureMap
+from fwp.functional import fast_weights
+from fwp.rules import Rule
+
+
+def sample(
+    rule: str | Rule,
+    B: int = 2,
+    T: int = 16,
+    H: int = 2,
+    K: int = 8,
+    V: int = 8,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    device: str | torch.device = "cpu",
+    Hq: int | None = None,
+    Hk: int | None = None,
+    Hv: int | None = None,
+    feature_map: str | FeatureMap | None = None,
+    denominator: bool = False,
+    state: bool = False,
+    sequences: int | None = None,
+) -> dict[str, Any]:
+    """Random arguments of `fwp.fast_weights` for a rule, every number of them different: q, k, v and its gates.
+
+    q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hv, V] with Hq, Hk, Hv = H unless given, all of `dtype`; gates by
+    `Gate.sample` for max(Hk, Hv) heads and the width of the feature map, in the state's dtype. Keys have unit length if
+    the rule erases, since longer ones make it diverge; with `denominator` q and k are positive, so that no zᵀq is near
+    0. state=True adds the "state" before the first token, of `sequences` sequences (default B): S and z > 0, or what
+    the rule's `init` makes, plus noise. One seed draws the same float64 numbers for every dtype and device.
+    """
+    row = rules.get(rule)
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    Hq, Hk, Hv = (H if heads is None else heads for heads in (Hq, Hk, Hv))
+    H = max(Hk, Hv)
+    q, k, v = normal(B, T, Hq, K), normal(B, T, Hk, K), normal(B, T, Hv, V)
+    if denominator:
+        q, k = q.abs() + 0.1, k.abs() + 0.1
+    if row.erases:
+        k = F.normalize(k, dim=-1)
+    width = feature_maps.get(feature_map)(k[:1, :1]).shape[-1] if feature_map is not None else K
+    features: dict[str, tuple[int, ...]] = {"BTH": (), "BTHK": (width,), "BTHV": (V,)}
+    inputs: dict[str, Any] = {"q": q, "k": k, "v": v}
+    for name, gate in row.gates.items():
+        inputs[name] = gate.sample((B, T, H, *features[gate.shape]), generator)
+    if state:
+        N = B if sequences is None else sequences
+        start = tree_map(lambda x: x + 0.5 * normal(*x.shape), row.init((N, H), width, V, q.new_zeros(())))
+        if row.plain:
+            start = State(start, normal(N, H, width).abs() + 1 if denominator else None)
+        inputs["state"] = start
+    return cast({name: _tensors(lambda x: x.to(device), x) for name, x in inputs.items()}, dtype)
+
+
+def cast(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The same arguments with q, k, v in `dtype` and gates and state in the state's dtype for it."""
+    plain = {name: x.to(dtype) for name, x in inputs.items() if name in ("q", "k", "v")}
+    return plain | {
+        name: _tensors(lambda x: x.to(state_dtype(dtype)), x) for name, x in inputs.items() if name not in plain
+    }
+
+
+def evaluate(
+    rule: str | Rule, inputs: Mapping[str, Any], *, gradients: bool = True, seed: int = 0, **options: Any
+) -> dict[str, Tensor]:
+    """Calls `fwp.fast_weights(rule, **inputs, **options)`: every result by name.
+
+    "out"; the tensors of the final state, "state.S" and "state.z" or "state[0]" …; and the gradient of each input,
+    "dq" … "dstate.S", of the sum of all results weighed by fixed random numbers, which every dtype represents exactly.
+    """
+    leaves = {name: _tensors(lambda x: x.detach().requires_grad_(gradients), x) for name, x in inputs.items()}
+    out, end = fast_weights(rule, **leaves, **options)
+    results = {"out": out, **_named("state", end)}
+    found = {name: x.detach() for name, x in results.items()}
+    if gradients:
+        generator = torch.Generator().manual_seed(seed)
+        weights = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in results.values()]
+        given = {name: x for key, value in leaves.items() for name, x in _named(key, value).items()}
+        used = [(x, w) for x, w in zip(results.values(), weights) if x.requires_grad]
+        grads = torch.autograd.grad(
+            [x for x, _ in used], list(given.values()), [w for _, w in used], materialize_grads=True
+        )
+        found |= {f"d{name}": grad for name, grad in zip(given, grads)}
+    return found
+
+
+def row_error(x: Tensor, ref: Tensor) -> float:
+    """The worst row: max ‖x − ref‖ / (‖ref‖ + 0.01 · mean ‖ref‖) over the last axis, in float64.
+
+    One global mean would hide a broken row. 0 for empty tensors, inf where x is not finite or has another shape.
+    """
+    if x.shape != ref.shape:
+        return math.inf
+    if x.numel() == 0:
+        return 0.0
+    x, ref = x.detach().double(), ref.detach().to(x.device).double()
+    length = ref.norm(dim=-1)
+    error = (x - ref).norm(dim=-1)
+    scale = length + 0.01 * length.mean()
+    worst = torch.where(error == 0, 0, error / scale).max().item()
+    return worst if math.isfinite(worst) else math.inf
+
+
+def deviation(x: Tensor, ref: Tensor) -> float:
+    """The worst element: max |x − ref| / max(1, |ref|). 0 and inf as in `row_error`."""
+    if x.shape != ref.shape:
+        return math.inf
+    if x.numel() == 0:
+        return 0.0
+    x, ref = x.detach().double(), ref.detach().to(x.device).double()
+    worst = ((x - ref).abs() / ref.abs().clamp(min=1)).max().item()
+    return worst if math.isfinite(worst) else math.inf
+
+
+def budgets(rule: str | Rule, inputs: Mapping[str, Any], *, seed: int = 0, **options: Any) -> dict[str, float]:
+    """The row error that each result of `evaluate` may have on low-precision inputs, against float64.
+
+    Twice (gradients: three times) the error of the chunk form in float32 whose matrix products take operands rounded to
+    the dtype of v and whose results are rounded as the op's are, plus one rounding of the result itself.
+    """
+    dtype = inputs["v"].dtype
+    truth = evaluate(rule, cast(inputs, torch.float64), seed=seed, backend="reference", **options)
+    with rounded_products(dtype):
+        rough = evaluate(rule, cast(inputs, torch.float32), seed=seed, backend="torch", form="chunk", **options)
+    allowed = {}
+    for name, x in rough.items():
+        kept = dtype if name in ("out", "dq", "dk", "dv") else torch.float32
+        own = row_error(x.to(kept), truth[name]) + torch.finfo(kept).eps / 2
+        allowed[name] = (3 if name.startswith("d") else 2) * own
+    return allowed
+
+
+class rounded_products(TorchDispatchMode):
+    """A context in which matrix products round their operands to `dtype`, not their sums; gradients included."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            args = tuple(x.to(self.dtype).to(x.dtype) for x in args)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def poisoned_empties() -> Iterator[None]:
+    """A context in which uninitialised floating tensors are full of NaN: what nobody writes is then seen."""
+
+    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            x = make(*args, **kwargs)
+            return x.fill_(math.nan) if x.is_floating_point() else x
+
+        return made
+
+    places = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty")]
+    with ExitStack() as patches:
+        for place, name in places:
+            patches.enter_context(mock.patch.object(place, name, poison(getattr(place, name))))
+        yield
+
+
+def _tensors(fn: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """fn over the tensors of x; what isn't one stays."""
+    return tree_map(lambda leaf: fn(leaf) if isinstance(leaf, Tensor) else leaf, x)
+
+
+def _named(name: str, x: Any) -> dict[str, Tensor]:
+    """The tensors of x by their path, "state.S"."""
+    return {name + keystr(path): leaf for path, leaf in tree_flatten_with_path(x)[0] if isinstance(leaf, Tensor)}
