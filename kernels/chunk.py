@@ -1,0 +1,453 @@
+"""The chunk form: C tokens at a time by matrix products, forward and backward.
+
+Per sequence and state head, for a chunk that starts from S₀, with G the running sum of g in the chunk, G^q the reader's
+(one token behind for read "before"), every exponent ≤ 0::
+
+    A_ij = e_i Σ_d k_id k_jd exp(G_i − G_j)_d  for j < i     P_ij = Σ_d q_id k_jd exp(G^q_i − G_j)_d  for j ≤ i (before: <)
+    (I + A) X = w ⊙ V − e ⊙ (k ⊙ exp G) S₀
+    O = (q ⊙ exp G^q) S₀ + P X                              S = exp(G_C) S₀ + (exp(G_C − G) ⊙ k)ᵀ X
+
+Only the inputs are kept for the backward, which makes (I + A)⁻¹, P, X and S₀ of each chunk again, walks back::
+
+    dX = Pᵀ dO + (exp(G_C − G) ⊙ k) dS,  dR = (I + A)⁻ᵀ dX,  dV = w ⊙ dR,  dw = Σ_v v ⊙ dR
+    dS₀ = exp(G_C) dS + (q ⊙ exp G^q)ᵀ dO − (e ⊙ k ⊙ exp G)ᵀ dR
+
+and then, all chunks at once, from dP = dO Xᵀ and dA = −dR Xᵀ (visible pairs), with D the decays of each pair::
+
+    dq      = exp G^q ⊙ (dO S₀ᵀ) + Σ_j (dP ⊙ D)_ij k_j
+    d(e k)  = −exp G ⊙ (dR S₀ᵀ) + Σ_j (dA ⊙ D)_ij k_j,   de = k · d(e k)
+    dk      = exp(G_C − G) ⊙ (X dSᵀ) + Σ_i (dP ⊙ D)_ij q_i + Σ_i (dA ⊙ D)_ij e_i k_i + e ⊙ d(e k)
+    dg_s    = all that passed through the gate of s: from S₀ to readers and erasers i ≥ s, from writers j < s to the end,
+              from S₀ to the end, and from j < s to i ≥ s inside the chunk
+
+Source: 2006.16236, 2406.06484 (the delta rule by chunks), 2510.26692 (a decay per channel); the gradients follow from
+them by the chain rule.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    chunk_of,
+    dot,
+    first_slot,
+    from_start,
+    inverse,
+    load,
+    load_gates,
+    product_gradients,
+    products,
+    since,
+    span,
+    state_at,
+    state_mask,
+    store,
+    to_end,
+    until,
+)
+
+
+@triton.jit(do_not_specialize=["T", "NC"])
+def pairs_kernel(
+    q,  # [B, T, Hq, K]
+    k,  # [B, T, Hk, K]
+    g,  # [B, T, H, 1 or K]
+    e,  # [B, T, H, 1] or None
+    P,  # out [B, T, H·R, C] or None: made in the walks unless the decay is per channel
+    I,  # out [B, T, H, C], (I + A)⁻¹, or None without erasing
+    p_cu,
+    p_slots,
+    p_owners,
+    T,
+    NC,
+    H: tl.constexpr,
+    GK: tl.constexpr,  # state heads that share a key head
+    GQ: tl.constexpr,  # readers that share a query head
+    R: tl.constexpr,  # readers of a state head
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    DECAY: tl.constexpr,
+    LAG: tl.constexpr,
+    DOT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """(I + A)⁻¹ and P: what doesn't depend on the state. A program a chunk and head."""
+    pid = tl.program_id(0).to(tl.int64)
+    h = pid % H
+    n, c = chunk_of(pid // H, p_cu, p_slots, p_owners, NC)
+    first, length = span(p_cu, n, T)
+    i = tl.arange(0, C)
+    t = first + c * C + i
+    end = first + length
+    seen = t < end
+    one = tl.arange(0, 1)
+    KG: tl.constexpr = K if DECAY == 2 else 1
+    if I is not None:
+        A = tl.zeros([C, C], ACC)
+        for block in range(tl.cdiv(K, BK)):
+            d = block * BK + tl.arange(0, BK)
+            b_k = load(k, n, t, h // GK, seen, d, K)
+            if DECAY > 0:
+                b_g, _, b_next = load_gates(g, n, t, h, i, end, d if DECAY == 2 else one, KG, False, C, ACC)
+            else:
+                b_g = 0.0
+                b_next = 0.0
+            A += products(b_k, b_k, b_g, b_next, False, False, DECAY, DOT, ACC)
+        A *= load(e, n, t, h, seen, one, 1).to(ACC)
+        store(I, n, t, h, seen, i, C, inverse(A, ACC))
+    if P is not None:
+        for r in range(R):
+            b_P = tl.zeros([C, C], ACC)
+            for block in range(tl.cdiv(K, BK)):
+                d = block * BK + tl.arange(0, BK)
+                b_q = load(q, n, t, (h * R + r) // GQ, seen, d, K)
+                b_k = load(k, n, t, h // GK, seen, d, K)
+                _, b_reader, b_next = load_gates(g, n, t, h, i, end, d, K, LAG, C, ACC)
+                b_P += products(b_q, b_k, b_reader, b_next, not LAG, LAG, DECAY, DOT, ACC)
+            store(P, n, t, h * R + r, seen, i, C, b_P)
+
+
+@triton.jit(do_not_specialize=["T", "NC"])
+def walk_kernel(
+    q,
+    k,
+    v,  # [B, T, Hv, V]
+    g,
+    e,
+    w,  # [B, T, H, 1] or None
+    P,
+    I,
+    o,  # out [B, T, H·R, V] or None
+    X,  # out [B, T, H, V] or None
+    p_S0,  # [N, H, K, V] or None
+    p_S,  # out [N, H, K, V] or None
+    p_starts,  # out [slots, H, K, V], the state before each chunk, or None
+    p_cu,
+    p_slots,
+    T,
+    NC,
+    H: tl.constexpr,
+    GK: tl.constexpr,
+    GV: tl.constexpr,  # state heads that share a value head
+    GQ: tl.constexpr,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,  # all of K
+    BV: tl.constexpr,
+    DECAY: tl.constexpr,
+    LAG: tl.constexpr,
+    DOT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """From the first chunk to the last with a [K, BV] part of S in registers. A program a sequence, head and V block."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0).to(tl.int64)
+    h = pid // NV % H
+    n = pid // NV // H
+    dk = tl.arange(0, BK)
+    dv = (pid % NV) * BV + tl.arange(0, BV)
+    inside = state_mask(dk, dv, K, V)
+    first, length = span(p_cu, n, T)
+    end = first + length
+    slot = first_slot(n, p_cu, p_slots, NC)
+    i = tl.arange(0, C)
+    one = tl.arange(0, 1)
+    KG: tl.constexpr = K if DECAY == 2 else 1
+    S = tl.zeros([BK, BV], ACC)
+    if p_S0 is not None:
+        S += tl.load(state_at(p_S0, n * H + h, dk, dv, K, V), mask=inside, other=0.0).to(ACC)
+    for c in range(tl.cdiv(length, C).to(tl.int32)):
+        t = first + c * C + i
+        seen = t < end
+        b_k = load(k, n, t, h // GK, seen, dk, K)
+        x = load(v, n, t, h // GV, seen, dv, V)
+        if w is not None:
+            x = x.to(ACC) * load(w, n, t, h, seen, one, 1).to(ACC)
+        if DECAY > 0:
+            b_g, b_reader, b_next = load_gates(g, n, t, h, i, end, dk if DECAY == 2 else one, KG, LAG, C, ACC)
+        else:
+            b_reader = 0.0
+            b_next = 0.0
+        if p_starts is not None:
+            at = state_at(p_starts, (slot + c) * H + h, dk, dv, K, V)
+            tl.store(at, S.to(p_starts.dtype.element_ty), mask=inside)
+        if e is not None:
+            eraser = b_k
+            if DECAY > 0:
+                eraser = b_k.to(ACC) * since(b_g, C, False)
+            b_e = load(e, n, t, h, seen, one, 1).to(ACC)
+            x = x.to(ACC) - b_e * dot(eraser, S, DOT, ACC)
+            x = dot(load(I, n, t, h, seen, i, C), x, DOT, ACC)
+        if X is not None:
+            store(X, n, t, h, seen, dv, V, x)
+        if o is not None:
+            for r in range(R):
+                b_q = load(q, n, t, (h * R + r) // GQ, seen, dk, K)
+                reader = b_q
+                if DECAY > 0:
+                    reader = b_q.to(ACC) * since(b_reader, C, LAG)
+                if P is not None:
+                    b_P = load(P, n, t, h * R + r, seen, i, C)
+                else:
+                    b_P = products(b_q, b_k, b_reader, b_next, not LAG, LAG, DECAY, DOT, ACC)
+                b_o = dot(reader, S, DOT, ACC) + dot(b_P, x, DOT, ACC)
+                store(o, n, t, h * R + r, seen, dv, V, b_o)
+        writer = b_k
+        if DECAY > 0:
+            writer = b_k.to(ACC) * until(b_next, C)
+            S *= tl.exp(tl.sum(b_g, 0))[:, None]
+        S += dot(tl.trans(writer), x, DOT, ACC)
+    if p_S is not None:
+        tl.store(state_at(p_S, n * H + h, dk, dv, K, V), S, mask=inside)
+
+
+@triton.jit(do_not_specialize=["T", "NC"])
+def walk_back_kernel(
+    q,
+    k,
+    v,
+    g,
+    e,
+    w,
+    P,
+    I,
+    do,  # [B, T, H·R, V] or None
+    dR,  # out [B, T, H, V] or None
+    dv,  # out [B, T, H, V]
+    dw,  # out [B, T, H, V blocks] or None: each V block's share
+    p_dS,  # [N, H, K, V], gradient of the final state, or None
+    p_dS0,  # out [N, H, K, V] or None
+    p_ends,  # out [slots, H, K, V], gradient of the state after each chunk
+    p_cu,
+    p_slots,
+    T,
+    NC,
+    H: tl.constexpr,
+    GK: tl.constexpr,
+    GV: tl.constexpr,
+    GQ: tl.constexpr,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,  # all of K
+    BV: tl.constexpr,
+    DECAY: tl.constexpr,
+    LAG: tl.constexpr,
+    DOT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """From the last chunk to the first with a [K, BV] part of dS in registers, as `walk_kernel`."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0).to(tl.int64)
+    h = pid // NV % H
+    n = pid // NV // H
+    dk = tl.arange(0, BK)
+    cols = (pid % NV) * BV + tl.arange(0, BV)
+    inside = state_mask(dk, cols, K, V)
+    first, length = span(p_cu, n, T)
+    end = first + length
+    slot = first_slot(n, p_cu, p_slots, NC)
+    i = tl.arange(0, C)
+    one = tl.arange(0, 1)
+    KG: tl.constexpr = K if DECAY == 2 else 1
+    dS = tl.zeros([BK, BV], ACC)
+    if p_dS is not None:
+        dS += tl.load(state_at(p_dS, n * H + h, dk, cols, K, V), mask=inside, other=0.0).to(ACC)
+    chunks = tl.cdiv(length, C).to(tl.int32)
+    for step in range(chunks):
+        c = chunks - 1 - step
+        t = first + c * C + i
+        seen = t < end
+        b_k = load(k, n, t, h // GK, seen, dk, K)
+        if DECAY > 0:
+            b_g, b_reader, b_next = load_gates(g, n, t, h, i, end, dk if DECAY == 2 else one, KG, LAG, C, ACC)
+        else:
+            b_reader = 0.0
+            b_next = 0.0
+        tl.store(
+            state_at(p_ends, (slot + c) * H + h, dk, cols, K, V), dS.to(p_ends.dtype.element_ty), mask=inside
+        )
+        writer = b_k
+        if DECAY > 0:
+            writer = b_k.to(ACC) * until(b_next, C)
+        b_dR = dot(writer, dS, DOT, ACC)
+        if DECAY > 0:
+            dS *= tl.exp(tl.sum(b_g, 0))[:, None]
+        if do is not None:
+            for r in range(R):
+                b_q = load(q, n, t, (h * R + r) // GQ, seen, dk, K)
+                b_do = load(do, n, t, h * R + r, seen, cols, V)
+                if P is not None:
+                    b_P = load(P, n, t, h * R + r, seen, i, C)
+                else:
+                    b_P = products(b_q, b_k, b_reader, b_next, not LAG, LAG, DECAY, DOT, ACC)
+                b_dR += dot(tl.trans(b_P), b_do, DOT, ACC)
+                reader = b_q
+                if DECAY > 0:
+                    reader = b_q.to(ACC) * since(b_reader, C, LAG)
+                dS += dot(tl.trans(reader), b_do, DOT, ACC)
+        if e is not None:
+            b_dR = dot(tl.trans(load(I, n, t, h, seen, i, C)), b_dR, DOT, ACC)
+            eraser = b_k.to(ACC) * load(e, n, t, h, seen, one, 1).to(ACC)
+            if DECAY > 0:
+                eraser *= since(b_g, C, False)
+            dS -= dot(tl.trans(eraser), b_dR, DOT, ACC)
+            store(dR, n, t, h, seen, cols, V, b_dR)
+        if w is not None:
+            b_v = load(v, n, t, h // GV, seen, cols, V).to(ACC)
+            store(dw, n, t, h, seen, pid % NV + one, NV, tl.sum(b_v * b_dR, 1)[:, None])
+            b_dR *= load(w, n, t, h, seen, one, 1).to(ACC)
+        store(dv, n, t, h, seen, cols, V, b_dR)
+    if p_dS0 is not None:
+        tl.store(state_at(p_dS0, n * H + h, dk, cols, K, V), dS, mask=inside)
+
+
+@triton.jit
+def load_written(v, w, X, n, t, h, seen, d, V: tl.constexpr, GV: tl.constexpr, ACC: tl.constexpr):
+    """X [C, len(d)], what the tokens write: kept by the walk where something is erased, else w ⊙ v."""
+    if X is not None:
+        x = load(X, n, t, h, seen, d, V)
+    else:
+        x = load(v, n, t, h // GV, seen, d, V)
+        if w is not None:
+            x = x.to(ACC) * load(w, n, t, h, seen, tl.arange(0, 1), 1).to(ACC)
+    return x
+
+
+@triton.jit
+def per_gate(x, DECAY: tl.constexpr):
+    """x [C, K] for the gates [C, K], its sum over K for one gate a head."""
+    if DECAY == 1:
+        return tl.sum(x, 1)[:, None]
+    else:
+        return x
+
+
+@triton.jit(do_not_specialize=["T", "NC"])
+def gradients_kernel(
+    q,
+    k,
+    v,
+    g,
+    e,
+    w,
+    X,
+    do,
+    dR,
+    dq,  # out [B, T, H·R, K]
+    dk,  # out [B, T, H, K]
+    dg,  # out [B, T, H, K], or [B, T, H, K blocks] for one gate a head: each K block's share
+    de,  # out [B, T, H, K blocks] or None
+    p_starts,
+    p_ends,
+    p_cu,
+    p_slots,
+    p_owners,
+    T,
+    NC,
+    H: tl.constexpr,
+    GK: tl.constexpr,
+    GV: tl.constexpr,
+    GQ: tl.constexpr,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    DECAY: tl.constexpr,
+    LAG: tl.constexpr,
+    DOT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """dq, dk, dg and de from the states and their gradients at the chunk's borders. A program a chunk, head, K block."""
+    NK: tl.constexpr = (K + BK - 1) // BK
+    pid = tl.program_id(0).to(tl.int64)
+    block = pid % NK
+    h = pid // NK % H
+    slot = pid // NK // H
+    n, c = chunk_of(slot, p_cu, p_slots, p_owners, NC)
+    first, length = span(p_cu, n, T)
+    end = first + length
+    i = tl.arange(0, C)
+    t = first + c * C + i
+    seen = t < end
+    one = tl.arange(0, 1)
+    d = block * BK + tl.arange(0, BK)
+    KG: tl.constexpr = K if DECAY == 2 else 1
+    b_k = load(k, n, t, h // GK, seen, d, K).to(ACC)
+    if DECAY > 0:
+        b_g, b_reader, b_next = load_gates(g, n, t, h, i, end, d if DECAY == 2 else one, KG, LAG, C, ACC)
+    else:
+        b_g = 0.0
+        b_reader = 0.0
+        b_next = 0.0
+
+    # Writers to the state after the chunk, the state before it to erasers.
+    b_dk = tl.zeros([C, BK], ACC)
+    b_dek = tl.zeros([C, BK], ACC)
+    dA = tl.zeros([C, C], ACC)
+    kept = tl.zeros([BK], ACC)  # S₀ · dS, summed over V
+    for part in range(tl.cdiv(V, BV)):
+        cols = part * BV + tl.arange(0, BV)
+        inside = state_mask(d, cols, K, V)
+        x = load_written(v, w, X, n, t, h, seen, cols, V, GV, ACC)
+        dS = tl.load(state_at(p_ends, slot * H + h, d, cols, K, V), mask=inside, other=0.0)
+        b_dk += dot(x, tl.trans(dS), DOT, ACC)
+        if DECAY > 0 or e is not None:
+            S = tl.load(state_at(p_starts, slot * H + h, d, cols, K, V), mask=inside, other=0.0)
+            kept += tl.sum(S.to(ACC) * dS.to(ACC), 1)
+            if e is not None:
+                b_dR = load(dR, n, t, h, seen, cols, V)
+                b_dek -= dot(b_dR, tl.trans(S), DOT, ACC)
+                dA -= dot(b_dR, tl.trans(x), DOT, ACC)
+    if DECAY > 0:
+        b_dk *= until(b_next, C)
+        b_dg = to_end(per_gate(b_k * b_dk, DECAY), C) + per_gate((tl.exp(tl.sum(b_g, 0)) * kept)[None, :], DECAY)
+
+    if e is not None:
+        b_e = load(e, n, t, h, seen, one, 1).to(ACC)
+        if DECAY > 0:
+            b_dek *= since(b_g, C, False)
+            b_dg += from_start(per_gate(b_e * b_k * b_dek, DECAY), C, False)
+        d_eraser, d_writer, d_gate = product_gradients(
+            dA, b_e * b_k, b_k, b_g, b_next, False, False, DECAY, DOT, ACC
+        )
+        b_dek += d_eraser
+        b_dk += d_writer + b_e * b_dek
+        if DECAY > 0:
+            b_dg += d_gate
+        store(de, n, t, h, seen, block + one, NK, tl.sum(b_k * b_dek, 1)[:, None])
+
+    if do is not None:
+        for r in range(R):
+            b_q = load(q, n, t, (h * R + r) // GQ, seen, d, K).to(ACC)
+            b_dq = tl.zeros([C, BK], ACC)
+            dP = tl.zeros([C, C], ACC)
+            for part in range(tl.cdiv(V, BV)):
+                cols = part * BV + tl.arange(0, BV)
+                inside = state_mask(d, cols, K, V)
+                x = load_written(v, w, X, n, t, h, seen, cols, V, GV, ACC)
+                S = tl.load(state_at(p_starts, slot * H + h, d, cols, K, V), mask=inside, other=0.0)
+                b_do = load(do, n, t, h * R + r, seen, cols, V)
+                b_dq += dot(b_do, tl.trans(S), DOT, ACC)
+                dP += dot(b_do, tl.trans(x), DOT, ACC)
+            if DECAY > 0:
+                b_dq *= since(b_reader, C, LAG)
+                b_dg += from_start(per_gate(b_q * b_dq, DECAY), C, LAG)
+            d_reader, d_writer, d_gate = product_gradients(
+                dP, b_q, b_k, b_reader, b_next, not LAG, LAG, DECAY, DOT, ACC
+            )
+            b_dk += d_writer
+            if DECAY > 0:
+                b_dg += d_gate
+            store(dq, n, t, h * R + r, seen, d, K, b_dq + d_reader)
+    store(dk, n, t, h, seen, d, K, b_dk)
+    if DECAY == 2:
+        store(dg, n, t, h, seen, d, K, b_dg)
+    if DECAY == 1:
+        store(dg, n, t, h, seen, block + one, NK, b_dg)

@@ -1,0 +1,284 @@
+"""Grids, block sizes and buffers: what stands between tensors and kernels."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from .chunk import gradients_kernel, pairs_kernel, walk_back_kernel, walk_kernel
+from .recurrent import token_kernel
+
+INTERPRETED = isinstance(walk_kernel, InterpretedFunction)  # TRITON_INTERPRET=1 when Triton was imported
+MAX_FEATURES = 1024  # a walk holds all K of a few columns of S
+TYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Block sizes of the kernels of the chunk form: C tokens, features a block, warps a program."""
+
+    chunk: int
+    walk_v: int  # V columns of S in a walk, beside all of K
+    block: int = 64  # features at a time where the work is split over K, or summed over V
+    warps: int = 4
+    stages: int = 2
+
+
+# By bytes of a matrix product's operand: (K up to, tiles).
+TABLE: dict[int, list[tuple[int, Tiles]]] = {
+    2: [
+        (64, Tiles(64, 64)),
+        (128, Tiles(64, 64, warps=8)),
+        (256, Tiles(32, 32, warps=8)),
+        (512, Tiles(16, 32, warps=8)),
+        (1024, Tiles(16, 16, warps=8)),
+    ],
+    4: [(64, Tiles(32, 32, 32)), (256, Tiles(16, 32, 32, warps=8)), (1024, Tiles(16, 16, 32, warps=8))],
+    8: [(64, Tiles(16, 16, 16, stages=1)), (1024, Tiles(16, 16, 16, warps=8, stages=1))],
+}
+
+
+def tiles(K: int, dtype: torch.dtype) -> Tiles:
+    """The row of the table for K key features and operands of `dtype`."""
+    return next(row for limit, row in TABLE[dtype.itemsize] if limit >= K)
+
+
+def power_of_2(n: int, most: int = MAX_FEATURES) -> int:
+    """The block that holds n features: a power of 2 from 16, the least that matrix instructions take, to `most`."""
+    return min(most, max(16, triton.next_power_of_2(n)))
+
+
+@dataclass
+class Problem:
+    """The inputs of `fwp.core.Core` that the kernels serve, and what follows from their shapes."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    e: Tensor | None
+    w: Tensor | None
+    S: Tensor | None
+    cu_seqlens: Tensor | None
+    before: bool  # read
+    chunk: int | None = None  # None: the table's
+
+    def __post_init__(self) -> None:
+        self.B, self.T, self.Hq, self.K = self.q.shape
+        self.Hk, self.Hv, self.V = self.k.shape[2], self.v.shape[2], self.v.shape[3]
+        self.H = max(self.Hk, self.Hv)
+        self.Ho = max(self.Hq, self.H)
+        self.N = self.B if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+        self.acc = torch.float64 if self.v.dtype == torch.float64 else torch.float32
+        # The interpreter's bfloat16 arithmetic is wrong, its loads and stores are right.
+        self.dot = torch.float32 if INTERPRETED and self.v.dtype == torch.bfloat16 else self.v.dtype
+        self.tiles = tiles(self.K, self.dot)
+        self.C = self.chunk or self.tiles.chunk
+        self.chunks = -(-self.T // self.C)
+        self.slots, self.owners = None, None
+        self.count = self.N * self.chunks
+        if self.cu_seqlens is not None and self.N:
+            # Where each sequence's chunks begin, without asking the GPU: at most T // C + N of them.
+            self.count = self.T // self.C + self.N
+            per = (self.cu_seqlens.long().diff() + self.C - 1) // self.C
+            ends = per.cumsum(0)
+            at = torch.arange(self.count, device=ends.device)
+            self.slots, self.owners = ends - per, torch.searchsorted(ends, at, right=True).clamp_(max=self.N - 1)
+        self.common: dict[str, Any] = {
+            "p_cu": self.cu_seqlens,
+            "T": self.T,
+            "H": self.H,
+            "GK": self.H // self.Hk,
+            "GQ": self.Ho // self.Hq,
+            "R": self.Ho // self.H,
+            "K": self.K,
+            "DECAY": 0 if self.g is None else self.g.dim() - 2,
+            "LAG": self.before,
+            "ACC": TYPES[self.acc],
+        }
+        self.chunked: dict[str, Any] = self.common | {
+            "p_slots": self.slots,
+            "NC": self.chunks,
+            "C": self.C,
+            "DOT": TYPES[self.dot],
+            "num_warps": self.tiles.warps,
+            "num_stages": self.tiles.stages,
+        }
+        self.inputs = {name: self.rows(getattr(self, name)) for name in ("q", "k", "v", "g", "e", "w")}
+
+    @property
+    def empty(self) -> bool:
+        return self.T == 0 or self.N == 0
+
+    def rows(self, x: Tensor | None) -> tuple[Tensor, int, int, int] | None:
+        """x [B, T, H] or [B, T, H, D] as the kernels take it."""
+        if x is None:
+            return None
+        if x.dim() == 4 and x.shape[3] > 1 and x.stride(3) != 1:
+            x = x.contiguous()
+        # packed: sequence n starts at cu_seqlens[n] of the one batch row
+        return x, 0 if self.cu_seqlens is not None else x.stride(0), x.stride(1), x.stride(2)
+
+    def buffer(self, heads: int, features: int, dtype: torch.dtype) -> Tensor:
+        return self.q.new_empty(self.B, self.T, heads, features, dtype=dtype)
+
+    def pairs(self) -> tuple[Tensor | None, Tensor | None]:
+        """P [B, T, Ho, C] if the decay is per channel, (I + A)⁻¹ [B, T, H, C] if something is erased."""
+        P = self.buffer(self.Ho, self.C, self.dot) if self.common["DECAY"] == 2 else None
+        inverse = self.buffer(self.H, self.C, self.dot) if self.e is not None else None
+        if P is not None or inverse is not None:
+            inputs = {name: self.inputs[name] for name in ("q", "k", "g", "e")}
+            pairs_kernel[(self.count * self.H,)](
+                **inputs,
+                P=self.rows(P),
+                I=self.rows(inverse),
+                p_owners=self.owners,
+                BK=power_of_2(self.K, self.tiles.block),
+                **self.chunked,
+            )
+        return P, inverse
+
+    def walk(
+        self,
+        P: Tensor | None,
+        inverse: Tensor | None,
+        o: Tensor | None = None,
+        X: Tensor | None = None,
+        S: Tensor | None = None,
+        starts: Tensor | None = None,
+    ) -> None:
+        """Fills what is given of: outputs o, writes X, the final state S, the states `starts` before each chunk."""
+        BV = power_of_2(self.V, self.tiles.walk_v)
+        walk_kernel[(self.N * self.H * triton.cdiv(self.V, BV),)](
+            **self.inputs,
+            P=self.rows(P),
+            I=self.rows(inverse),
+            o=self.rows(o),
+            X=self.rows(X),
+            p_S0=self.S,
+            p_S=S,
+            p_starts=starts,
+            GV=self.H // self.Hv,
+            V=self.V,
+            BK=power_of_2(self.K),
+            BV=BV,
+            **self.chunked,
+        )
+
+
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Kernels start on the current GPU, which need not be the one that holds x."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def forward(p: Problem, form: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """o [B, T, Ho, V] in `dtype` and the final state [N, H, K, V]."""
+    o = p.buffer(p.Ho, p.V, dtype)
+    if p.empty:
+        return o, p.q.new_zeros(p.N, p.H, p.K, p.V, dtype=p.acc) if p.S is None else p.S.clone()
+    S = p.q.new_empty(p.N, p.H, p.K, p.V, dtype=p.acc)
+    p.S = None if p.S is None else p.S.contiguous()
+    with on_device(o):
+        if form == "chunk":
+            p.walk(*p.pairs(), o=o, S=S)
+        else:
+            BK, BV = power_of_2(p.K), power_of_2(p.V, 32 if p.K <= 256 else 16)
+            token_kernel[(p.N * p.H * triton.cdiv(p.V, BV),)](
+                **p.inputs,
+                o=p.rows(o),
+                p_S0=p.S,
+                p_S=S,
+                GV=p.H // p.Hv,
+                V=p.V,
+                BK=BK,
+                BV=BV,
+                num_warps=max(1, BK * BV // 1024) if BK * BV < 8192 else 8,
+                **p.common,
+            )
+    return o, S
+
+
+def backward(p: Problem, d_o: Tensor | None, d_S: Tensor | None) -> list[Tensor | None]:
+    """Gradients of q, k, v, g, e, w, S, None for what is None. d_o or d_S None: nothing flows from there."""
+    inputs = [p.q, p.k, p.v, p.g, p.e, p.w]
+    if p.empty:
+        d_S0 = None if p.S is None else torch.zeros_like(p.S) if d_S is None else d_S.clone()
+        return [None if x is None else torch.zeros_like(x) for x in inputs] + [d_S0]
+    p.S = None if p.S is None else p.S.contiguous()
+
+    def head_buffer(heads: int, shared: int, like: Tensor) -> Tensor:
+        """A gradient for each state head or reader: in the input's dtype, or for summing over those that share it."""
+        return p.buffer(heads, like.shape[-1], like.dtype if heads == shared else p.acc)
+
+    def summed(x: Tensor, heads: int, like: Tensor) -> Tensor:
+        """… and its sum over those that share a head."""
+        return x if x.shape[2] == heads else x.unflatten(2, (heads, -1)).sum(3).to(like.dtype)
+
+    tl_, BV = p.tiles, power_of_2(p.V, p.tiles.walk_v)
+    NV, BK = triton.cdiv(p.V, BV), power_of_2(p.K, tl_.block)
+    NK = triton.cdiv(p.K, BK)
+    erases, decays = p.e is not None, p.g is not None
+    X = p.buffer(p.H, p.V, p.dot) if erases else None
+    dR = p.buffer(p.H, p.V, p.dot) if erases else None
+    starts, ends = p.q.new_empty(2, p.count, p.H, p.K, p.V, dtype=p.dot).unbind(0)
+    dq, dk, dv = head_buffer(p.Ho, p.Hq, p.q), head_buffer(p.H, p.Hk, p.k), head_buffer(p.H, p.Hv, p.v)
+    if d_o is None:
+        dq.zero_()
+    dw = p.buffer(p.H, NV, p.acc) if p.w is not None else None
+    de = p.buffer(p.H, NK, p.acc) if erases else None
+    dg = p.buffer(p.H, p.K if p.common["DECAY"] == 2 else NK, p.acc) if decays else None
+    dS0 = None if p.S is None else torch.empty_like(p.S)
+    with on_device(dq):
+        P, inverse = p.pairs()
+        p.walk(P, inverse, X=X, starts=starts)
+        walk_back_kernel[(p.N * p.H * NV,)](
+            **p.inputs,
+            P=p.rows(P),
+            I=p.rows(inverse),
+            do=p.rows(d_o),
+            dR=p.rows(dR),
+            dv=p.rows(dv),
+            dw=p.rows(dw),
+            p_dS=None if d_S is None else d_S.contiguous(),
+            p_dS0=dS0,
+            p_ends=ends,
+            GV=p.H // p.Hv,
+            V=p.V,
+            BK=power_of_2(p.K),
+            BV=BV,
+            **p.chunked,
+        )
+        gradients_kernel[(p.count * p.H * NK,)](
+            **p.inputs,
+            X=p.rows(X),
+            do=p.rows(d_o),
+            dR=p.rows(dR),
+            dq=p.rows(dq),
+            dk=p.rows(dk),
+            dg=p.rows(dg),
+            de=p.rows(de),
+            p_starts=starts,
+            p_ends=ends,
+            p_owners=p.owners,
+            GV=p.H // p.Hv,
+            V=p.V,
+            BK=BK,
+            BV=power_of_2(p.V, tl_.block),
+            **p.chunked,
+        )
+    shares = [None if x is None else x.sum(-1) for x in (de, dw)]
+    if dg is not None and p.common["DECAY"] == 1:
+        dg = dg.sum(-1)
+    return [summed(dq, p.Hq, p.q), summed(dk, p.Hk, p.k), summed(dv, p.Hv, p.v), dg, *shares, dS0]

@@ -1,0 +1,83 @@
+"""The recurrent form: the recurrence of `fwp.core` itself, token by token, with a part of S in registers.
+
+For decoding and short inputs. Its gradient is that of the chunk form, which is the same function.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import span, state_at, state_mask
+
+
+@triton.jit
+def load_token(x, n, t, h, d, D: tl.constexpr, ACC: tl.constexpr):
+    """Row t of head h, features d, in ACC; 0 beyond D."""
+    return tl.load(x[0] + n * x[1] + t * x[2] + h * x[3] + d, mask=d < D, other=0.0).to(ACC)
+
+
+@triton.jit
+def read_token(q, o, n, t, h, S, dk, dv, GQ: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr):
+    """o = Sᵀ q for the R readers of state head h."""
+    for r in range(R):
+        b_q = load_token(q, n, t, (h * R + r) // GQ, dk, K, S.dtype)
+        at = o[0] + n * o[1] + t * o[2] + (h * R + r) * o[3] + dv
+        tl.store(at, tl.sum(S * b_q[:, None], 0).to(o[0].dtype.element_ty), mask=dv < V)
+
+
+@triton.jit(do_not_specialize=["T"])
+def token_kernel(
+    q,  # [B, T, Hq, K]
+    k,  # [B, T, Hk, K]
+    v,  # [B, T, Hv, V]
+    g,  # [B, T, H, 1 or K] or None
+    e,  # [B, T, H, 1] or None
+    w,  # [B, T, H, 1] or None
+    o,  # out [B, T, H·R, V]
+    p_S0,  # [N, H, K, V] or None
+    p_S,  # out [N, H, K, V]
+    p_cu,
+    T,
+    H: tl.constexpr,
+    GK: tl.constexpr,  # state heads that share a key head
+    GV: tl.constexpr,  # state heads that share a value head
+    GQ: tl.constexpr,  # readers that share a query head
+    R: tl.constexpr,  # readers of a state head
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,  # all of K
+    BV: tl.constexpr,
+    DECAY: tl.constexpr,
+    LAG: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """S ← Diag(exp g) S;  S ← S + k (w v − e Sᵀ k)ᵀ;  o = Sᵀ q. A program a sequence, head and V block."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0).to(tl.int64)
+    h = pid // NV % H
+    n = pid // NV // H
+    dk = tl.arange(0, BK)
+    dv = (pid % NV) * BV + tl.arange(0, BV)
+    inside = state_mask(dk, dv, K, V)
+    first, length = span(p_cu, n, T)
+    S = tl.zeros([BK, BV], ACC)
+    if p_S0 is not None:
+        S += tl.load(state_at(p_S0, n * H + h, dk, dv, K, V), mask=inside, other=0.0).to(ACC)
+    for step in range(length.to(tl.int32)):
+        t = first + step
+        if LAG:
+            read_token(q, o, n, t, h, S, dk, dv, GQ, R, K, V)
+        b_k = load_token(k, n, t, h // GK, dk, K, ACC)
+        x = load_token(v, n, t, h // GV, dv, V, ACC)
+        if w is not None:
+            x *= tl.load(w[0] + n * w[1] + t * w[2] + h * w[3]).to(ACC)
+        if DECAY == 1:
+            S *= tl.exp(tl.load(g[0] + n * g[1] + t * g[2] + h * g[3]).to(ACC))
+        if DECAY == 2:
+            S *= tl.exp(load_token(g, n, t, h, dk, K, ACC))[:, None]
+        if e is not None:
+            b_e = tl.load(e[0] + n * e[1] + t * e[2] + h * e[3]).to(ACC)
+            x -= b_e * tl.sum(S * b_k[:, None], 0)
+        S += b_k[:, None] * x[None, :]
+        if not LAG:
+            read_token(q, o, n, t, h, S, dk, dv, GQ, R, K, V)
+    tl.store(state_at(p_S, n * H + h, dk, dv, K, V), S, mask=inside)
