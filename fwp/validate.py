@@ -59,7 +59,11 @@ def tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def options(rule: Rule, *, causal: bool, read: str, denominator: bool, backend: str, form: str) -> None:
     """Names are known and the rule has what is asked."""
-    for name, value, known in (("read", read, ("after", "before")), ("backend", backend, BACKENDS), ("form", form, FORMS)):
+    for name, value, known in (
+        ("read", read, ("after", "before")),
+        ("backend", backend, BACKENDS),
+        ("form", form, FORMS),
+    ):
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}{suggest(str(value), known)}")
     if not causal and read == "before":
@@ -154,5 +158,3 @@ def _first(name: str, x: Tensor, wrong: Tensor, expected: str) -> None:
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
         raise ValueError(f"{name}{list(at)}: expected {expected}, got {x[at].item():g}")
-
-

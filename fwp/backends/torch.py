@@ -303,9 +303,7 @@ def _solve(p: Piece, S: Tensor, d: Decays) -> tuple[Tensor, Tensor | None]:
     return _with_one(X, S), A
 
 
-def _chunk_backward(
-    p: Piece, S: Tensor, read: Read, d_out: Tensor, d_S: Tensor
-) -> tuple[list[Tensor | None], Tensor]:
+def _chunk_backward(p: Piece, S: Tensor, read: Read, d_out: Tensor, d_S: Tensor) -> tuple[list[Tensor | None], Tensor]:
     """Gradients of a piece's inputs (q, k, v, g, e, w) and of the state before it.
 
     Wherever a feature of q, k or e ⊙ k stands, its exp G stands beside it: so dG is that feature times its gradient.

@@ -1,0 +1,414 @@
+"""Is every fast form the paper's equation? `fwp check`: each rule, backend, form and dtype against the reference.
+
+The truth is `fwp.rules.reference`, one token after the other in float64: no softmax, no kernel, no chunk. Measured are
+the output, the final state and the gradient of every input, by the worst row (`fwp.testing.row_error`). The bound is
+1e-10 in float64 and 3e-4 in float32; in 16 bits it is twice (gradients: three times) the error that rounding inputs and
+results to that dtype makes on its own.
+
+Kernels run on the GPU if there is one, else in Triton's interpreter, at small sizes and marked so; bf16 arithmetic is
+broken there, so float16 stands in for it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+import fwp
+from fwp import rules, testing
+from fwp.core import Core, to_heads
+from fwp.functional import choose
+from fwp.rules import Rule
+
+Row = dict[str, Any]
+BOUNDS = {torch.float64: 1e-10, torch.float32: 3e-4}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to call the op: arguments of `testing.sample`, options of the op, lengths of packed sequences."""
+
+    name: str
+    shape: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    lengths: tuple[int, ...] = ()
+    masked: bool = False
+
+    def inputs(self, rule: Rule, **shape: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Float64 arguments with an initial state, and options."""
+        options = dict(self.options)
+        normalised = {name: options[name] for name in ("feature_map", "denominator") if name in options}
+        shape |= self.shape
+        if self.lengths:
+            shape |= {"B": 1, "T": sum(self.lengths), "sequences": len(self.lengths)}
+            options["cu_seqlens"] = torch.tensor([0, *self.lengths]).cumsum(0)
+        if self.masked:
+            options["mask"] = torch.rand(shape["B"], shape["T"], generator=torch.Generator().manual_seed(0)) < 0.8
+        return testing.sample(rule, **shape, **normalised, state=True), options
+
+
+CASES = (
+    Case("equation"),
+    Case("read before", options={"read": "before"}),
+    Case("normalised", options={"denominator": True, "feature_map": "elu+1", "feature_norm": "sum"}),
+    Case("grouped heads", {"Hq": 4, "Hk": 1, "Hv": 2}),
+    Case("packed", lengths=(0, 1, 66, 0, 3)),
+    Case("masked", masked=True),
+)
+
+
+def row(
+    rule: str, case: str, backend: str, form: str, dtype: torch.dtype, quantity: str, error: float, bound: float
+) -> Row:
+    """One comparison. An error that isn't a number fails."""
+    return {
+        "rule": rule,
+        "case": case,
+        "backend": backend,
+        "form": form,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": "cpu",
+        "interpreted": False,
+        "quantity": quantity,
+        "error": error if math.isfinite(error) else None,
+        "bound": bound,
+        "ok": error <= bound,
+    }
+
+
+def skipped(rule: str, case: str, backend: str, note: str) -> Row:
+    """What did not run, and why."""
+    empty = dict.fromkeys(("form", "dtype", "device", "interpreted", "quantity", "error", "bound", "ok"))
+    return {"rule": rule, "case": case, "backend": backend, **empty, "note": note}
+
+
+# ---- every form against the equation ----
+
+
+def against_reference(rule: Rule, backend: str, device: str, interpreted: bool) -> Iterator[Row]:
+    """All cases × forms × dtypes of the rule: output, state and gradients."""
+    shape = {"B": 1, "T": 20, "K": 16, "V": 16} if interpreted else {"B": 2, "T": 70, "K": 16, "V": 8}
+    dtypes = [torch.float64, torch.float32, torch.float16 if interpreted else torch.bfloat16]
+    if device == "cuda":
+        dtypes.remove(torch.float64)  # a GPU's kernels accumulate in float32
+    for case in CASES:
+        if interpreted and case.lengths:
+            case = replace(case, lengths=(0, 1, 18, 0, 3))
+        if not applies(rule, case):
+            continue
+        exact, options = case.inputs(rule, **shape)
+        truth = testing.evaluate(rule, exact, backend="reference", **options)
+        there = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
+        for dtype in dtypes:
+            inputs = testing.cast(exact, dtype)
+            rounded = testing.cast(inputs, torch.float64)
+            expected = truth if dtype in BOUNDS else testing.evaluate(rule, rounded, backend="reference", **options)
+            budgets = {} if dtype in BOUNDS else testing.budgets(rule, inputs, **options)
+            for form in ("recurrent", "chunk"):
+                found = testing.evaluate(rule, moved(inputs, device), backend=backend, form=form, **there)
+                for name, x in found.items():
+                    error, bound = testing.row_error(x.cpu(), expected[name]), BOUNDS.get(dtype, budgets.get(name, 0.0))
+                    yield row(rule.name, case.name, backend, form, dtype, name, error, bound) | {
+                        "device": device,
+                        "interpreted": interpreted,
+                    }
+
+
+def moved(inputs: dict[str, Any], device: str) -> dict[str, Any]:
+    """The inputs on the device."""
+    return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
+
+
+def applies(rule: Rule, case: Case) -> bool:
+    """Whether the rule can be called so: a state of its own has no attention normalisation and no grouped queries."""
+    if case.options.get("denominator"):
+        return rule.plain and (not rule.erases or rule.normalised is not None)
+    return rule.plain or not case.shape
+
+
+# ---- named identities ----
+
+
+def quadratic(core: Core) -> Tensor:
+    """(QKᵀ ⊙ M) X for every head at once, T × T: M_ij = exp(G_i − G_j) for j ≤ i, and X = w ⊙ V, or with erasing the
+    solution of (I + tril(e ⊙ KKᵀ ⊙ M, −1)) X = w ⊙ V. With a denominator each row is divided by its sum + eps."""
+    H = core.heads
+    q, k, X = (to_heads(x, H).movedim(1, 2) for x in (core.q, core.k, core.v))  # [B, H, T, D]
+    T = q.shape[2]
+    below = torch.ones(T, T, dtype=torch.bool).tril()
+
+    def products(a: Tensor) -> Tensor:  # a_iᵀ Diag(exp(G_i − G_j)) k_j
+        if core.g is None:
+            return (a @ k.mT).masked_fill(~below, 0)
+        G = core.g.reshape(*core.g.shape[:3], -1).cumsum(1).movedim(1, 2)  # [B, H, T, 1 or K]
+        M = (G.unsqueeze(3) - G.unsqueeze(2)).masked_fill(~below.unsqueeze(-1), -math.inf).exp()
+        return (a.unsqueeze(3) * k.unsqueeze(2) * M).sum(-1)
+
+    if core.w is not None:
+        X = core.w.movedim(1, 2).unsqueeze(-1) * X
+    if core.e is not None:
+        A = products(core.e.movedim(1, 2).unsqueeze(-1) * k)
+        X = torch.linalg.solve_triangular(A, X, upper=False, unitriangular=True)
+    P = products(q)
+    out = P @ X
+    if core.denominator:
+        out = out / (P.sum(-1, keepdim=True) + core.eps)
+    return out.movedim(1, 2)
+
+
+def against_quadratic(rule: Rule) -> Iterator[Row]:
+    """Recurrent = chunk = quadratic masked, with and without denominator."""
+    if rule.lower is None:
+        return
+    for denominator in (False, True):
+        case = Case("", options={"denominator": True, "feature_map": "elu+1"} if denominator else {})
+        if not applies(rule, case):
+            continue
+        x = testing.sample(rule, T=70, K=16, seed=1)
+        q, k, v = x.pop("q"), x.pop("k"), x.pop("v")
+        phi = fwp.feature_maps.get("elu+1" if denominator else None)
+        truth = quadratic(rule.lower(Core(phi(q), phi(k), v, denominator=denominator), **x))
+        name = "quadratic, normalised" if denominator else "quadratic masked"
+        for backend, form in (("reference", "recurrent"), ("torch", "recurrent"), ("torch", "chunk")):
+            out, _ = fwp.fast_weights(rule, q, k, v, **x, **case.options, backend=backend, form=form)
+            yield row(rule.name, name, backend, form, torch.float64, "out", testing.row_error(out, truth), 1e-10)
+
+
+def against_simpler(rule: Rule) -> Iterator[Row]:
+    """Every `extends` edge: fed with the simpler rule's inputs, the rule is the simpler rule."""
+    for name, mapping in rule.extends.items():
+        x = testing.sample(name, T=70, K=16, seed=2)
+        q, k, v = x.pop("q"), x.pop("k"), x.pop("v")
+        truth, end = fwp.fast_weights(name, q, k, v, **x, backend="reference")
+        for backend in ("reference", "torch") if rule.lower else ("reference",):
+            out, found = fwp.fast_weights(rule, q, k, v, **mapping(k, **x), backend=backend)
+            form = "recurrent" if backend == "reference" else "chunk"
+            yield row(
+                rule.name, f"extends {name}", backend, form, torch.float64, "out", testing.row_error(out, truth), 1e-10
+            )
+            yield row(
+                rule.name,
+                f"extends {name}",
+                backend,
+                form,
+                torch.float64,
+                "S",
+                testing.row_error(found.S, end.S),
+                1e-10,
+            )
+
+
+def recall(rule: Rule) -> Iterator[Row]:
+    """Orthonormal keys, β = 1, no decay: what was written is read, and for rules that erase, what was written last."""
+    if not rule.plain or set(rule.gates) - {"beta", "g"}:
+        return
+    K, V = 16, 8
+    generator = torch.Generator().manual_seed(3)
+    keys = torch.linalg.qr(torch.randn(K, K, generator=generator, dtype=torch.float64))[0]
+    rounds = 2 if rule.erases else 1
+    k = keys.repeat(rounds, 1)[None, :, None]  # [1, T, 1, K]
+    v = torch.randn(1, rounds * K, 1, V, generator=generator, dtype=torch.float64)
+    gates = {"beta": torch.ones(1, rounds * K, 1, dtype=torch.float64)} if "beta" in rule.gates else {}
+    for backend, form in (("reference", "recurrent"), ("torch", "recurrent"), ("torch", "chunk")):
+        _, state = fwp.fast_weights(rule, k, k, v, **gates, backend=backend, form=form)
+        error = testing.row_error(fwp.read(state, k[:, -K:]), v[:, -K:])
+        yield row(rule.name, "orthonormal recall", backend, form, torch.float64, "out", error, 1e-12)
+
+
+@cache
+def oracle() -> Any:
+    """tests/oracle.py of the checkout, or None in an installed package."""
+    path = Path(__file__).resolve().parents[1] / "tests" / "oracle.py"
+    if not path.is_file():
+        return None
+    spec = importlib.util.spec_from_file_location("oracle", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def against_oracle(rule: Rule) -> Iterator[Row]:
+    """The reference itself against the equations written once more in NumPy."""
+    if rule.name not in rules.RULES:
+        return
+    if oracle() is None:
+        yield skipped(rule.name, "NumPy oracle", "reference", "tests/oracle.py is in the checkout only")
+        return
+    for name, options in (
+        ("NumPy oracle", {}),
+        ("NumPy oracle, normalised", {"denominator": True, "feature_map": "elu+1", "feature_norm": "sum"}),
+    ):
+        x = testing.sample(rule, T=20, Hq=4, Hk=1, V=5, seed=4)
+        expected = oracle().fast_weights(rule.name, **{n: t.numpy() for n, t in x.items()}, **options)
+        found, end = fwp.fast_weights(rule, x.pop("q"), x.pop("k"), x.pop("v"), **x, **options, backend="reference")
+        for quantity, a, b in (("out", found, expected[0]), ("state.S", end.S, expected[1])):
+            error = testing.row_error(a, torch.from_numpy(b))
+            yield row(rule.name, name, "reference", "recurrent", torch.float64, quantity, error, 1e-12)
+
+
+def against_transformers(rule: Rule) -> Iterator[Row]:
+    """gated_delta against the fallback of transformers' Qwen3-Next, both in float32."""
+    if rule.name != "gated_delta":
+        return
+    case = "transformers' fallback"
+    try:
+        from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+    except Exception as error:  # not installed, or broken: nothing of ours
+        yield skipped(rule.name, case, "torch", f"transformers could not be imported: {error}")
+        return
+    x = testing.sample(rule, T=70, K=16, seed=5, dtype=torch.float32)
+    truth, end = torch_chunk_gated_delta_rule(
+        x["q"], x["k"], x["v"], x["g"], x["beta"], output_final_state=True, use_qk_l2norm_in_kernel=True
+    )
+    q, k, v = x.pop("q"), x.pop("k"), x.pop("v")
+    for form in ("recurrent", "chunk"):
+        out, state = fwp.fast_weights(rule, q, k, v, **x, scale=16**-0.5, feature_norm="l2", backend="torch", form=form)
+        for quantity, a, b in (("out", out, truth), ("state.S", state.S, end)):
+            yield row(rule.name, case, "torch", form, torch.float32, quantity, testing.row_error(a, b), 3e-4)
+
+
+IDENTITIES: tuple[Callable[[Rule], Iterator[Row]], ...] = (
+    against_quadratic,
+    against_simpler,
+    recall,
+    against_oracle,
+    against_transformers,
+)
+
+
+# ---- the command ----
+
+
+def find(rule: str) -> Rule:
+    """A name of the table, or "file.py:NAME", a `Rule` in a file of your own."""
+    path, _, name = rule.rpartition(":")
+    if not path.endswith(".py"):
+        return rules.get(rule)
+    if not Path(path).is_file():
+        raise ValueError(f"rule: expected a file, got {path!r}")
+    found = runpy.run_path(path).get(name)
+    if not isinstance(found, Rule):
+        raise ValueError(f"rule: expected a fwp.Rule called {name!r} in {path}, got {type(found).__name__}")
+    return found
+
+
+def rows(rule: str, backend: str | None = None) -> Iterator[Row]:
+    """All rows of one rule; backend restricts them to one."""
+    row_of = find(rule)
+    if row_of.lower is None:
+        yield skipped(row_of.name, "equation", "torch", "the rule has no lowered form, its equation is what runs")
+    elif backend in (None, "torch"):
+        yield from against_reference(row_of, "torch", "cpu", False)
+    if row_of.lower is not None and backend in (None, "triton"):
+        yield from kernel_rows(rule)
+    for identity in IDENTITIES:
+        yield from (r for r in identity(row_of) if backend in (None, r["backend"]))
+
+
+def kernel_rows(rule: str) -> Iterator[Row]:
+    """The rows of the Triton kernels: on the GPU, or in the interpreter, which must be on before Triton is imported."""
+    if importlib.util.find_spec("triton") is None:
+        yield skipped(rule, "equation", "triton", "triton is not installed")
+    elif torch.cuda.is_available():
+        yield from against_reference(find(rule), "triton", "cuda", False)
+    else:
+        command = [sys.executable, "-m", "fwp.benchmarks.equivalence", rule]
+        environment = os.environ | {"TRITON_INTERPRET": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the kernels' rows of {rule!r} stopped: {done.stderr.strip().splitlines()[-1:]}")
+        yield from map(json.loads, done.stdout.splitlines())
+
+
+def main(rule: str | None = None, backend: str | None = None, json_file: Path | None = None) -> int:
+    """Prints a table a rule as it is measured, writes the rows as JSON; returns the exit status, 1 if a row fails."""
+    from rich.console import Console
+
+    console = Console()
+    found: list[Row] = []
+    for name in [rule] if rule else rules.RULES:
+        with console.status(f"comparing {name} with the reference …"):
+            measured = list(rows(name, backend))
+        console.print(table(find(name), measured))
+        found.extend(measured)
+    failed, ran = sum(r["ok"] is False for r in found), sum(r["ok"] is not None for r in found)
+    console.print(
+        "The error of the worst row of output, state or gradient; * in Triton's interpreter. Bounds: float64 1e-10 "
+        "(recall and oracle 1e-12), float32 3e-4, 16 bits twice (gradients three times) what products of operands "
+        f"rounded to 16 bits err. backend='auto' takes here {automatic()}."
+    )
+    console.print(
+        f"{ran} comparisons, {failed} failed, {len(found) - ran} not run.", style="red" if failed else "green"
+    )
+    if json_file is not None:
+        json_file.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return 1 if failed else 0
+
+
+def table(rule: Rule, found: list[Row]) -> Any:
+    """The rows of a rule as a rich table: a line a case and backend, a column a form and precision."""
+    from rich import box
+    from rich.table import Table
+
+    equation = (rule.step.__doc__ or "").splitlines()[0]
+    title = f"[bold]{rule.name}[/]: {equation}"
+    result = Table(
+        title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    result.add_column("case", no_wrap=True)
+    result.add_column("on", no_wrap=True)
+    columns = [(form, bits) for form in ("recurrent", "chunk") for bits in (64, 32, 16)]
+    for form, bits in columns:
+        result.add_column(f"{form if bits == 64 else ''}\n{bits} bit", justify="right")
+    lines: dict[tuple[str, str], dict[tuple[str, int], list[Row]]] = {}
+    for r in found:
+        where = r["backend"] + ("*" if r["interpreted"] else "")
+        cells = lines.setdefault((r["case"], where), {})
+        if r["ok"] is None:
+            result.add_row(r["case"], where, r["note"])
+        else:
+            cells.setdefault((r["form"], torch.finfo(getattr(torch, r["dtype"])).bits), []).append(r)
+    for (case, where), cells in lines.items():
+        if cells:
+            result.add_row(case, where, *(cell(cells.get(column, [])) for column in columns))
+    return result
+
+
+def cell(group: list[Row]) -> str:
+    """The worst error of rows that differ in the quantity; one that fails with its quantity and bound."""
+    if not group:
+        return ""
+    bad = [r for r in group if not r["ok"]]
+    if bad:
+        return "\n".join(f"[red]{r['quantity']} {r['error']} > {r['bound']:.0e}[/]" for r in bad)
+    return f"{max(r['error'] for r in group):.0e}"
+
+
+def automatic() -> str:
+    """What backend="auto" takes here, for 32-bit and 64-bit inputs."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = []
+    for dtype in (torch.float32, torch.float64):
+        x = torch.zeros(1, 64, 1, 16, dtype=dtype, device=device)
+        chosen.append(f"{choose(Core(x, x, x), 'auto', 'auto', x)[0]} for {str(dtype).removeprefix('torch.')}")
+    return f"{', '.join(chosen)} on {device}"
+
+
+if __name__ == "__main__":  # the kernels' rows of one rule, a JSON object a line; see `kernel_rows`
+    for r in against_reference(find(sys.argv[1]), "triton", "cpu", True):
+        print(json.dumps(r, allow_nan=False))
