@@ -13,12 +13,12 @@ from fwp.rules.spec import Gate, Rule
 __all__ = ["RULES", "Gate", "Rule", "get"]
 
 
-def _without_decay(k: Tensor, **gates: Tensor) -> dict[str, Tensor]:
+def _without_decay(k: Tensor, v: Tensor, **gates: Tensor) -> dict[str, Tensor]:
     """g = 0 a head."""
     return gates | {"g": k.new_zeros(k.shape[:3])}
 
 
-def _every_channel(k: Tensor, g: Tensor, **gates: Tensor) -> dict[str, Tensor]:
+def _every_channel(k: Tensor, v: Tensor, g: Tensor, **gates: Tensor) -> dict[str, Tensor]:
     """One decay a head is the same decay in every key channel."""
     return gates | {"g": g.unsqueeze(-1).expand(*g.shape, k.shape[-1])}
 

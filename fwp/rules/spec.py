@@ -74,7 +74,7 @@ class Rule:
         makes of v = 1, which is right for rules that erase nothing.
     init: (batch, K, V, like) → state before the first token; any pytree of tensors [*batch, …].
     read: (state, q [..., K]) → (o [..., V], state).
-    extends: name of a simpler rule → how its gates become this rule's, (k, **gates) → gates.
+    extends: name of a simpler rule → how its gates become this rule's, (k, v, **gates) → gates, k and v of H heads.
     erases: whether the old value under k is removed before writing.
     linear_in_v: whether output and state are linear in (v, initial state).
     paper, bibtex: the source.
