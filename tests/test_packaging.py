@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("kernels", "benchmarks")  # they enter the wheel as fwp/kernels and fwp/benchmarks
-pytestmark = pytest.mark.xdist_group("packaging")  # one worker builds the wheel once
+built = pytest.mark.xdist_group("built")  # one worker builds wheel and sdist, once
 
 
 def python(code: str, cwd: Path = ROOT, path: tuple[Path, ...] = (), executable: str = sys.executable) -> str:
@@ -99,6 +99,7 @@ def wheel(dist: Path) -> Path:
     return path
 
 
+@built
 def test_wheel(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -106,6 +107,7 @@ def test_wheel(wheel: Path) -> None:
     assert "fwp/py.typed" in held
 
 
+@built
 def test_sdist(dist: Path) -> None:
     (path,) = dist.glob("*.tar.gz")
     with tarfile.open(path) as archive:
@@ -114,6 +116,7 @@ def test_sdist(dist: Path) -> None:
     assert held >= top.union(*(files(folder) for folder in ("fwp", "tests", "notebooks", *FOLDERS)))
 
 
+@built
 def test_installed_wheel(wheel: Path, tmp_path: Path) -> None:
     """Outside the checkout, every module of kernels and benchmarks is found inside the package, data files too."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site")]
