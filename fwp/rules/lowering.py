@@ -39,7 +39,10 @@ def keys_before(core: Core, k: Tensor) -> Tensor:
     By doubling: after step s, (a, b) compose the last 2^s maps z ← a z + b. Every a is a product of α ≤ 1, so nothing
     overflows, at O(T log T) elementwise work.
     """
-    a = torch.ones_like(k) if core.g is None else core.g.exp().reshape(*core.g.shape[:3], -1).expand_as(k)
+    if core.g is None:
+        a = torch.ones_like(k)
+    else:
+        a = (core.g if core.g.dim() == 4 else core.g.unsqueeze(-1)).exp().expand_as(k)
     z = core.initial().z
     assert z is not None
     # the map of token t: first add the key before it, or start from the sequence's z; then decay
