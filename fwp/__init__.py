@@ -33,7 +33,9 @@ _MODULES = ("nn", "models", "testing")
 __all__ = ["__version__", *_HOME, *_MODULES]
 
 if TYPE_CHECKING:
-    from fwp import models, nn, testing
+    from fwp import models as models
+    from fwp import nn as nn
+    from fwp import testing as testing
     from fwp.core import State
     from fwp.feature_maps import DPFP, FEATURE_MAPS, FavorPlus, Taylor
     from fwp.functional import fast_weights, read

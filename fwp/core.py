@@ -13,6 +13,7 @@ A rule *lowers* onto it by choosing the decay g, the erase strength e and the wr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -37,9 +38,10 @@ class State(NamedTuple):
 class Core:
     """The inputs of the recurrence above. Letters: B batch, T time, H state heads, K key and V value features.
 
-    q [B, T, Hq, K] is already scaled; q and k have passed the feature map and its norm. Hk and Hv divide H = max(Hk, Hv);
-    Hq is a multiple or a divisor of H. Head h of H uses key head h // (H / Hk) and value head h // (H / Hv); query head
-    i of Hq ≥ H reads state head i // (Hq / H). Masked tokens arrive with k = v = q = 0 and g = e = w = 0.
+    q [B, T, Hq, K] is already scaled; q and k have passed the feature map and its norm. Hk and Hv divide
+    H = max(Hk, Hv); Hq is a multiple or a divisor of H. State head h uses key head h // (H / Hk) and value head
+    h // (H / Hv); query head i of Hq ≥ H reads state head i // (Hq / H). Masked tokens arrive with q = k = v = 0 and
+    neutral gates.
     With cu_seqlens [N + 1] (packed sequences) B is 1 and the state is of N sequences, else N = B.
     """
 
@@ -94,6 +96,6 @@ def to_heads(x: Tensor, heads: int) -> Tensor:
 def check_bounds(cu_seqlens: Tensor, T: int) -> None:
     """ValueError unless the borders of packed sequences start at 0, never decrease and end at T."""
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != T or any(a > b for a, b in zip(bounds, bounds[1:])):
+    if bounds[0] != 0 or bounds[-1] != T or any(a > b for a, b in pairwise(bounds)):
         shown = str(bounds) if len(bounds) <= 8 else f"[{', '.join(map(str, bounds[:4]))}, …, {bounds[-1]}]"
         raise ValueError(f"cu_seqlens: must start at 0, not decrease, and end at T = {T}; got {shown}")

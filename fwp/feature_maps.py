@@ -49,7 +49,7 @@ class FavorPlus:
 
     @staticmethod
     def draw(d: int, m: int | None = None, generator: torch.Generator | None = None) -> FavorPlus:
-        """m (default d) random directions in d dimensions: blocks of orthogonal rows with the norms of Gaussian ones."""
+        """m (default d) random directions in d dimensions: orthogonal in blocks of d, Gaussian norms."""
         m = d if m is None else m
         blocks = [
             torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))[0].T

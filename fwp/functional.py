@@ -60,7 +60,7 @@ def fast_weights(
             zᵀq = 0. Rules that erase divide the retrieved value by zᵀk likewise, as in the 2021 paper.
         eps: added to the denominator of the output.
         state: what an earlier call returned; for rules on one matrix `State(S [N, H, K', V], z [N, H, K'] or None)`.
-        cu_seqlens: [N + 1] int32 or int64; B = 1 and N sequences lie end to end, n at cu_seqlens[n] : cu_seqlens[n + 1].
+        cu_seqlens: [N + 1] int32 or int64; B = 1 and N sequences lie end to end, n from cu_seqlens[n] on.
         backend: "auto" takes the fastest that serves; an explicit one that can't raises.
         form: "recurrent" token by token, "chunk" by matrix products; "auto" is recurrent for one token.
         check: look at values too (synchronises a GPU): gates in range, no NaN, unit keys for rules that erase.

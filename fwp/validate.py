@@ -15,8 +15,10 @@ from fwp.rules import Gate, Rule
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 FORMS = ("auto", "recurrent", "chunk")
-OPTIONS = ("mask", "causal", "read", "scale", "feature_map", "feature_norm", "denominator", "eps", "state")
-OPTIONS += ("cu_seqlens", "backend", "form", "check")
+OPTIONS = (
+    *("mask", "causal", "read", "scale", "feature_map", "feature_norm", "denominator", "eps"),
+    *("state", "cu_seqlens", "backend", "form", "check"),
+)
 
 
 def tensor(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ def run(rule: Rule, core: Core, gates: Mapping[str, Tensor], mask: Tensor | None
     batch = core.k.shape[:2]
     for name, gate in rule.gates.items():
         if name not in gates:
+            assert gate.default is not None  # the op has asked for those without
             features = {"BTH": (), "BTHK": core.k.shape[3:], "BTHV": core.v.shape[3:]}[gate.shape]
             gates = {**gates, name: core.v.new_full((*batch, H, *features), gate.default, dtype=core.dtype)}
     if state is None:
@@ -38,8 +41,8 @@ def run(rule: Rule, core: Core, gates: Mapping[str, Tensor], mask: Tensor | None
         return _walk(rule, core, q, k, v, gates, mask, state)
     outputs, states = [], []
     bounds = core.cu_seqlens.tolist()
-    for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
-        part = slice(start, end)
+    for n, (start, end) in enumerate(pairwise(bounds)):
+        part, one = slice(start, end), slice(n, n + 1)
         o, final = _walk(
             rule,
             core,
@@ -48,7 +51,7 @@ def run(rule: Rule, core: Core, gates: Mapping[str, Tensor], mask: Tensor | None
             v[:, part],
             {name: gate[:, part] for name, gate in gates.items()},
             None if mask is None else mask[:, part],
-            tree_map(lambda x: x[n : n + 1], state),
+            tree_map(itemgetter(one), state),
         )
         outputs.append(o)
         states.append(final)

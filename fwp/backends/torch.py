@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-
 import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
@@ -24,9 +23,7 @@ from torch.nn.functional import pad
 from fwp.core import Core, Form, Read, State, check_bounds, to_heads
 from fwp.rules.reference import ratio
 
-
 CHUNK = 64
-BLOCK = 16  # a per-channel decay is factored only against a point at most this many tokens away
 
 
 def refuses(core: Core, form: Form) -> str | None:
@@ -165,11 +162,11 @@ def _token(p: Piece, S: Tensor, read: Read) -> tuple[Tensor, Tensor]:
     """One token: the recurrence as it stands in `fwp.core`."""
     before, S = S, S.unsqueeze(2)
     if p.g is not None:
-        S = p.g.exp().transpose(-1, -2) * S
+        S = p.g.exp().mT * S
     x = p.v if p.w is None else p.w * p.v
     if p.e is not None:
         x = x - (p.e * p.k) @ S[..., : x.shape[-1]]
-    S = S + p.k.transpose(-1, -2) @ _with_one(x, S)
+    S = S + p.k.mT @ _with_one(x, S)
     return p.q @ (S if read == "after" else before.unsqueeze(2)), S.squeeze(2)
 
 
@@ -179,74 +176,61 @@ def _with_one(x: Tensor, S: Tensor) -> Tensor:
 
 
 class Pairs:
-    """M_ij = Σ_d a_id b_jd exp(Ga_i − Gb_j)_d where visible, else 0, and the two gradients of that product."""
+    """M_ij = Σ_d a_id b_jd exp(Ga_i − Gb_j)_d where visible, else 0, and the two gradients of that product.
+
+    A decay per channel can't be taken out of the sum over d, and exp(Ga_i) exp(−Gb_j) overflows. But where i lies in
+    the later half of a block of tokens and j in the earlier one, it is i's decay since the middle times j's until the
+    middle; every pair does so in one block of some size 2, 4, 8, …, so that log₂ C masked products make all pairs.
+    """
 
     def __init__(self, Ga: Tensor | None, Gb: Tensor | None, visible: Tensor, dtype: torch.dtype) -> None:
         self.visible = visible  # [C, C]
         self.factor: Tensor | None = None  # [N, H, 1, C, C]
-        self.blocks: list[tuple[slice, Tensor | None, Tensor | None, Tensor]] = []
+        self.levels: list[tuple[Tensor, Tensor]] | None = None  # pairs [C, C] and decays [N, H, 1, C, K] of each size
         if Ga is None or Gb is None:
             return
-
-        def exp(x: Tensor, seen: Tensor | None = None) -> Tensor:
-            x = x.to(dtype)
-            return (x if seen is None else x.masked_fill(~seen, -torch.inf)).exp()
-
         if Ga.shape[-1] == 1:
-            self.factor = exp(Ga - Gb.transpose(-1, -2), visible)
+            self.factor = (Ga - Gb.mT).to(dtype).masked_fill(~visible, -torch.inf).exp()
             return
-        for start in range(0, len(visible), BLOCK):
-            rows = slice(start, start + BLOCK)
-            Ga_rows, Gb_rows, seen = Ga[..., rows, :], Gb[..., rows, :], visible[rows, rows].unsqueeze(-1)
-            near = exp(Ga_rows.unsqueeze(-2) - Gb_rows.unsqueeze(-3), seen)  # [N, H, 1, c, c, K]
-            if start == 0:
-                self.blocks.append((rows, None, None, near))
-            else:
-                border = Gb[..., start - 1 : start, :]
-                self.blocks.append((rows, exp(Ga_rows - border), exp(border - Gb[..., :start, :]), near))
+        self.levels = []
+        C, i = len(visible), torch.arange(len(visible), device=visible.device)
+        half = 1
+        while half < C:
+            late = i // half % 2 == 1
+            middle = Gb[..., (torch.where(late, 0, half) + i // half * half - 1).clamp(max=C - 1), :]
+            decay = torch.where(late[:, None], Ga - middle, middle - Gb).to(dtype).exp()
+            block = i // (2 * half)
+            self.levels.append((late[:, None] & ~late & (block[:, None] == block), decay))
+            half *= 2
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """a [N, H, r, C, K], b [N, H, 1, C, K] → M [N, H, r, C, C]."""
-        if not self.blocks:
-            M = a @ b.transpose(-1, -2)
+        if self.levels is None:
+            M = a @ b.mT
             return M.masked_fill(~self.visible, 0) if self.factor is None else M * self.factor
-        parts = []
-        for rows, to_border, from_border, near in self.blocks:
-            a_rows = a[..., rows, :]
-            M = ((near * b[..., rows, :].unsqueeze(-3)) @ a_rows.unsqueeze(-1)).squeeze(-1)
-            if to_border is not None and from_border is not None:
-                far = (a_rows * to_border) @ (b[..., : rows.start, :] * from_border).transpose(-1, -2)
-                M = torch.cat([far, M], -1)
-            parts.append(pad(M, (0, len(self.visible) - M.shape[-1])))
-        return torch.cat(parts, -2)
+        M = ((a * b).sum(-1) * self.visible.diagonal()).diag_embed()
+        for pairs, decay in self.levels:
+            M = M + ((a * decay) @ (b * decay).mT).masked_fill(~pairs, 0)
+        return M
 
     def grad_a(self, M: Tensor, b: Tensor) -> Tensor:
         """The gradient of Σ M ⊙ product(a, b) for a."""
-        if not self.blocks:
+        if self.levels is None:
             return (M.masked_fill(~self.visible, 0) if self.factor is None else M * self.factor) @ b
-        parts = []
-        for rows, to_border, from_border, near in self.blocks:
-            M_rows = M[..., rows, :]
-            a = (M_rows[..., rows].unsqueeze(-2) @ (near * b[..., rows, :].unsqueeze(-3))).squeeze(-2)
-            if to_border is not None and from_border is not None:
-                a = a + (M_rows[..., : rows.start] @ (b[..., : rows.start, :] * from_border)) * to_border
-            parts.append(a)
-        return torch.cat(parts, -2)
+        a = (M.diagonal(dim1=-2, dim2=-1) * self.visible.diagonal()).unsqueeze(-1) * b
+        for pairs, decay in self.levels:
+            a += (M.masked_fill(~pairs, 0) @ (b * decay)) * decay
+        return a
 
     def grad_b(self, M: Tensor, a: Tensor) -> Tensor:
         """The same for b, summed over the r readers."""
-        if not self.blocks:
+        if self.levels is None:
             M = M.masked_fill(~self.visible, 0) if self.factor is None else M * self.factor
-            return (M.transpose(-1, -2) @ a).sum(2, keepdim=True)
-        b = torch.zeros_like(a[:, :, :1])
-        for rows, to_border, from_border, near in self.blocks:
-            M_rows, a_rows = M[..., rows, :], a[..., rows, :]
-            near = M_rows[..., rows].unsqueeze(-1) * near * a_rows.unsqueeze(-2)  # [N, H, r, c, c, K]
-            b[..., rows, :] += near.sum((2, -3)).unsqueeze(2)
-            if to_border is not None and from_border is not None:
-                far = M_rows[..., : rows.start].transpose(-1, -2) @ (a_rows * to_border)
-                b[..., : rows.start, :] += far.sum(2, keepdim=True) * from_border
-        return b
+            return (M.mT @ a).sum(2, keepdim=True)
+        b = (M.diagonal(dim1=-2, dim2=-1) * self.visible.diagonal()).unsqueeze(-1) * a
+        for pairs, decay in self.levels:
+            b += (M.masked_fill(~pairs, 0).mT @ (a * decay)) * decay
+        return b.sum(2, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -280,7 +264,7 @@ class Decays:
             G.to(dtype).exp(),
             Gq.to(dtype).exp(),
             (last - G).to(dtype).exp(),
-            last.to(dtype).exp().transpose(-1, -2),
+            last.to(dtype).exp().mT,
         )
 
 
@@ -289,7 +273,7 @@ def _chunk(p: Piece, S: Tensor, read: Read) -> tuple[Tensor, Tensor]:
     d, S = Decays.of(p, read), S.unsqueeze(2)
     X, _ = _solve(p, S, d)
     out = (p.q * d.reader) @ S + d.P.product(p.q, p.k) @ X
-    return out, (d.whole * S + (p.k * d.end).transpose(-1, -2) @ X).squeeze(2)
+    return out, (d.whole * S + (p.k * d.end).mT @ X).squeeze(2)
 
 
 def _solve(p: Piece, S: Tensor, d: Decays) -> tuple[Tensor, Tensor | None]:
@@ -313,23 +297,23 @@ def _chunk_backward(p: Piece, S: Tensor, read: Read, d_out: Tensor, d_S: Tensor)
     V = p.v.shape[-1]
     P = d.P.product(p.q, p.k)
     kept = p.k * d.end
-    S_end = d.whole * S + kept.transpose(-1, -2) @ X
+    S_end = d.whole * S + kept.mT @ X
 
-    d_P = d_out @ X.transpose(-1, -2)
-    d_X = (P.transpose(-1, -2) @ d_out).sum(2, keepdim=True) + kept @ d_S
-    d_q = (d_out @ S.transpose(-1, -2)) * d.reader + d.P.grad_a(d_P, p.k)
-    d_k = d.P.grad_b(d_P, p.q) + (X @ d_S.transpose(-1, -2)) * d.end
-    d_S0 = d.whole * d_S + ((p.q * d.reader).transpose(-1, -2) @ d_out).sum(2, keepdim=True)
+    d_P = d_out @ X.mT
+    d_X = (P.mT @ d_out).sum(2, keepdim=True) + kept @ d_S
+    d_q = (d_out @ S.mT) * d.reader + d.P.grad_a(d_P, p.k)
+    d_k = d.P.grad_b(d_P, p.q) + (X @ d_S.mT) * d.end
+    d_S0 = d.whole * d_S + ((p.q * d.reader).mT @ d_out).sum(2, keepdim=True)
     d_R = d_X[..., :V]
     d_e = d_g = None
     d_erase = torch.zeros_like(p.k)
     if p.e is not None and A is not None:
         erase = p.e * p.k
-        d_R = solve_triangular(A.transpose(-1, -2), d_R, upper=True, unitriangular=True)
-        d_A = -d_R @ X[..., :V].transpose(-1, -2)
-        d_erase = d.A.grad_a(d_A, p.k) - (d_R @ S[..., :V].transpose(-1, -2)) * d.start
+        d_R = solve_triangular(A.mT, d_R, upper=True, unitriangular=True)
+        d_A = -d_R @ X[..., :V].mT
+        d_erase = d.A.grad_a(d_A, p.k) - (d_R @ S[..., :V].mT) * d.start
         d_k = d_k + d.A.grad_b(d_A, erase)
-        d_S0[..., :V] -= (erase * d.start).transpose(-1, -2) @ d_R
+        d_S0[..., :V] -= (erase * d.start).mT @ d_R
     if p.g is not None:
         d_G = -p.k * d_k
         if p.e is not None:
@@ -412,14 +396,14 @@ def _walk_backward_op(
     if not causal:
         for p, d in zip(pieces, d_outs):
             d_S = d_S.clone()
-            d_S[: len(d)] += (p.q.transpose(-1, -2) @ d).sum(2)
+            d_S[: len(d)] += (p.q.mT @ d).sum(2)
     grads: list[list[Tensor | None]] = []
     for p, S0, d in zip(reversed(pieces), reversed(starts), reversed(d_outs)):
         n = len(p.k)
         given = d if causal else torch.zeros_like(d)
         found, d_S0 = _chunk_backward(p, S0, core.read, given, d_S[:n])
         if not causal:
-            found[0] = d @ S_end[:n].unsqueeze(2).transpose(-1, -2)
+            found[0] = d @ S_end[:n].unsqueeze(2).mT
         d_S = torch.cat([d_S0, d_S[n:]]) if n < len(d_S) else d_S0
         grads.append(found)
     grads.reverse()
