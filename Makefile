@@ -8,12 +8,11 @@ OUT ?= fwp-results
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: reproduce test test-gpu lint bench notebooks wheel clean
+.PHONY: reproduce test test-gpu lint notebooks wheel clean
 
 reproduce: $(VENV)/.installed
 	$(BIN)/fwp check
 	$(BIN)/fwp reproduce --scale $(SCALE) --out $(OUT)
-	@echo "The report: $(abspath $(OUT))/report.html"
 
 # One thread a worker: the tests are many and small, and more threads than cores only wait for each other.
 test: $(VENV)/.installed
@@ -32,9 +31,6 @@ lint: $(VENV)/.installed
 	  $(BIN)/jupytext --to py:percent --output - --quiet $$notebook | diff - $${notebook%.ipynb}.py \
 	  || { echo "$$notebook and its .py differ: make notebooks"; exit 1; }; \
 	done
-
-bench: $(VENV)/.installed
-	$(BIN)/fwp bench
 
 # Takes over what was edited last, .ipynb or .py, and runs all of them anew, outputs kept.
 notebooks: $(VENV)/.installed
