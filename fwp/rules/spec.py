@@ -94,6 +94,11 @@ class Rule:
     bibtex: str = ""
 
     @property
+    def equation(self) -> str:
+        """What S becomes: the first line of the step's docstring."""
+        return (self.step.__doc__ or "").strip().split("\n")[0].rstrip(".")
+
+    @property
     def plain(self) -> bool:
         """Whether the state is one matrix S, which the op wraps into a `State`."""
         return self.init is init_zero

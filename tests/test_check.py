@@ -1,0 +1,138 @@
+"""`fwp check`: it compares what it says, fails when something is wrong, and its JSON can be read."""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from fwp import rules
+from fwp.backends import torch as chunked
+from fwp.rules import lowering
+
+equivalence = import_module("fwp.benchmarks.equivalence")
+
+KEYS = {"rule", "case", "backend", "form", "dtype", "device", "interpreted", "quantity", "error", "bound", "ok"}
+OUTSIDE = Path(__file__).parent / "outside"
+
+
+@pytest.fixture
+def one_case(monkeypatch):
+    monkeypatch.setattr(equivalence, "CASES", equivalence.CASES[:1])
+
+
+@pytest.mark.parametrize("rule", ["additive", "gated_delta"])
+def test_a_green_run_exits_0_and_writes_json(rule, one_case, tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    assert equivalence.main(rule, "torch", file) == 0
+    found = json.loads(file.read_text(), parse_constant=lambda word: pytest.fail(f"{word} in the JSON"))
+    assert all(set(row) - {"note"} == KEYS for row in found)
+    assert {row["quantity"] for row in found} >= {"out", "state.S", "dq", "dk", "dv", "dstate.S"}
+    assert {(row["form"], row["dtype"]) for row in found} >= {
+        (form, dtype) for form in ("recurrent", "chunk") for dtype in ("float64", "float32", "bfloat16")
+    }
+    assert all(row["ok"] is (row["error"] <= row["bound"]) for row in found if row["ok"] is not None)
+    assert rule in capsys.readouterr().out
+
+
+def test_every_rule_meets_the_named_identities():
+    for rule in rules.RULES.values():
+        found = [row for identity in equivalence.IDENTITIES for row in identity(rule)]
+        cases = {row["case"] for row in found}
+        assert cases >= {"quadratic masked", "quadratic, normalised", "orthonormal recall", "oracle"}, rule.name
+        assert cases >= {f"extends {name}" for name in rule.extends}, rule.name
+        assert [row for row in found if row["ok"] is False] == []
+
+
+def fault_in_the_chunk(monkeypatch):
+    right = chunked._chunk
+    monkeypatch.setattr(chunked, "_chunk", lambda p, S, read: [x * (1 + 1e-9) for x in right(p, S, read)])
+
+
+def fault_in_the_lowering(monkeypatch):
+    def forgets_the_old_value(core, beta, g=None):
+        return lowering.replace(core, g=g, w=beta, e=beta * 0)
+
+    row = lowering.replace(rules.RULES["delta"], lower=forgets_the_old_value)
+    monkeypatch.setitem(rules.RULES, "delta", row)
+
+
+def fault_in_the_equation(monkeypatch):
+    row = lowering.replace(
+        rules.RULES["delta"], step=lambda S, k, v, beta: S + beta[..., None, None] * k[..., None] * v[..., None, :]
+    )
+    monkeypatch.setitem(rules.RULES, "delta", row)
+
+
+def fault_in_the_gradient(monkeypatch):
+    def lossy(p, S, read):
+        out, S = right(p, S, read)
+        return out.detach() + 0.999 * (out - out.detach()), S
+
+    right = chunked._chunk
+    monkeypatch.setattr(chunked, "_chunk", lossy)
+
+
+def not_a_number(monkeypatch):
+    right = chunked._token
+    monkeypatch.setattr(chunked, "_token", lambda p, S, read: (right(p, S, read)[0] * math.nan, S))
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [fault_in_the_chunk, fault_in_the_lowering, fault_in_the_equation, fault_in_the_gradient, not_a_number],
+)
+def test_a_planted_fault_exits_1(plant, one_case, monkeypatch, tmp_path, capsys):
+    plant(monkeypatch)
+    file = tmp_path / "rows.json"
+    assert equivalence.main("delta", "torch", file) == 1
+    failed = [row for row in json.loads(file.read_text()) if row["ok"] is False]
+    assert failed
+    assert "failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("file", "lowered"), [("gdn2.py", True), ("delta_rnn.py", False)])
+def test_a_rule_from_a_file(file, lowered, one_case, tmp_path, capsys):
+    path = OUTSIDE / file
+    name = next(n for n, x in vars(_module(path)).items() if isinstance(x, rules.Rule))
+    json_file = tmp_path / "rows.json"
+    assert equivalence.main(f"{path}:{name}", None, json_file) == 0
+    found = json.loads(json_file.read_text())
+    ran = {(row["case"], row["backend"]) for row in found if row["ok"] is not None}
+    assert ("split and carry", "reference") in ran
+    assert (("equation", "torch") in ran) is lowered
+    notes = {row["backend"]: row["note"] for row in found if row["ok"] is None}
+    assert set(notes) == ({"triton"} if lowered else {"torch"})  # what can't run says why
+
+
+def _module(path):
+    spec = import_module("importlib.util").spec_from_file_location(path.stem, path)
+    module = import_module("importlib.util").module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("dleta", "rule: expected one of .*did you mean 'delta'"),
+        ("nowhere.py:RULE", "rule: expected a file, got 'nowhere.py'"),
+        (f"{OUTSIDE / 'gdn2.py'}:NOBODY", "rule: expected a fwp.Rule called 'NOBODY'"),
+    ],
+)
+def test_an_unknown_rule_is_one_line(rule, message):
+    with pytest.raises(ValueError, match=message) as error:
+        equivalence.find(rule)
+    assert "\n" not in str(error.value)
+
+
+def test_the_quadratic_form_by_hand():
+    """Two tokens, one head, K = V = 1: o_1 = q_1 k_1 v_1, o_2 = q_2 (α k_1 v_1 + k_2 v_2)."""
+    q, k, v = (torch.tensor(x, dtype=torch.float64).view(1, 2, 1, 1) for x in ([2.0, 3.0], [5.0, 7.0], [11.0, 13.0]))
+    g = torch.tensor([0.0, math.log(0.5)], dtype=torch.float64).view(1, 2, 1)
+    out = equivalence.quadratic(equivalence.Core(q, k, v, g=g))
+    assert out.flatten().tolist() == pytest.approx([2 * 5 * 11, 3 * (0.5 * 5 * 11 + 7 * 13)])
