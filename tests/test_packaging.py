@@ -76,11 +76,6 @@ def test_another_package_called_kernels_wins(tmp_path: Path) -> None:
     assert Path(python("import kernels; print(kernels.__file__)", path=(tmp_path,))) == other
 
 
-def test_transformers_works_from_the_root() -> None:
-    pytest.importorskip("transformers")
-    python("from transformers.utils import is_kernels_available\nfrom transformers import LlamaModel, Qwen3NextModel")
-
-
 # ---- wheel and sdist ----
 @pytest.fixture(scope="session")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
