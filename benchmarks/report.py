@@ -1,0 +1,154 @@
+"""What the finished runs show: figures, `claims.json`, and `report.html`, one file that a stranger can read."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import html
+import json
+import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+import fwp
+
+from . import reproduce
+from .claims import Claim, Family, Outcome
+
+STYLE = """
+body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #1c2126; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.3rem; margin-top: 2.5rem; } h3 { font-size: 1rem; }
+img { max-width: 100%; } figure { margin: 1rem 0; } figcaption, .small { color: #555e66; font-size: .85rem; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; } caption { text-align: left; }
+th, td { text-align: left; vertical-align: top; padding: .4rem .6rem; border-bottom: 1px solid #d8dde2; }
+code, pre { font-family: ui-monospace, monospace; background: #f3f5f7; } pre { padding: .6rem; overflow-x: auto; }
+.yes { color: #17703a; font-weight: 600; } .no { color: #b3261e; font-weight: 600; } .open { color: #555e66; }
+"""
+VERDICTS = {True: ("yes", "holds"), False: ("no", "does not hold"), None: ("open", "not run")}
+
+
+def write(families: Iterable[Family], scale: str, out: Path, asked: Sequence[str], seconds: float) -> Path:
+    """Makes all of it from the finished runs; the path of report.html. asked, seconds: of this call, to be printed."""
+    sections, claims = [], []
+    for family in families:
+        rows = reproduce.finished(family, scale, out)
+        verdicts = [judge(family, claim, rows, scale) for claim in family.claims]
+        claims += verdicts
+        sections.append(section(family, rows, scale, verdicts, picture(family, rows, out)))
+    (out / "claims.json").write_text(
+        json.dumps(claims, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
+    path = out / "report.html"
+    path.write_text(page(sections, claims, scale, asked, seconds), encoding="utf-8")
+    return path
+
+
+def judge(family: Family, claim: Claim, rows: Sequence[dict[str, Any]], scale: str) -> dict[str, Any]:
+    """A claim's entry in claims.json. Measured only where all runs of the scale are there."""
+    wanted = family.scales[scale]
+    if not wanted.judged:
+        outcome = Outcome(None, None, note=f"the {scale} scale only shows that the code runs")
+    elif len(rows) < len(wanted.settings):
+        outcome = Outcome(None, None, note=f"{len(rows)} of {len(wanted.settings)} runs are there")
+    else:
+        outcome = claim.measure(rows)
+    return {
+        "id": claim.id,
+        "paper": family.paper,
+        "statement": claim.statement,
+        "published": claim.published,
+        "source": claim.source,
+        "measured": outcome.measured,
+        "spread": outcome.spread,
+        "seeds": len({row["seed"] for row in rows}),
+        "scale": scale,
+        "holds": outcome.holds,
+        "method": claim.method,
+        "note": outcome.note,
+    }
+
+
+def picture(family: Family, rows: Sequence[dict[str, Any]], out: Path) -> str:
+    """The figure beside the report, `<family>.png`, and as an <img> for it."""
+    if not rows:
+        return ""
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = family.draw(rows)
+        FigureCanvasAgg(figure)
+        path = out / f"{family.id}.png"
+        figure.savefig(path, dpi=200)
+    data = base64.b64encode(path.read_bytes()).decode()
+    return (
+        f'<figure><img alt="{html.escape(family.title)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{html.escape(family.caption)}</figcaption></figure>"
+    )
+
+
+def section(
+    family: Family, rows: Sequence[dict[str, Any]], scale: str, verdicts: Sequence[dict[str, Any]], image: str
+) -> str:
+    """A family's part of the report."""
+    wanted = family.scales[scale]
+    protocol = "".join(f"<li>{html.escape(line)}</li>" for line in family.protocol)
+    spent = sum(row["seconds"] for row in rows)
+    versions = sorted({f"torch {row['torch']} on {row['device']}" for row in rows})
+    runs = f"{len(rows)} of {len(wanted.settings)} runs, {spent:.0f} s of training"
+    runs += f" with {'; '.join(versions)}." if versions else "."
+    return (
+        f'<h2 id="{family.id}">{html.escape(family.title)}</h2><p class="small">{html.escape(family.paper)}</p>'
+        f"<p>{html.escape(family.question)}</p><ol>{protocol}</ol>{image}"
+        f"<h3>Claims at the scale “{scale}” ({html.escape(wanted.cost)})</h3>{claim_table(verdicts)}"
+        f'<p class="small">{html.escape(runs)} Every run: <code>{family.id}.jsonl</code>.</p>'
+    )
+
+
+def claim_table(verdicts: Sequence[dict[str, Any]]) -> str:
+    """The claims with their verdicts."""
+    lines = []
+    for claim in verdicts:
+        mark, word = VERDICTS[claim["holds"]]
+        note = html.escape(claim["note"])
+        spread = "" if claim["spread"] is None else f"<br>range {html.escape(in_words(claim['spread']))}"
+        lines.append(
+            f"<tr><td>{html.escape(claim['statement'])}"
+            f'<br><span class="small"><code>{claim["id"]}</code>: {html.escape(claim["method"])}</span></td>'
+            f"<td>{html.escape(in_words(claim['published']))}"
+            f'<br><span class="small">{html.escape(claim["source"])}</span></td>'
+            f'<td>{html.escape(in_words(claim["measured"]))}<span class="small">{spread}</span></td>'
+            f'<td><span class="{mark}">{word}</span><br><span class="small">{note}</span></td></tr>'
+        )
+    head = "<tr><th>Claim</th><th>Published</th><th>Measured</th><th>Verdict</th></tr>"
+    return f"<table><thead>{head}</thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def page(
+    sections: Sequence[str], claims: Sequence[dict[str, Any]], scale: str, asked: Sequence[str], seconds: float
+) -> str:
+    """The whole report."""
+    count = {verdict: sum(claim["holds"] is verdict for claim in claims) for verdict in VERDICTS}
+    command = " ".join(["fwp", "reproduce", *asked, "--scale", scale])
+    made = (
+        f"fwp {fwp.__version__}, torch {torch.__version__}, Python {platform.python_version()} on {platform.machine()} "
+        f"{platform.system()} with {reproduce.cores()} cores, {datetime.date.today()}; this call took {seconds:.0f} s."
+    )
+    summary = f"{count[True]} claims hold, {count[False]} do not, {count[None]} were not run."
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Reproductions by fwp</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
+        f"<h1>Papers on fast weights, reproduced</h1><p>{summary}</p>{''.join(sections)}"
+        f'<h2>Made by</h2><pre>{html.escape(command)}</pre><p class="small">{html.escape(made)}</p></body></html>\n'
+    )
+
+
+def in_words(value: Any) -> str:
+    """A value of claims.json for a reader."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {in_words(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return " to ".join(map(in_words, value))
+    return "–" if value is None else str(value)

@@ -1,0 +1,220 @@
+"""The `fwp` command. The only module that needs typer and rich."""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+import signal
+import sys
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fwp.errors import suggest
+from fwp.rules import RULES, Rule
+
+app = typer.Typer(
+    help="Fast weight programmers: look at the rules, check every implementation, reproduce the papers.",
+    no_args_is_help=False,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit status: 2 for bad arguments, said in one line before any work."""
+    try:
+        return app(arguments, prog_name="fwp", standalone_mode=False) or 0
+    except typer.Abort:
+        return 130
+    except Exception as error:
+        # newer typers have their own copy of click's exceptions: told by what they can do
+        if not hasattr(error, "format_message"):
+            raise
+        message = " ".join(error.format_message().removeprefix("Invalid value: ").split())
+        print(f"fwp: {message}", file=sys.stderr)
+        return int(getattr(error, "exit_code", 1))
+
+
+@app.callback(invoke_without_command=True)
+def start(context: typer.Context) -> None:
+    """Without a command: the help."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def known(name: str, value: str, names: Iterable[str]) -> None:
+    """Bad arguments unless value is one of the names."""
+    names = list(names)
+    if value not in names:
+        raise typer.BadParameter(f"{name}: expected one of {', '.join(names)}, got {value!r}{suggest(value, names)}")
+
+
+# ---------------------------------------------------------------------------------------------------------- fwp list
+
+
+@app.command("list", epilog="Examples: fwp list · fwp list --markdown · fwp list --bibtex > fast_weights.bib")
+def list_rules(
+    markdown: Annotated[bool, typer.Option("--markdown", help="as a Markdown table")] = False,
+    bibtex: Annotated[bool, typer.Option("--bibtex", help="the papers' BibTeX entries")] = False,
+) -> None:
+    """The table of rules: equation, gates, the simpler rules each extends, paper."""
+    if markdown and bibtex:
+        raise typer.BadParameter("--markdown, --bibtex: expected at most one of them, got both")
+    if bibtex:
+        print("\n\n".join(dict.fromkeys(rule.bibtex for rule in RULES.values())))
+    elif markdown:
+        print(as_markdown())
+    else:
+        table = Table(title="Fast weight update rules: what S becomes at each token", title_justify="left")
+        for column in COLUMNS:
+            table.add_column(column, no_wrap=column in ("rule", "extends"))
+        for rule in RULES.values():
+            table.add_row(*described(rule))
+        Console().print(table)
+
+
+COLUMNS = ("rule", "S becomes", "gates", "extends", "paper")
+
+
+def described(rule: Rule) -> tuple[str, ...]:
+    """A rule as the cells of a line."""
+    gates = ", ".join(f"{name} [{', '.join(gate.shape)}]" for name, gate in rule.gates.items())
+    return rule.name, rule.equation, gates or "none", ", ".join(rule.extends) or "none", rule.paper
+
+
+def as_markdown() -> str:
+    """The table of rules for the README."""
+    rows = [
+        (f"`{name}`", equation, gates, extends, paper)
+        for name, equation, gates, extends, paper in map(described, RULES.values())
+    ]
+    lines = (COLUMNS, ("---",) * len(COLUMNS), *rows)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# --------------------------------------------------------------------------------------------------------- fwp check
+
+
+@app.command(epilog="Examples: fwp check · fwp check --rule delta --backend torch · fwp check --rule my_rule.py:RULE")
+def check(
+    rule: Annotated[str | None, typer.Option(metavar="NAME", help="only this rule; FILE.py:NAME for one's own")] = None,
+    backend: Annotated[str | None, typer.Option(metavar="NAME", help="only this backend")] = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the rows there as well")] = None,
+) -> None:
+    """Compares every rule, backend, form and dtype with the paper's equation; exit status 1 if a row fails."""
+    equivalence = import_module("fwp.benchmarks.equivalence")  # by name: in a checkout it lies outside of fwp/
+    from fwp.validate import BACKENDS
+
+    if rule is not None:
+        try:
+            equivalence.find(rule)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    if backend is not None:
+        known("backend", backend, [name for name in BACKENDS if name != "auto"])
+    if json is not None and not json.parent.is_dir():
+        raise typer.BadParameter(f"json: expected a file in an existing folder, got {str(json)!r}")
+    raise typer.Exit(equivalence.main(rule, backend, json))
+
+
+# ----------------------------------------------------------------------------------------------------- fwp reproduce
+
+
+@app.command(epilog="Examples: fwp reproduce · fwp reproduce --list · fwp reproduce schlag2021-setting1 --scale smoke")
+def reproduce(
+    ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="experiments; all if none")] = None,
+    scale: Annotated[str, typer.Option(metavar="smoke|quick|reduced|paper", help="how much is run")] = "quick",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="where results go, and a rerun resumes")] = Path(
+        "fwp-results"
+    ),
+    list_only: Annotated[bool, typer.Option("--list", help="what there is, and what it costs")] = False,
+) -> None:
+    """Trains what the papers trained, at a size to choose, and tests their claims.
+
+    Ctrl-C keeps the finished runs; the same command goes on from there.
+    """
+    runner = import_module("fwp.benchmarks.reproduce")
+
+    known("scale", scale, runner.SCALES)
+    for name in ids or ():
+        known("ID", name, runner.FAMILIES)
+    if out.exists() and not out.is_dir():
+        raise typer.BadParameter(f"out: expected a folder, got the file {str(out)!r}")
+    if list_only:
+        list_families(runner.FAMILIES.values())
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        print("fwp: reproduce draws with matplotlib, which is missing: pip install 'fwp[bench]'", file=sys.stderr)
+        raise typer.Exit(1)
+    # not only Ctrl-C: what stops a job in a queue sends SIGTERM, and the workers have to go with us
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    again = shlex.join(["fwp", "reproduce", *(ids or ()), "--scale", scale, "--out", str(out)])
+    try:
+        with Lines() as lines:
+            report = runner.main(ids or (), scale, out, lines)
+    except KeyboardInterrupt:
+        print(f"Stopped. The finished runs are in {out.resolve()}; to go on: {again}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    verdicts(report.parent / "claims.json")
+    print(f"The report: {report.resolve()}")
+
+
+class Lines:
+    """A line for each finished run, above a bar where there is a terminal."""
+
+    def __enter__(self) -> Lines:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+        console = Console(highlight=False)
+        columns = (BarColumn(), MofNCompleteColumn(), "runs", TimeElapsedColumn())
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self.bar.start()
+        self.task = self.bar.add_task("")
+        return self
+
+    def __call__(self, done: int, total: int, text: str) -> None:
+        self.bar.update(self.task, completed=done, total=total)
+        self.bar.console.print(text or f"{done} of {total} runs are there already")
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+
+def list_families(families: Iterable[Any]) -> None:
+    """Every experiment with its scales and claims."""
+    console = Console(highlight=False)
+    for family in families:
+        console.print(f"[bold]{family.id}[/]  {family.title}\n{family.paper}", soft_wrap=True)
+        for name, scale in family.scales.items():
+            console.print(f"  --scale {name:8} {len(scale.settings):4} runs, {scale.cost}", soft_wrap=True)
+        for claim in family.claims:
+            console.print(f"  {claim.id}: {claim.statement}", soft_wrap=True)
+
+
+def verdicts(path: Path) -> None:
+    """The claims, each with its published and measured value."""
+    import json
+
+    in_words = import_module("fwp.benchmarks.report").in_words
+
+    table = Table(title="Claims", title_justify="left")
+    for column in ("claim", "published", "measured", "holds"):
+        table.add_column(column)
+    for claim in json.loads(path.read_text(encoding="utf-8")):
+        holds = {True: "[green]yes[/]", False: "[red]no[/]", None: "not run"}[claim["holds"]]
+        table.add_row(claim["id"], in_words(claim["published"]), in_words(claim["measured"]), holds)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,459 @@
+"""The command line, and `fwp reproduce`: the paper's experiment, no run lost or done twice, claims that can fail."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fwp
+from fwp import cli
+from fwp.benchmarks import reproduce
+from fwp.benchmarks.claims import Claim, Family, Outcome, Scale
+from fwp.benchmarks.papers import secretly_fast_weights as paper
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# ---- the experiment ----
+
+
+def literal(model: paper.Retrieval, keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """The paper's equations on one-hot vectors, one pair after the other."""
+    v = torch.eye(model.S)[values]
+    k = model.W_k(torch.cat([v, model.embedding[keys]], -1))
+    q = model.W_q(model.embedding[queries])
+    if model.memory.phi is None:
+        return (q @ k.transpose(1, 2) / model.d_key**0.5).softmax(-1) @ v
+    phi = fwp.feature_maps.get(model.memory.phi(model.d_key))
+    W = torch.zeros(len(keys), model.S, phi(k).shape[-1])
+    z = torch.zeros(len(keys), phi(k).shape[-1])
+    for i in range(model.S):
+        W = W + torch.einsum("bv,bk->bvk", v[:, i], phi(k[:, i]))
+        z = z + phi(k[:, i])
+    return torch.einsum("bvk,bqk->bqv", W, phi(q)) / (torch.einsum("bk,bqk->bq", z, phi(q)) + 1e-6).unsqueeze(-1)
+
+
+@pytest.mark.parametrize("name", paper.MEMORIES)
+def test_model_is_the_papers(name: str) -> None:
+    torch.manual_seed(0)
+    model = paper.Retrieval(paper.MEMORIES[name], 7, 4)
+    keys, values, queries = paper.permutations(3, 7), paper.permutations(3, 7), torch.randint(7, (3, 2))
+    torch.manual_seed(1)  # what FAVOR+ draws
+    answers = model(keys, values, queries)
+    torch.manual_seed(1)
+    torch.testing.assert_close(answers, literal(model, keys, values, queries), atol=1e-5, rtol=1e-4)
+
+
+def test_width_of_features() -> None:
+    for memory in paper.MEMORIES.values():
+        if memory.phi is not None and memory.d_dot is not None:
+            phi = fwp.feature_maps.get(memory.phi(16))
+            assert phi(torch.randn(16)).shape == (memory.d_dot * 16,), memory.label
+
+
+def test_data_and_loss() -> None:
+    orders = paper.permutations(50, 9)
+    assert (orders.sort(-1).values == torch.arange(9)).all()
+    assert (orders[0] != orders).any()
+    assert paper.loss(torch.zeros(2, 9, 9), orders[:2]).item() == 0.5
+    assert paper.loss(F.one_hot(orders[:2], 9).float(), orders[:2]).item() == 0
+
+
+def test_floor_is_the_best_rank() -> None:
+    """The best matrix of rank r for S answers is as far from a permutation as the floor says."""
+    S, r = 12, 5
+    U, s, Vh = torch.linalg.svd(torch.eye(S, dtype=torch.float64)[torch.randperm(S)])
+    best = (U[:, :r] * s[:r]) @ Vh[:r]
+    row = {"model": "linear", "d_key": r, "keys": S}
+    assert math.isclose(0.5 * (U @ Vh - best).square().sum(-1).mean().item(), paper.floor(row))
+    assert paper.floor({"model": "dpfp-3", "d_key": 2, "keys": S}) == 0
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    return paper.runs(16, {"dpfp-1": [5]}, 1)[0] | changes
+
+
+def test_training_solves_and_repeats() -> None:
+    first, second = paper.train(settings()), paper.train(settings())
+    assert first == second
+    assert first["best_loss"] <= 1e-3
+    assert first["best_step"] == first["last_step"] <= 1000
+    assert paper.train(settings(seed=2)) != first
+
+
+def test_training_gives_up() -> None:
+    """Without learning the evaluations only scatter, so patience ends the run at a step counted from its best."""
+    result = paper.train(settings(learning_rate=0.0, patience=3, evaluate_every=2))
+    assert result["last_step"] == result["best_step"] + 6
+    assert paper.train(settings(learning_rate=0.0, max_steps=4, evaluate_every=2))["last_step"] == 4
+
+
+# ---- the claims ----
+
+
+def test_authors_logs() -> None:
+    assert len(paper.AUTHORS) == 240
+    firsts = {model: paper.first_unsolved(paper.AUTHORS, model) for model in paper.MAPS}
+    assert firsts == {"linear": [60], "dpfp-1": [120], "dpfp-2": [260], "dpfp-3": [360]}
+
+
+def moved(model: str, factor: float) -> list[dict[str, Any]]:
+    """The authors' runs, those of one model at other S."""
+    return [row | {"keys": round(row["keys"] * factor)} if row["model"] == model else row for row in paper.AUTHORS]
+
+
+# for each claim runs in which it does not hold
+PLANTED = {
+    "break-linear": moved("linear", 2),
+    "break-dpfp-1": moved("dpfp-1", 0.5),
+    "break-dpfp-2": moved("dpfp-2", 1.5),
+    "break-dpfp-3": moved("dpfp-3", 0.5),
+    "order": moved("dpfp-2", 2),
+    "bound": moved("dpfp-1", 3),
+    "floor": [row | {"best_loss": 1.2 * row["best_loss"]} for row in paper.AUTHORS],
+    "favor": [row | {"best_loss": row["best_loss"] / 30} for row in paper.AUTHORS],
+    "softmax": moved("softmax", 0.5),
+}
+
+
+@pytest.mark.parametrize("claim", paper.SETTING_1.claims, ids=lambda claim: claim.id)
+def test_claim_holds_for_the_authors_and_can_fail(claim: Claim) -> None:
+    outcome = claim.measure(paper.AUTHORS)
+    assert outcome.holds is True
+    assert outcome.measured == claim.published
+    assert claim.measure(PLANTED[claim.id]).holds is False
+
+
+def test_break_counts_each_seed() -> None:
+    rows = [
+        {"model": "linear", "d_key": 16, "keys": S, "seed": seed, "solved": 1e-3, "best_loss": loss}
+        for seed, broken in ((1, 10), (2, 20), (3, 20))
+        for S in (5, 10, 15, 20)
+        for loss in (0.1 if broken <= S else 1e-4,)
+    ]
+    assert paper.first_unsolved(rows, "linear") == [10, 20, 20]
+    outcome = paper.breaks("linear").measure(rows)
+    assert (outcome.measured, outcome.spread) == (1.25, [0.625, 1.25])
+    assert "d_key 16" in outcome.note
+    assert paper.breaks("linear").measure([row for row in rows if row["best_loss"] < 0.1]).holds is None
+
+
+# ---- the runner ----
+
+
+def count(run: dict[str, Any]) -> dict[str, Any]:
+    """A run that leaves a mark."""
+    with open(run["marks"], "a", encoding="utf-8") as file:
+        file.write(f"{run['n']}\n")
+    if run["n"] == run["fails"]:
+        raise FloatingPointError(f"run {run['n']}")
+    return {"square": run["n"] ** 2, "threads": torch.get_num_threads(), "malloc": os.environ["MALLOC_TOP_PAD_"]}
+
+
+def draw(rows: Any) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    figure.subplots().plot([row["square"] for row in rows])
+    return figure
+
+
+@pytest.fixture
+def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Family:
+    """Five runs of nothing and two claims, the only family there is."""
+
+    def runs(fails: int) -> list[dict[str, Any]]:
+        return [{"seed": 1, "n": n, "marks": str(tmp_path / "marks"), "fails": fails} for n in range(5)]
+
+    total = lambda rows: sum(row["square"] for row in rows)  # noqa: E731
+    toy = Family(
+        id="toy",
+        title="Squares <of> numbers",
+        paper="Nobody 0, No paper & none",
+        question="What is their sum?",
+        protocol=("Square.", "Add."),
+        caption="Squares.",
+        scales={
+            "smoke": Scale(runs(-1), "nothing", judged=False),
+            "quick": Scale(runs(-1), "nothing"),
+            "reduced": Scale(runs(3), "nothing, but fails"),
+            "paper": Scale([], "nothing"),
+        },
+        train=count,
+        describe=lambda row: f"run {row['n']}",
+        draw=draw,
+        claims=(
+            Claim("sum", "The sum is 30.", 30, "page 1", "added", lambda rows: Outcome(total(rows), total(rows) == 30)),
+            Claim("odd", "The sum is odd.", None, "page 2", "added", lambda rows: Outcome(30, False, [30, 31], "no")),
+        ),
+    )
+    monkeypatch.setattr(reproduce, "FAMILIES", {"toy": toy})
+    return toy
+
+
+def marks(tmp_path: Path) -> list[int]:
+    return sorted(map(int, (tmp_path / "marks").read_text().split()))
+
+
+def fill(family: Family, scale: str, out: Path) -> None:
+    """The runs of a scale, as if they had been run."""
+    for run in family.scales[scale].settings:
+        row = {"square": run["n"] ** 2, "seconds": 1.0, "torch": "2", "device": "cpu"}
+        reproduce.append(reproduce.results(family, out), {"key": reproduce.key(run), **run, **row})
+
+
+def strict(path: Path) -> Any:
+    """JSON as the standard has it: no NaN."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} in {path}")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def test_runs_once_and_resumes(family: Family, tmp_path: Path) -> None:
+    out, lines = tmp_path / "results", []
+    environment = dict(os.environ)
+    report = reproduce.main([], "quick", out, lambda done, total, text: lines.append((done, total, text)))
+    assert os.environ == environment
+    assert marks(tmp_path) == [0, 1, 2, 3, 4]
+    assert [line[:2] for line in lines] == [(n, 5) for n in range(6)]
+    rows = reproduce.finished(family, "quick", out)
+    assert [row["square"] for row in rows] == [0, 1, 4, 9, 16]
+    assert {row["threads"] for row in rows} == {1}
+    assert {row["malloc"] for row in rows} == {reproduce.WORKER["MALLOC_TOP_PAD_"]}
+
+    file = reproduce.results(family, out)
+    kept = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(kept[:3]) + kept[3][:20])  # a crash in the middle of a line
+    reproduce.main([], "quick", out)
+    assert len(marks(tmp_path)) == 7
+    assert [row["square"] for row in reproduce.finished(family, "quick", out)] == [0, 1, 4, 9, 16]
+    report.unlink()
+    reproduce.main([], "quick", out)  # nothing is left: only redraws
+    assert len(marks(tmp_path)) == 7
+    assert report.exists()
+
+
+def test_every_setting_tells_runs_apart(family: Family) -> None:
+    run = settings()
+    changed = [run | {name: "another"} for name in run]
+    assert len({reproduce.key(each) for each in (run, *changed)}) == len(run) + 1
+    assert reproduce.key(dict(reversed(run.items()))) == reproduce.key(run)
+    assert fwp.__version__ in reproduce.key(run)
+
+
+def test_failing_run_keeps_the_others(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce, "cores", lambda: 1)
+    with pytest.raises(FloatingPointError, match="run 3"):
+        reproduce.main([], "reduced", tmp_path)
+    assert [row["n"] for row in reproduce.finished(family, "reduced", tmp_path)] == [0, 1, 2]
+
+
+def test_claims_and_report(family: Family, tmp_path: Path) -> None:
+    fill(family, "quick", tmp_path)
+    page = reproduce.main(["toy"], "quick", tmp_path).read_text(encoding="utf-8")
+    held, failed = strict(tmp_path / "claims.json")
+    assert held == {
+        "id": "sum",
+        "paper": "Nobody 0, No paper & none",
+        "statement": "The sum is 30.",
+        "published": 30,
+        "source": "page 1",
+        "measured": 30,
+        "spread": None,
+        "seeds": 1,
+        "scale": "quick",
+        "holds": True,
+        "method": "added",
+        "note": "",
+    }
+    assert (failed["holds"], failed["spread"], failed["note"]) == (False, [30, 31], "no")
+    assert "1 claims hold, 1 do not, 0 were not run" in page
+    assert "Squares &lt;of&gt; numbers" in page
+    assert "fwp reproduce toy --scale quick" in page
+    assert "does not hold" in page
+    links = re.findall(r'(?:src|href)="([^"]{0,40})', page)
+    assert links
+    assert all(link.startswith("data:image/png;base64,") for link in links)  # one file, nothing to be fetched
+    assert (tmp_path / "toy.png").stat().st_size > 1000
+
+
+def test_unjudged_and_unfinished(family: Family, tmp_path: Path) -> None:
+    fill(family, "smoke", tmp_path)
+    page = reproduce.main([], "smoke", tmp_path).read_text(encoding="utf-8")
+    assert [claim["holds"] for claim in strict(tmp_path / "claims.json")] == [None, None]
+    assert all(claim["note"] for claim in strict(tmp_path / "claims.json"))
+    assert "0 claims hold, 0 do not, 2 were not run" in page
+
+    file = reproduce.results(family, tmp_path)
+    file.write_text(file.read_text(encoding="utf-8").split("\n")[0] + "\n", encoding="utf-8")
+    from fwp.benchmarks import report
+
+    report.write([family], "quick", tmp_path, [], 0.0)
+    assert [claim["note"] for claim in strict(tmp_path / "claims.json")] == ["1 of 5 runs are there"] * 2
+
+
+# ---- the command line ----
+
+
+def run(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """`fwp` in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "fwp.cli", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+def gone(group: int) -> bool:
+    """Whether no process of the group outlives its leader for long; ends those that do."""
+    for _ in range(100):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    os.killpg(group, signal.SIGKILL)
+    return False
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=lambda stop: stop.name)
+def test_interrupt_keeps_and_goes_on(tmp_path: Path, stop: signal.Signals) -> None:
+    out = tmp_path / "results"
+    file = out / f"{paper.SETTING_1.id}.jsonl"
+    process = run("reproduce", "--scale", "smoke", "--out", str(out))
+    deadline = time.monotonic() + 120
+    while not (file.exists() and file.read_bytes()):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    os.killpg(process.pid, stop)  # as Ctrl-C in a terminal does
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert str(out) in error
+    assert f"to go on: fwp reproduce --scale smoke --out {out}" in error
+    assert error.count("\n") == 1, error
+    assert gone(process.pid)
+    before = file.read_text(encoding="utf-8").splitlines()
+    assert 1 <= len(before) < len(paper.SCALES["smoke"].settings)
+
+    process = run("reproduce", "--scale", "smoke", "--out", str(out))
+    output, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert "The report: " in output
+    after = file.read_text(encoding="utf-8").splitlines()
+    assert after[: len(before)] == before
+    assert len(after) == len(paper.SCALES["smoke"].settings)
+
+
+def test_killed_parent_leaves_no_worker(tmp_path: Path) -> None:
+    process = run("reproduce", "--scale", "quick", "--out", str(tmp_path), env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        process.communicate()
+        pytest.skip("needs Linux's /proc")
+    deadline = time.monotonic() + 120
+    while len(children.read_text().split()) < 2:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    time.sleep(5)  # the workers import torch
+    process.kill()
+    process.communicate()
+    assert gone(process.pid)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "reproduce --scale quik",
+            "scale: expected one of smoke, quick, reduced, paper, got 'quik'; did you mean 'quick'?",
+        ),
+        ("reproduce schlag2021-seting1", "did you mean 'schlag2021-setting1'?"),
+        ("reproduce --scal quick", "--scale"),
+        ("reproduce --out pyproject.toml", "out: expected a folder, got the file 'pyproject.toml'"),
+        ("reprduce", "reproduce"),
+        ("check --rule dleta", "did you mean 'delta'?"),
+        ("check --rule missing.py:RULE", "missing.py"),
+        ("check --backend trition", "did you mean 'triton'?"),
+        ("check --json missing/rows.json", "json: expected a file in an existing folder, got 'missing/rows.json'"),
+        ("list --markdown --bibtex", "at most one"),
+    ],
+)
+def test_bad_arguments(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(reproduce, "main", lambda *_, **__: pytest.fail("worked before looking at the arguments"))
+    assert cli.main(arguments.split()) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("fwp: ")
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_check_passes_on(status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from fwp.benchmarks import equivalence
+
+    seen: list[Any] = []
+    monkeypatch.setattr(equivalence, "main", lambda *arguments: seen.append(arguments) or status)
+    file = tmp_path / "rows.json"
+    assert cli.main(["check", "--rule", "delta", "--backend", "torch", "--json", str(file)]) == status
+    assert cli.main(["check"]) == status
+    assert seen == [("delta", "torch", file), (None, None, None)]
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["list"]) == 0
+    table = capsys.readouterr().out
+    assert cli.main(["list", "--markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(fwp.RULES)
+    assert len({line.count(" | ") for line in lines}) == 1
+    for rule, line in zip(fwp.RULES.values(), lines[2:]):
+        assert rule.name in table
+        assert line.startswith(f"| `{rule.name}` | ")
+        assert (rule.step.__doc__ or "").splitlines()[0].rstrip(".") in line
+        assert rule.paper in line
+        assert all(f"{gate} [" in line for gate in rule.gates)
+    assert cli.main(["list", "--bibtex"]) == 0
+    entries = re.findall(r"^@\w+\{(\w+),", capsys.readouterr().out, re.MULTILINE)
+    assert len(entries) == len(set(entries)) == len({rule.bibtex for rule in fwp.RULES.values()})
+
+
+@pytest.mark.parametrize("command", ["list", "check", "reproduce"])
+def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--help"]) == 0
+    assert f"fwp {command}" in capsys.readouterr().out.split("Examples:")[1]
+    assert cli.main([]) == 0
+    assert command in capsys.readouterr().out
+
+
+def test_list_of_experiments(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["reproduce", "--list"]) == 0
+    printed = capsys.readouterr().out
+    for family in reproduce.FAMILIES.values():
+        assert family.id in printed
+        assert set(family.scales) == set(reproduce.SCALES)
+        assert all(f"--scale {scale}" in printed for scale in family.scales)
+        assert all(claim.statement in printed for claim in family.claims)
