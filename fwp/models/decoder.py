@@ -1,0 +1,137 @@
+"""A small decoder language model on fast weights: its state is explicit and of constant size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fwp import validate
+from fwp.nn import PRESETS, Block, FastWeightAttention, FeedForward, LayerState
+from fwp.nn.block import NORMS, Norm, Placement, pick
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Everything a `Decoder` is made from.
+
+    vocab_size: number of token ids. embed_dim: E. num_layers, num_heads: of blocks, and of heads in each.
+    preset: a name of `fwp.nn.PRESETS`; None: `FastWeightAttention`.
+    attention: its further options, such as {"rule": "delta", "feature_map": "dpfp-1"}.
+    ff_dim: width of the feed-forward nets; None: 4 E. ff_activation: "gelu", "relu", "swiglu", …
+    norm: "rms" or "layer". placement: "pre" or "post", see `fwp.nn.Block`. dropout: after the embedding and in blocks.
+    tied: whether the head's weights are the embedding's.
+
+    There is no encoding of positions: a causal recurrence knows the order.
+    """
+
+    vocab_size: int
+    embed_dim: int = 256
+    num_layers: int = 4
+    num_heads: int = 4
+    preset: str | None = "gated_delta_net"
+    attention: Mapping[str, Any] = field(default_factory=dict)
+    ff_dim: int | None = None
+    ff_activation: str = "gelu"
+    norm: Norm = "rms"
+    placement: Placement = "pre"
+    dropout: float = 0.0
+    tied: bool = True
+
+    def block(self) -> Block:
+        """One of the blocks."""
+        E = self.embed_dim
+        make = FastWeightAttention if self.preset is None else pick("preset", self.preset, PRESETS)
+        feed_forward = FeedForward(E, 4 * E if self.ff_dim is None else self.ff_dim, self.ff_activation)
+        return Block(
+            E, make(E, self.num_heads, **self.attention), feed_forward, self.norm, self.placement, self.dropout
+        )
+
+
+class Decoder(nn.Module):
+    """Embedding → blocks → norm (of "pre" placement) → head. Linear weights and embeddings start as N(0, 0.02²)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(config.block() for _ in range(config.num_layers))
+        norm = pick("norm", config.norm, NORMS)
+        self.norm = norm(config.embed_dim, eps=1e-5) if config.placement == "pre" else nn.Identity()
+        self.head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if config.tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: tuple[LayerState, ...] | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[LayerState, ...]]:
+        """tokens [B, T] int → logits [B, T, vocab_size] and the state, a `LayerState` a block.
+
+        state, mask [B, T] and cu_seqlens [N + 1] as in `FastWeightAttention`.
+        """
+        validate.tensor("tokens", tokens, (None, None), torch.int64)
+        states = [None] * len(self.blocks) if state is None else state
+        if len(states) != len(self.blocks):
+            raise ValueError(f"state: expected {len(self.blocks)} layer states, got {len(states)}")
+        x = self.dropout(self.embedding(tokens))
+        after = []
+        for block, before in zip(self.blocks, states):
+            x, end = block(x, before, mask, cu_seqlens)
+            after.append(end)
+        return self.head(self.norm(x)), tuple(after)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """tokens [B, T], T ≥ 1 → [B, T + max_new_tokens]: continues each row, in constant memory a new token.
+
+        temperature: divides the logits; 0 takes the likeliest token. top_k: only the k likeliest are drawn from.
+        generator: of the draws. mask: [B, T] bool, False for padding; each row needs a True.
+        Dropout is active in training mode, as anywhere.
+        """
+        if tokens.dim() != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens: expected (B, T) with T ≥ 1, got {tuple(tokens.shape)}")
+        logits, state = self(tokens, mask=mask)
+        last = tokens.new_full(tokens.shape[:1], tokens.shape[1] - 1)
+        if mask is not None:
+            last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
+        logits = logits[
+            torch.arange(len(tokens), device=tokens.device), last
+        ]  # [B, vocab_size], of the last real token
+        made = [tokens]
+        for _ in range(max_new_tokens):
+            made.append(_draw(logits, temperature, top_k, generator))
+            logits, state = self(made[-1], state)
+            logits = logits[:, -1]
+        return torch.cat(made, 1)
+
+
+def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    """One token a row: logits [B, vocab_size] → [B, 1]."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)

@@ -1,0 +1,68 @@
+"""The short causal convolution before the rule, which never looks across a padding or a border of sequences."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def borders(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """[N + 1] int64: where each sequence of x [B, T, …] starts and ends when the rows are laid end to end."""
+    if cu_seqlens is not None:
+        return cu_seqlens.long()
+    return torch.arange(x.shape[0] + 1, device=x.device) * x.shape[1]
+
+
+class ShortConvolution(nn.Module):
+    """y_t = Σ_i w_i ⊙ x_{t−W+1+i}, i = 0 … W − 1: every channel mixes its own last W inputs, itself included.
+
+    A masked token is passed over: its neighbours see the W − 1 real tokens before it. Before the first token stand
+    zeros, or the tail that an earlier call returned.
+
+    channels: C. width: W. Parameter: weight [C, 1, W], as in `torch.nn.Conv1d`, without a bias.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, width).uniform_(-(width**-0.5), width**-0.5))
+
+    def forward(
+        self, x: Tensor, tail: Tensor | None = None, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x [B, T, C], tail [N, W − 1, C] → y [B, T, C] and the new tail, each sequence's last W − 1 real inputs.
+
+        mask and cu_seqlens as in `fwp.fast_weights`; y is unspecified (but finite) at masked tokens.
+        """
+        B, T, C = x.shape
+        past = self.weight.shape[-1] - 1
+        at = borders(x, cu_seqlens)
+        N = len(at) - 1
+        tail = x.new_zeros(N, past, C) if tail is None else tail.to(x.dtype)
+        if T == 0:
+            return x, tail
+        if mask is None and cu_seqlens is None:
+            stream = torch.cat([tail, x], 1)  # [B, W − 1 + T, C]
+            return self._slide(stream), stream[:, T:].clone()  # a view would keep the whole stream alive
+        # One stream of all sequences: each one's tail, then its real tokens. Masked tokens go to the last place.
+        token = torch.arange(B * T, device=x.device)
+        sequence = torch.searchsorted(at[1:], token, right=True)
+        count = token + 1 if mask is None else mask.flatten().cumsum(0)  # real tokens up to and with this one
+        end = (N + 1) * past + B * T
+        place = count - 1 + (sequence + 1) * past
+        if mask is not None:
+            place = torch.where(mask.flatten(), place, end)
+        seen = F.pad(count, (1, 0))[at]  # [N + 1]
+        window = torch.arange(N, device=x.device).unsqueeze(1) * past + torch.arange(past, device=x.device)
+        before, after = seen[:-1].unsqueeze(1) + window, seen[1:].unsqueeze(1) + window  # [N, W − 1]
+        stream = x.new_zeros(end + 1, C).index_copy(0, before.flatten(), tail.flatten(0, 1))
+        stream = stream.index_copy(0, place, x.flatten(0, 1))
+        y = self._slide(stream.unsqueeze(0)).squeeze(0)  # y[i] belongs to stream[i + W − 1]
+        return y[place - past].view(B, T, C), stream[after]
+
+    def _slide(self, stream: Tensor) -> Tensor:
+        """[B, W − 1 + T, C] → [B, T, C]."""
+        return F.conv1d(stream.transpose(1, 2), self.weight, groups=stream.shape[-1]).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, width={self.weight.shape[-1]}"
