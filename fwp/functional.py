@@ -78,7 +78,7 @@ def fast_weights(
     """
     row = rules.get(rule)
     q, k, v = _under_autocast(q, k, v)
-    validate.tensors(q, k, v)
+    validate.tensors(row, q, k, v)
     validate.options(row, causal=causal, read=read, denominator=denominator, backend=backend, form=form)
     B, T, H = *k.shape[:2], max(k.shape[2], v.shape[2])
     if cu_seqlens is not None:

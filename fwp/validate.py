@@ -42,8 +42,8 @@ def tensor(
         raise ValueError(f"{name}: expected on {device}, got on {x.device}")
 
 
-def tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q, k and v fit each other."""
+def tensors(rule: Rule, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q, k and v fit each other and the rule."""
     tensor("q", q, (None, None, None, None))
     B, T, Hq, K = q.shape
     tensor("k", k, (B, T, None, K), q.dtype, q.device)
@@ -57,6 +57,8 @@ def tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"k, v: expected head counts of which one divides the other, got {Hk} and {Hv}")
     if Hq % H and H % Hq:
         raise ValueError(f"q: expected a multiple or a divisor of {H} heads, got {Hq}")
+    if Hq > H and not rule.plain:
+        raise ValueError(f"q: expected at most {H} heads, since {rule.name!r} has one output a state head, got {Hq}")
 
 
 def options(rule: Rule, *, causal: bool, read: str, denominator: bool, backend: str, form: str) -> None:
