@@ -91,15 +91,21 @@ def cast(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def evaluate(
-    rule: str | Rule, inputs: Mapping[str, Any], *, gradients: bool = True, seed: int = 0, **options: Any
+    rule: str | Rule,
+    inputs: Mapping[str, Any],
+    *,
+    gradients: bool = True,
+    seed: int = 0,
+    call: Callable[..., tuple[Tensor, Any]] = fast_weights,
+    **options: Any,
 ) -> dict[str, Tensor]:
-    """Calls `fwp.fast_weights(rule, **inputs, **options)`: every result by name.
+    """Every result of `call(rule, **inputs, **options)` by name.
 
     "out"; the tensors of the final state, "state.S" and "state.z" or "state[0]" …; and the gradient of each input,
     "dq" … "dstate.S", of the sum of all results weighed by fixed random numbers, which every dtype represents exactly.
     """
     leaves = {name: _tensors(lambda x: x.detach().requires_grad_(gradients), x) for name, x in inputs.items()}
-    out, end = fast_weights(rule, **leaves, **options)
+    out, end = call(rule, **leaves, **options)
     results = {"out": out, **_named("state", end)}
     found = {name: x.detach() for name, x in results.items()}
     if gradients:

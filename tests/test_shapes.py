@@ -1,0 +1,378 @@
+"""Every rule and form under masks, packing, shared heads, odd shapes and layouts, and all dtypes."""
+
+import itertools
+import math
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from laws import (
+    CHUNKS,
+    REFERENCE,
+    RULES,
+    TOKENS,
+    agree,
+    cat_states,
+    chunk_size,
+    each_fast_form,
+    each_form,
+    each_way,
+    forms,
+    normalised,
+    over_time,
+    sequence,
+    ways,
+)
+
+from fwp.core import state_dtype
+from fwp.functional import fast_weights
+from fwp.testing import budgets, cast, deviation, evaluate, row_error, sample
+
+# ---- masks and packed sequences ----
+
+T = 21
+MASKS = {
+    "left": [t >= 6 for t in range(T)],
+    "right": [t < 12 for t in range(T)],
+    "interior": [t % 5 not in (0, 3) for t in range(T)],
+    "all": [False] * T,
+}
+
+
+def unpadded(rule, mask, state, options, tensors):
+    """Row by row without the masked tokens, put back with zeros where they were."""
+    outs, states = [], []
+    for b, kept in enumerate(mask):
+        at = kept.nonzero().squeeze(1)
+        row = {key: x[b : b + 1, at] for key, x in tensors.items()}
+        out, end = fast_weights(rule, **row, state=sequence(state, b), **options)
+        outs.append(out.new_zeros(1, len(kept), *out.shape[2:]).index_copy(1, at, out))
+        states.append(end)
+    return torch.cat(outs), cat_states(states)
+
+
+def split_options(call, *names):
+    """call(rule, state, options, tensors): tensors are what has a T axis."""
+
+    def called(rule, state=None, **options):
+        tensors = {key: options.pop(key) for key in [*options] if key in ("q", "k", "v", *rule.gates)}
+        return call(rule, state=state, options=options, tensors=tensors)
+
+    return called
+
+
+@each_way
+def test_masked_is_unpadded(rule, form, way):
+    """Also with NaN and infinities in the masked tokens, and with a φ that makes something of 0."""
+    mask = torch.tensor([*MASKS.values()])
+    maps = {"feature_map": "elu+1", "feature_norm": "l2"}
+    inputs = sample(rule, B=4, T=T, K=6, V=5, Hq=4 if rule.plain else 2, state=True, seed=1, **normalised(way))
+    alone = split_options(lambda rule, **rest: unpadded(rule, mask, **rest))
+    garbage = [math.nan, math.inf, -math.inf, 1e30]
+    soiled = over_time(lambda x: x.clone(), inputs)
+    for i, (key, x) in enumerate(soiled.items()):
+        if key != "state":
+            x[~mask] = garbage[i % 4]
+    with chunk_size(8):
+        truth = evaluate(rule, inputs, call=alone, **maps, **way, **form)
+        agree(evaluate(rule, inputs, mask=mask, **maps, **way, **form), truth)
+        agree(evaluate(rule, soiled, mask=mask, **maps, **way, **form), truth)
+
+
+def one_by_one(rule, bounds, state, options, tensors):
+    outs, states = [], []
+    for n, (a, b) in enumerate(itertools.pairwise(bounds.tolist())):
+        part = {key: x[:, a:b] for key, x in tensors.items()}
+        out, end = fast_weights(rule, **part, state=sequence(state, n), **options)
+        outs.append(out)
+        states.append(end)
+    return torch.cat(outs, 1), cat_states(states)
+
+
+LENGTHS = [[0, 1, 15, 16, 17, 2], [16, 0, 33, 0], [0, 0], [0, 5], [64, 65, 0, 1]]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: "-".join(map(str, lengths)))
+@each_form
+def test_packed_is_one_by_one(rule, form, lengths):
+    inputs = sample(rule, B=1, T=sum(lengths), K=6, V=5, state=True, sequences=len(lengths), seed=2)
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    alone = split_options(lambda rule, **rest: one_by_one(rule, bounds, **rest))
+    agree(evaluate(rule, inputs, cu_seqlens=bounds, **form), evaluate(rule, inputs, call=alone, **form))
+
+
+@each_way
+def test_packed_with_everything_else(rule, form, way):
+    """int32 borders, a mask, grouped heads, a feature map, other chunks: still one by one."""
+    lengths = [7, 0, 16, 1, 9]
+    heads = {"Hq": 4 if rule.plain else 2, "Hk": 1}
+    inputs = sample(rule, B=1, T=33, K=6, V=5, **heads, state=True, sequences=5, **normalised(way))
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    mask = torch.rand(1, 33, generator=torch.Generator().manual_seed(3)) < 0.7
+    maps = {"feature_map": "elu+1", "feature_norm": "l2"}
+
+    def masked(rule, tensors, options, **rest):
+        return one_by_one(rule, bounds, tensors=tensors | {"mask": mask}, options=options, **rest)
+
+    with chunk_size(8):
+        found = evaluate(rule, inputs, cu_seqlens=bounds, mask=mask, **maps, **way, **form)
+        agree(found, evaluate(rule, inputs, call=split_options(masked), **maps, **way, **form))
+
+
+# ---- heads ----
+
+HEADS = [(1, 2, 2), (2, 1, 2), (2, 2, 1), (2, 4, 2), (1, 1, 3), (4, 2, 2), (8, 2, 4), (3, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "form", "heads"),
+    [
+        pytest.param(rule, form, heads, id="-".join([rule.name, *form.values(), *map(str, heads)]))
+        for rule in RULES
+        for form in forms(rule)
+        for heads in HEADS
+        if rule.plain or heads[0] <= max(heads[1:])  # one output a state of its own
+    ],
+)
+def test_shared_heads_are_repeated_ones(rule, form, heads):
+    Hq, Hk, Hv = heads
+    H = max(Hk, Hv)
+    inputs = sample(rule, T=11, K=6, V=5, Hq=Hq, Hk=Hk, Hv=Hv, state=True, seed=4)
+    every = max(Hq, H)
+
+    def repeated(rule, state, options, tensors):
+        tensors = {key: x.repeat_interleave(every // x.shape[2], 2) for key, x in tensors.items()}
+        state = torch.utils._pytree.tree_map(lambda x: None if x is None else x.repeat_interleave(every // H, 1), state)
+        out, end = fast_weights(rule, **tensors, state=state, **options)
+        return out, torch.utils._pytree.tree_map(lambda x: None if x is None else x[:, :: every // H], end)
+
+    found = evaluate(rule, inputs, **form)
+    assert found["out"].shape == (2, 11, every, 5)
+    agree(found, evaluate(rule, inputs, call=split_options(repeated), **form))
+
+
+# ---- sizes ----
+
+
+@pytest.mark.parametrize(("B", "T"), [(2, 0), (0, 5), (0, 0)])
+@each_way
+def test_nothing_in_nothing_out(rule, form, way, B, T):
+    """No token or no row: an empty output, the state as it was, no gradient."""
+    for maps in ({}, {"feature_map": "elu+1", "feature_norm": "sum"}):
+        inputs = sample(rule, B=B, T=T, K=6, V=5, Hq=4 if rule.plain else 2, state=True, **normalised(way))
+        found = evaluate(rule, inputs, **maps, **way, **form)
+        assert found["out"].shape == (B, T, 4 if rule.plain else 2, 5)
+        for key, x in found.items():
+            if key.startswith("state"):
+                assert found["d" + key].shape == x.shape
+            elif key != "out":
+                assert key.startswith("dstate") or x.abs().sum() == 0
+        out, end = fast_weights(rule, **inputs, **maps, **way, **form)
+        for x, y in zip(end, inputs["state"]):
+            assert x is y is None or torch.equal(x, y)
+        del inputs["state"]
+        out, end = fast_weights(rule, **inputs, **maps, **way, **form)
+        assert out.shape == found["out"].shape
+        assert all(x is None or (len(x) == B and x.abs().sum() == 0) for x in end)
+
+
+@pytest.mark.parametrize("T", range(1, 10))
+@each_fast_form
+def test_short_sequences(rule, form, T):
+    inputs = sample(rule, T=T, K=6, V=5, state=True, seed=5)
+    with chunk_size(4):
+        agree(evaluate(rule, inputs, **form), evaluate(rule, inputs, **REFERENCE))
+
+
+@pytest.mark.parametrize(("K", "V"), [(1, 1), (1, 3), (3, 1), (60, 100), (100, 60), (128, 3), (3, 128)])
+@each_fast_form
+def test_any_width(rule, form, K, V):
+    inputs = sample(rule, B=1, T=19, K=K, V=V, state=True, seed=6)
+    agree(evaluate(rule, inputs, **form), evaluate(rule, inputs, **REFERENCE))
+
+
+# ---- layouts ----
+
+
+def sliced(x):
+    wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), math.nan)
+    wide[..., ::2] = x
+    return wide[..., ::2]
+
+
+LAYOUTS = {
+    "transposed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "reversed": lambda x: x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim()))),
+    "sliced": sliced,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@each_form
+def test_layouts(rule, form, layout):
+    """Inputs and incoming gradients with any strides."""
+    move = LAYOUTS[layout]
+    inputs = sample(rule, B=2, T=19, K=6, V=5, state=True, seed=7)
+    moved = torch.utils._pytree.tree_map(lambda x: x if x is None else move(x), inputs)
+    assert not moved["q"].is_contiguous()
+
+    def strided(rule, **options):  # the gradient of `move` is made contiguous by nobody
+        out, end = fast_weights(rule, **options)
+        return move(out), torch.utils._pytree.tree_map(lambda x: None if x is None else move(x), end)
+
+    with chunk_size(8):
+        agree(evaluate(rule, moved, call=strided, **form), evaluate(rule, inputs, **form), 1e-13)
+
+
+@each_form
+def test_expanded_inputs_and_gradients(rule, form):
+    inputs = sample(rule, B=1, T=19, K=6, V=5, seed=8)
+
+    def loss(inputs):
+        leaves = over_time(lambda x: x.detach().requires_grad_(), inputs)
+        wide = {key: x.expand(3, *x.shape[1:]) for key, x in leaves.items()}
+        out = fast_weights(rule, **wide, **form)[0]
+        return out, torch.autograd.grad(out.sum(), [*leaves.values()])  # the incoming gradient is one expanded number
+
+    out, grads = loss(inputs)
+    alone = fast_weights(rule, **over_time(lambda x: x.requires_grad_(), inputs), **form)[0]
+    assert deviation(out, alone.expand_as(out)) < 1e-13
+    for grad, x in zip(grads, torch.autograd.grad(alone, [*inputs.values()], torch.ones_like(alone))):
+        assert deviation(grad, 3 * x) < 1e-12
+
+
+# ---- dtypes and precision ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@each_way
+def test_dtypes(rule, form, way, dtype):
+    """out in v's dtype, the state in float32 or float64, every gradient in its input's dtype."""
+    inputs = sample(rule, T=5, state=True, dtype=dtype, **normalised(way))
+    for maps in ({}, {"feature_map": "elu+1"}):
+        for key, x in evaluate(rule, inputs, **maps, **way, **form).items():
+            low = key in ("out", "dq", "dk", "dv")
+            assert x.dtype == (dtype if low else state_dtype(dtype)), key
+    low = {key: inputs[key].to(dtype) for key in rule.gates}  # gates in the low dtype get gradients in it
+    found = evaluate(rule, inputs | low, **way, **form)
+    assert all(found[f"d{key}"].dtype == dtype for key in low)
+
+
+@each_way
+def test_float32(rule, form, way):
+    inputs = sample(rule, T=130, K=16, V=12, state=True, seed=9, dtype=torch.float32, **normalised(way))
+    truth = evaluate(rule, cast(inputs, torch.float64), **way, **REFERENCE)
+    for key, x in evaluate(rule, inputs, **way, **form).items():
+        assert row_error(x, truth[key]) < 3e-4, key
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@each_fast_form
+def test_low_precision(rule, form, dtype):
+    for way in ways(rule)[::2]:
+        inputs = sample(rule, B=1, T=70, K=16, V=12, state=True, seed=10, dtype=dtype, **normalised(way))
+        allowed = budgets(rule, inputs, **way)
+        truth = evaluate(rule, cast(inputs, torch.float64), **way, **REFERENCE)
+        for key, x in evaluate(rule, inputs, **way, **form).items():
+            assert row_error(x, truth[key]) <= allowed[key], key
+
+
+@each_form
+def test_autocast(rule, form):
+    """float32 parameters: q, k and v are rounded to bfloat16, gates and state are not, gradients come in float32."""
+    inputs = sample(rule, T=19, K=6, V=5, state=True, dtype=torch.float32, seed=11)
+
+    def under_autocast(rule, **options):
+        with torch.autocast("cpu", torch.bfloat16):
+            return fast_weights(rule, **options)
+
+    found = evaluate(rule, inputs, call=under_autocast, **form)
+    truth = evaluate(rule, cast(inputs, torch.bfloat16), **form)
+    assert found["out"].dtype == torch.bfloat16
+    for key, x in truth.items():
+        assert torch.equal(found[key], x.to(found[key])), key
+        if key != "out":
+            assert found[key].dtype == torch.float32
+
+
+def test_float64_is_left_alone_by_autocast():
+    inputs = sample("kda", T=9)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = fast_weights("kda", **inputs)
+    assert torch.equal(out, fast_weights("kda", **inputs)[0])
+
+
+def test_the_state_is_kept_in_float32():
+    """A sum of ones in bfloat16 stops at 256."""
+    ones = torch.ones(1, 600, 1, 1, dtype=torch.bfloat16)
+    for form in (REFERENCE, TOKENS, CHUNKS):
+        _, state = fast_weights("additive", ones, ones, ones, denominator=True, **form)
+        assert state.S.item() == state.z.item() == 600
+
+
+# ---- anything ----
+
+
+@st.composite
+def problems(draw):
+    rule = draw(st.sampled_from(RULES))
+    H, r = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2]))
+    way = draw(st.sampled_from(ways(rule)))
+    inputs = sample(
+        rule,
+        B=draw(st.integers(0, 3)),
+        T=draw(st.integers(0, 40)),
+        H=H,
+        Hq=H * r if rule.plain else H,
+        Hk=draw(st.sampled_from([1, H])),
+        K=draw(st.integers(1, 9)),
+        V=draw(st.integers(1, 9)),
+        state=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**31)),
+        dtype=draw(st.sampled_from([torch.float64, torch.float32])),
+        **normalised(way),
+    )
+    layout = draw(st.sampled_from([lambda x: x, *LAYOUTS.values()]))
+    inputs = torch.utils._pytree.tree_map(lambda x: x if x is None else layout(x), inputs)
+    return rule, way, inputs, draw(st.sampled_from(forms(rule))), draw(st.integers(2, 20)), draw(st.floats(0, 1))
+
+
+@settings(max_examples=120, deadline=None, derandomize=True, database=None)
+@given(problems())
+def test_anything(problem):
+    """Any shape, dtype, layout, chunk size and cut: the form is the reference, and two parts are the whole."""
+    rule, way, inputs, form, size, where = problem
+    cut = round(where * inputs["v"].shape[1])
+    bound = 1e-10 if inputs["v"].dtype == torch.float64 else 1e-3
+    with chunk_size(size), torch.no_grad():
+        whole, end = fast_weights(rule, **inputs, **way, **form)
+        truth, expected = fast_weights(rule, **inputs, **way, **REFERENCE)
+        start = inputs.pop("state", None)
+        first, middle = fast_weights(rule, **over_time(lambda x: x[:, :cut], inputs), state=start, **way, **form)
+        last, final = fast_weights(rule, **over_time(lambda x: x[:, cut:], inputs), state=middle, **way, **form)
+    assert deviation(whole, truth) <= bound
+    assert deviation(torch.cat([first, last], 1), truth) <= bound
+    for state in (end, final):
+        assert all(x is y is None or deviation(x, y) <= bound for x, y in zip(state, expected))
+
+
+@pytest.mark.parametrize("form", [REFERENCE, TOKENS, CHUNKS], ids=lambda form: "-".join(form.values()))
+def test_two_threads(form):
+    """Nothing is kept between calls that another thread could change."""
+    inputs = [sample("kda", T=70, seed=seed) for seed in (12, 13)]
+    alone = [evaluate("kda", x, **form) for x in inputs]
+    found = [[], []]
+
+    def work(i):
+        found[i] = [evaluate("kda", inputs[i], **form) for _ in range(5)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for results, truth in zip(found, alone):
+        assert len(results) == 5
+        assert all(torch.equal(x[key], truth[key]) for x in results for key in truth)
