@@ -82,7 +82,7 @@ def fast_weights(
     validate.options(row, causal=causal, read=read, denominator=denominator, backend=backend, form=form)
     B, T, H = *k.shape[:2], max(k.shape[2], v.shape[2])
     if cu_seqlens is not None:
-        validate.packing(cu_seqlens, B, T, check or cu_seqlens.device.type == "cpu")
+        validate.packing(cu_seqlens, B, T, check)
     if mask is not None:
         validate.tensor("mask", mask, (B, T), torch.bool, v.device)
         q, k, v = (x.masked_fill(~mask[:, :, None, None], 0) for x in (q, k, v))
@@ -99,6 +99,8 @@ def fast_weights(
     core = Core(q, k, v, cu_seqlens=cu_seqlens, read=read, denominator=denominator, eps=eps, causal=causal)
     if row.plain:
         core = validate.with_state(core, state)
+    else:
+        validate.own_state(row, core, state)
 
     lowered = None if row.lower is None else row.lower(core, **given)
     if not causal and (lowered is None or lowered.g is not None or lowered.e is not None):

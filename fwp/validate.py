@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from fwp.core import Core, State, check_bounds, state_dtype
 from fwp.errors import suggest
@@ -76,8 +77,8 @@ def options(rule: Rule, *, causal: bool, read: str, denominator: bool, backend: 
         raise ValueError(f"denominator: {rule.name!r} has no attention normalisation")
 
 
-def packing(cu_seqlens: Tensor, B: int, T: int, values: bool) -> None:
-    """cu_seqlens [N + 1] are the borders of N sequences in one row."""
+def packing(cu_seqlens: Tensor, B: int, T: int, check: bool = False) -> None:
+    """cu_seqlens [N + 1] are the borders of N sequences in one row. check: look at values on a GPU too."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         kind = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"cu_seqlens: expected an int32 or int64 tensor, got {kind}")
@@ -85,7 +86,7 @@ def packing(cu_seqlens: Tensor, B: int, T: int, values: bool) -> None:
         raise ValueError(f"cu_seqlens: expected (N + 1,) with N ≥ 1, got {tuple(cu_seqlens.shape)}")
     if B != 1:
         raise ValueError(f"q: expected a batch of 1 with cu_seqlens, got {B}")
-    if values and not torch.compiler.is_compiling():
+    if (check or cu_seqlens.device.type == "cpu") and not torch.compiler.is_compiling():
         check_bounds(cu_seqlens, T)
 
 
@@ -128,13 +129,26 @@ def with_state(core: Core, state: Any) -> Core:
     return replace(core, S=state.S, z=state.z)
 
 
+def own_state(rule: Rule, core: Core, state: Any) -> None:
+    """A given state is built like what the rule's `init` makes."""
+    if state is None:
+        return
+    batch, like = (core.sequences, core.heads), core.v.new_zeros((), dtype=core.dtype)
+    wanted, shape = tree_flatten_with_path(rule.init(batch, core.k.shape[-1], core.v.shape[-1], like))
+    found, other = tree_flatten_with_path(state)
+    if shape != other:
+        raise TypeError(f"state: expected what the 'init' of {rule.name!r} makes, got {type(state).__name__}")
+    for (path, want), (_, x) in zip(wanted, found):
+        tensor("state" + keystr(path), x, tuple(want.shape), want.dtype, core.v.device)
+
+
 def readable(state: Any, q: Tensor, cu_seqlens: Tensor | None) -> None:
     """The state can be asked by q [B, T, Hq, K']."""
     if not isinstance(state, State):
         raise TypeError(f"state: expected fwp.State, got {type(state).__name__}")
     B, T, Hq, K = q.shape
     if cu_seqlens is not None:
-        packing(cu_seqlens, B, T, cu_seqlens.device.type == "cpu")
+        packing(cu_seqlens, B, T)
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
     tensor("state", state.S, (N, None, K, None), state_dtype(q.dtype), q.device)
     H = state.S.shape[1]
