@@ -16,9 +16,9 @@ from fwp.testing import sample
 B, T, H, K, V = 2, 8, 4, 6, 5
 
 
-def arguments(rule="gated_delta", **changed):
+def arguments(like="gated_delta", **changed):
     """Right ones, changed; ... leaves one out."""
-    inputs = {"rule": rule, **sample(rule, B, T, H, K, V, state=True), **changed}
+    inputs = {"rule": like, **sample(like, B, T, H, K, V, state=True), **changed}
     return {key: value for key, value in inputs.items() if value is not ...}
 
 
@@ -253,7 +253,7 @@ def test_rules_that_do_not_erase_may_have_long_keys():
 
 
 def test_errors_of_feature_maps():
-    with pytest.raises(ValueError, match="^nu: expected a positive integer, got 0$"):
+    with pytest.raises(ValueError, match=r"^nu: expected a positive integer, got 0$"):
         fwp.DPFP(0)
     with pytest.raises(ValueError, match=r"^R: expected \(m, 8\), got \(3, 6\)$"):
         fwp.fast_weights("additive", **sample("additive"), feature_map=fwp.FavorPlus(torch.ones(3, 6)))
@@ -263,5 +263,5 @@ def test_any_dpfp_is_known_by_name():
     _, state = fwp.fast_weights("additive", **sample("additive"), feature_map="dpfp-7")
     assert state.S.shape == (2, 2, 2 * 8 * 7, 8)
     for name in ("dpfp-0", "dpfp-", "dpfp-1.5", "dpfp1"):
-        with pytest.raises(ValueError, match="^feature_map: expected one of"):
+        with pytest.raises(ValueError, match=r"^feature_map: expected one of"):
             fwp.fast_weights("additive", **sample("additive"), feature_map=name)
