@@ -1,0 +1,39 @@
+"""`fwp bench`: it times what is right, beside a peer, and nothing that is wrong."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+
+import pytest
+
+from fwp import rules
+
+speed = import_module("fwp.benchmarks.speed")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(speed, "ROUNDS", 1)
+    monkeypatch.setitem(speed.SIZES, "cpu", [speed.Size(1, 65, 2, 16)])
+    monkeypatch.setattr(speed, "matmul_rate", lambda device, dtype: 1e10)
+
+
+def test_rows(tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    assert speed.main("cpu", peers=True, json_file=file) == 0
+    found = json.loads(file.read_text(), parse_constant=lambda word: pytest.fail(f"{word} in the JSON"))
+    assert [(row["rule"], row["pass"]) for row in found] == [(r, p) for r in rules.RULES for p in ("fwd", "fwd + bwd")]
+    assert all(row["seconds"] > 0 and row["softmax_over_ours"] > 0 and row["share"] > 0 for row in found)
+    assert "medians of 1 rounds" in capsys.readouterr().out
+
+
+def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch):
+    row = rules.RULES["decay"]
+    lowered = rules.lowering.replace(row, lower=lambda core, g=None: core)
+    monkeypatch.setitem(rules.RULES, "decay", lowered)
+    file = tmp_path / "rows.json"
+    assert speed.main("cpu", json_file=file) == 1
+    red = [row for row in json.loads(file.read_text()) if row["seconds"] is None]
+    assert [row["rule"] for row in red] == ["decay"]
+    assert "it is wrong by" in red[0]["note"]
