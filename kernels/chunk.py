@@ -34,24 +34,53 @@ from .tiles import (
     from_start,
     inverse,
     load,
-    load_gates,
+    load_last,
     product_gradients,
     products,
-    since,
     span,
     state_at,
     state_mask,
     store,
+    through,
     to_end,
-    until,
 )
+
+
+@triton.jit(do_not_specialize=["T", "NC"])
+def sums_kernel(
+    g,  # [B, T, H, KG]
+    G,  # out [B, T, H, KG]
+    p_cu,
+    p_slots,
+    p_owners,
+    T,
+    NC,
+    H: tl.constexpr,
+    KG: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    FLOOR: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Running sums of the gates in each chunk. A gate counts at least FLOOR, whose exponential is 0 in ACC."""
+    NK: tl.constexpr = (KG + BK - 1) // BK
+    pid = tl.program_id(0).to(tl.int64)
+    h = pid // NK % H
+    n, c = chunk_of(pid // NK // H, p_cu, p_slots, p_owners, NC)
+    first, length = span(p_cu, n, T)
+    t = first + c * C + tl.arange(0, C)
+    d = pid % NK * BK + tl.arange(0, BK)
+    seen = t < first + length
+    x = load(g, n, t, h, seen, d, KG).to(ACC)
+    x = tl.where(x < FLOOR, FLOOR, x)
+    store(G, n, t, h, seen, d, KG, tl.cumsum(x, 0))
 
 
 @triton.jit(do_not_specialize=["T", "NC"])
 def pairs_kernel(
     q,  # [B, T, Hq, K]
     k,  # [B, T, Hk, K]
-    g,  # [B, T, H, 1 or K]
+    G,  # [B, T, H, 1 or K], the gates' running sums in each chunk, or None
     e,  # [B, T, H, 1] or None
     P,  # out [B, T, H·R, C] or None: made in the walks unless the decay is per channel
     I,  # out [B, T, H, C], (I + A)⁻¹, or None without erasing
@@ -77,9 +106,10 @@ def pairs_kernel(
     h = pid % H
     n, c = chunk_of(pid // H, p_cu, p_slots, p_owners, NC)
     first, length = span(p_cu, n, T)
-    i = tl.arange(0, C)
-    t = first + c * C + i
     end = first + length
+    start = first + c * C
+    i = tl.arange(0, C)
+    t = start + i
     seen = t < end
     one = tl.arange(0, 1)
     KG: tl.constexpr = K if DECAY == 2 else 1
@@ -88,12 +118,7 @@ def pairs_kernel(
         for block in range(tl.cdiv(K, BK)):
             d = block * BK + tl.arange(0, BK)
             b_k = load(k, n, t, h // GK, seen, d, K)
-            if DECAY > 0:
-                b_g, _, b_next = load_gates(g, n, t, h, i, end, d if DECAY == 2 else one, KG, False, C, ACC)
-            else:
-                b_g = 0.0
-                b_next = 0.0
-            A += products(b_k, b_k, b_g, b_next, False, False, DECAY, DOT, ACC)
+            A += products(b_k, b_k, G, n, h, start, end, d, K, False, False, DECAY, DOT, ACC)
         A *= load(e, n, t, h, seen, one, 1).to(ACC)
         store(I, n, t, h, seen, i, C, inverse(A, ACC))
     if P is not None:
@@ -103,8 +128,7 @@ def pairs_kernel(
                 d = block * BK + tl.arange(0, BK)
                 b_q = load(q, n, t, (h * R + r) // GQ, seen, d, K)
                 b_k = load(k, n, t, h // GK, seen, d, K)
-                _, b_reader, b_next = load_gates(g, n, t, h, i, end, d, K, LAG, C, ACC)
-                b_P += products(b_q, b_k, b_reader, b_next, not LAG, LAG, DECAY, DOT, ACC)
+                b_P += products(b_q, b_k, G, n, h, start, end, d, K, not LAG, LAG, DECAY, DOT, ACC)
             store(P, n, t, h * R + r, seen, i, C, b_P)
 
 
@@ -113,7 +137,7 @@ def walk_kernel(
     q,
     k,
     v,  # [B, T, Hv, V]
-    g,
+    G,
     e,
     w,  # [B, T, H, 1] or None
     P,
@@ -156,28 +180,25 @@ def walk_kernel(
     i = tl.arange(0, C)
     one = tl.arange(0, 1)
     KG: tl.constexpr = K if DECAY == 2 else 1
+    gates = dk if DECAY == 2 else one
     S = tl.zeros([BK, BV], ACC)
     if p_S0 is not None:
         S += tl.load(state_at(p_S0, n * H + h, dk, dv, K, V), mask=inside, other=0.0).to(ACC)
     for c in range(tl.cdiv(length, C).to(tl.int32)):
-        t = first + c * C + i
+        start = first + c * C
+        t = start + i
         seen = t < end
         b_k = load(k, n, t, h // GK, seen, dk, K)
         x = load(v, n, t, h // GV, seen, dv, V)
         if w is not None:
             x = x.to(ACC) * load(w, n, t, h, seen, one, 1).to(ACC)
-        if DECAY > 0:
-            b_g, b_reader, b_next = load_gates(g, n, t, h, i, end, dk if DECAY == 2 else one, KG, LAG, C, ACC)
-        else:
-            b_reader = 0.0
-            b_next = 0.0
         if p_starts is not None:
             at = state_at(p_starts, (slot + c) * H + h, dk, dv, K, V)
             tl.store(at, S.to(p_starts.dtype.element_ty), mask=inside)
         if e is not None:
             eraser = b_k
             if DECAY > 0:
-                eraser = b_k.to(ACC) * since(b_g, C, False)
+                eraser = from_start(b_k, G, n, h, start, end, gates, KG, False)
             b_e = load(e, n, t, h, seen, one, 1).to(ACC)
             x = x.to(ACC) - b_e * dot(eraser, S, DOT, ACC)
             x = dot(load(I, n, t, h, seen, i, C), x, DOT, ACC)
@@ -188,17 +209,17 @@ def walk_kernel(
                 b_q = load(q, n, t, (h * R + r) // GQ, seen, dk, K)
                 reader = b_q
                 if DECAY > 0:
-                    reader = b_q.to(ACC) * since(b_reader, C, LAG)
+                    reader = from_start(b_q, G, n, h, start, end, gates, KG, LAG)
                 if P is not None:
                     b_P = load(P, n, t, h * R + r, seen, i, C)
                 else:
-                    b_P = products(b_q, b_k, b_reader, b_next, not LAG, LAG, DECAY, DOT, ACC)
+                    b_P = products(b_q, b_k, G, n, h, start, end, dk, K, not LAG, LAG, DECAY, DOT, ACC)
                 b_o = dot(reader, S, DOT, ACC) + dot(b_P, x, DOT, ACC)
                 store(o, n, t, h * R + r, seen, dv, V, b_o)
         writer = b_k
         if DECAY > 0:
-            writer = b_k.to(ACC) * until(b_next, C)
-            S *= tl.exp(tl.sum(b_g, 0))[:, None]
+            writer = to_end(b_k, G, n, h, start, end, gates, KG)
+            S = through(S, G, n, h, start, end, gates, KG, C)
         S += dot(tl.trans(writer), x, DOT, ACC)
     if p_S is not None:
         tl.store(state_at(p_S, n * H + h, dk, dv, K, V), S, mask=inside)
@@ -209,7 +230,7 @@ def walk_back_kernel(
     q,
     k,
     v,
-    g,
+    G,
     e,
     w,
     P,
@@ -254,29 +275,24 @@ def walk_back_kernel(
     i = tl.arange(0, C)
     one = tl.arange(0, 1)
     KG: tl.constexpr = K if DECAY == 2 else 1
+    gates = dk if DECAY == 2 else one
     dS = tl.zeros([BK, BV], ACC)
     if p_dS is not None:
         dS += tl.load(state_at(p_dS, n * H + h, dk, cols, K, V), mask=inside, other=0.0).to(ACC)
     chunks = tl.cdiv(length, C).to(tl.int32)
     for step in range(chunks):
         c = chunks - 1 - step
-        t = first + c * C + i
+        start = first + c * C
+        t = start + i
         seen = t < end
         b_k = load(k, n, t, h // GK, seen, dk, K)
-        if DECAY > 0:
-            b_g, b_reader, b_next = load_gates(g, n, t, h, i, end, dk if DECAY == 2 else one, KG, LAG, C, ACC)
-        else:
-            b_reader = 0.0
-            b_next = 0.0
-        tl.store(
-            state_at(p_ends, (slot + c) * H + h, dk, cols, K, V), dS.to(p_ends.dtype.element_ty), mask=inside
-        )
+        tl.store(state_at(p_ends, (slot + c) * H + h, dk, cols, K, V), dS.to(p_ends.dtype.element_ty), mask=inside)
         writer = b_k
         if DECAY > 0:
-            writer = b_k.to(ACC) * until(b_next, C)
+            writer = to_end(b_k, G, n, h, start, end, gates, KG)
         b_dR = dot(writer, dS, DOT, ACC)
         if DECAY > 0:
-            dS *= tl.exp(tl.sum(b_g, 0))[:, None]
+            dS = through(dS, G, n, h, start, end, gates, KG, C)
         if do is not None:
             for r in range(R):
                 b_q = load(q, n, t, (h * R + r) // GQ, seen, dk, K)
@@ -284,17 +300,17 @@ def walk_back_kernel(
                 if P is not None:
                     b_P = load(P, n, t, h * R + r, seen, i, C)
                 else:
-                    b_P = products(b_q, b_k, b_reader, b_next, not LAG, LAG, DECAY, DOT, ACC)
+                    b_P = products(b_q, b_k, G, n, h, start, end, dk, K, not LAG, LAG, DECAY, DOT, ACC)
                 b_dR += dot(tl.trans(b_P), b_do, DOT, ACC)
                 reader = b_q
                 if DECAY > 0:
-                    reader = b_q.to(ACC) * since(b_reader, C, LAG)
+                    reader = from_start(b_q, G, n, h, start, end, gates, KG, LAG)
                 dS += dot(tl.trans(reader), b_do, DOT, ACC)
         if e is not None:
             b_dR = dot(tl.trans(load(I, n, t, h, seen, i, C)), b_dR, DOT, ACC)
             eraser = b_k.to(ACC) * load(e, n, t, h, seen, one, 1).to(ACC)
             if DECAY > 0:
-                eraser *= since(b_g, C, False)
+                eraser = from_start(eraser, G, n, h, start, end, gates, KG, False)
             dS -= dot(tl.trans(eraser), b_dR, DOT, ACC)
             store(dR, n, t, h, seen, cols, V, b_dR)
         if w is not None:
@@ -332,7 +348,7 @@ def gradients_kernel(
     q,
     k,
     v,
-    g,
+    G,
     e,
     w,
     X,
@@ -373,25 +389,20 @@ def gradients_kernel(
     n, c = chunk_of(slot, p_cu, p_slots, p_owners, NC)
     first, length = span(p_cu, n, T)
     end = first + length
-    i = tl.arange(0, C)
-    t = first + c * C + i
+    start = first + c * C
+    t = start + tl.arange(0, C)
     seen = t < end
     one = tl.arange(0, 1)
     d = block * BK + tl.arange(0, BK)
     KG: tl.constexpr = K if DECAY == 2 else 1
+    gates = d if DECAY == 2 else one
     b_k = load(k, n, t, h // GK, seen, d, K).to(ACC)
-    if DECAY > 0:
-        b_g, b_reader, b_next = load_gates(g, n, t, h, i, end, d if DECAY == 2 else one, KG, LAG, C, ACC)
-    else:
-        b_g = 0.0
-        b_reader = 0.0
-        b_next = 0.0
 
-    # Writers to the state after the chunk, the state before it to erasers.
+    # Writers to the state after the chunk, erasers from the state before it.
     b_dk = tl.zeros([C, BK], ACC)
     b_dek = tl.zeros([C, BK], ACC)
     dA = tl.zeros([C, C], ACC)
-    kept = tl.zeros([BK], ACC)  # S₀ · dS, summed over V
+    kept = tl.zeros([1, BK], ACC)  # Σ_v S₀ ⊙ dS
     for part in range(tl.cdiv(V, BV)):
         cols = part * BV + tl.arange(0, BV)
         inside = state_mask(d, cols, K, V)
@@ -400,27 +411,28 @@ def gradients_kernel(
         b_dk += dot(x, tl.trans(dS), DOT, ACC)
         if DECAY > 0 or e is not None:
             S = tl.load(state_at(p_starts, slot * H + h, d, cols, K, V), mask=inside, other=0.0)
-            kept += tl.sum(S.to(ACC) * dS.to(ACC), 1)
+            kept += tl.sum(S.to(ACC) * dS.to(ACC), 1)[None, :]
             if e is not None:
                 b_dR = load(dR, n, t, h, seen, cols, V)
                 b_dek -= dot(b_dR, tl.trans(S), DOT, ACC)
                 dA -= dot(b_dR, tl.trans(x), DOT, ACC)
     if DECAY > 0:
-        b_dk *= until(b_next, C)
-        b_dg = to_end(per_gate(b_k * b_dk, DECAY), C) + per_gate((tl.exp(tl.sum(b_g, 0)) * kept)[None, :], DECAY)
+        b_dk = to_end(b_dk, G, n, h, start, end, gates, KG)
+        # dG, and what the gates get beside its sum over the later tokens: all of what reaches the chunk's end
+        b_dG = -per_gate(b_k * b_dk, DECAY)
+        b_dg = per_gate(kept * tl.exp(load_last(G, n, h, start, end, gates, KG, C)), DECAY)
+        b_dg += tl.zeros_like(b_dG) - tl.sum(b_dG, 0)[None, :]
 
     if e is not None:
         b_e = load(e, n, t, h, seen, one, 1).to(ACC)
-        if DECAY > 0:
-            b_dek *= since(b_g, C, False)
-            b_dg += from_start(per_gate(b_e * b_k * b_dek, DECAY), C, False)
-        d_eraser, d_writer, d_gate = product_gradients(
-            dA, b_e * b_k, b_k, b_g, b_next, False, False, DECAY, DOT, ACC
+        d_eraser, d_writer, dG, _ = product_gradients(
+            dA, b_e * b_k, b_k, G, n, h, start, end, d, K, False, False, DECAY, DOT, ACC
         )
+        if DECAY > 0:
+            b_dek = from_start(b_dek, G, n, h, start, end, gates, KG, False)
+            b_dG += per_gate(b_e * b_k * b_dek + dG, DECAY)
         b_dek += d_eraser
         b_dk += d_writer + b_e * b_dek
-        if DECAY > 0:
-            b_dg += d_gate
         store(de, n, t, h, seen, block + one, NK, tl.sum(b_k * b_dek, 1)[:, None])
 
     if do is not None:
@@ -436,18 +448,21 @@ def gradients_kernel(
                 b_do = load(do, n, t, h * R + r, seen, cols, V)
                 b_dq += dot(b_do, tl.trans(S), DOT, ACC)
                 dP += dot(b_do, tl.trans(x), DOT, ACC)
-            if DECAY > 0:
-                b_dq *= since(b_reader, C, LAG)
-                b_dg += from_start(per_gate(b_q * b_dq, DECAY), C, LAG)
-            d_reader, d_writer, d_gate = product_gradients(
-                dP, b_q, b_k, b_reader, b_next, not LAG, LAG, DECAY, DOT, ACC
+            d_reader, d_writer, dG, lagging = product_gradients(
+                dP, b_q, b_k, G, n, h, start, end, d, K, not LAG, LAG, DECAY, DOT, ACC
             )
             b_dk += d_writer
             if DECAY > 0:
-                b_dg += d_gate
+                b_dq = from_start(b_dq, G, n, h, start, end, gates, KG, LAG)
+                border = b_q * b_dq
+                b_dG += per_gate(border + dG, DECAY)
+                if LAG:  # a reader is one gate behind its token
+                    b_dg -= per_gate(border + lagging, DECAY)
             store(dq, n, t, h * R + r, seen, d, K, b_dq + d_reader)
     store(dk, n, t, h, seen, d, K, b_dk)
-    if DECAY == 2:
-        store(dg, n, t, h, seen, d, K, b_dg)
-    if DECAY == 1:
-        store(dg, n, t, h, seen, block + one, NK, b_dg)
+    if DECAY > 0:
+        b_dg += tl.cumsum(b_dG, 0, reverse=True)
+        if DECAY == 2:
+            store(dg, n, t, h, seen, d, K, b_dg)
+        else:
+            store(dg, n, t, h, seen, block + one, NK, b_dg)

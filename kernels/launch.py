@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,10 +12,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from .chunk import gradients_kernel, pairs_kernel, walk_back_kernel, walk_kernel
+from .chunk import gradients_kernel, pairs_kernel, sums_kernel, walk_back_kernel, walk_kernel
 from .recurrent import token_kernel
 
 INTERPRETED = isinstance(walk_kernel, InterpretedFunction)  # TRITON_INTERPRET=1 when Triton was imported
+AMD = torch.version.hip is not None
 MAX_FEATURES = 1024  # a walk holds all K of a few columns of S
 TYPES = {
     torch.float16: tl.float16,
@@ -30,29 +31,34 @@ class Tiles:
     """Block sizes of the kernels of the chunk form: C tokens, features a block, warps a program."""
 
     chunk: int
-    walk_v: int  # V columns of S in a walk, beside all of K
-    block: int = 64  # features at a time where the work is split over K, or summed over V
-    warps: int = 4
+    walk: int  # V columns of S in a walk, beside all of K
+    block: int = 64  # features at a time where the work is split over K or summed over V
+    warps: int = 8
     stages: int = 2
 
 
-# By bytes of a matrix product's operand: (K up to, tiles).
+# By bytes of a matrix product's operand: (K up to, tiles). Chosen so that registers and shared memory hold them.
 TABLE: dict[int, list[tuple[int, Tiles]]] = {
     2: [
-        (64, Tiles(64, 64)),
-        (128, Tiles(64, 64, warps=8)),
-        (256, Tiles(32, 32, warps=8)),
-        (512, Tiles(16, 32, warps=8)),
-        (1024, Tiles(16, 16, warps=8)),
+        (64, Tiles(64, 64, warps=4)),
+        (128, Tiles(64, 64)),
+        (256, Tiles(32, 32)),
+        (512, Tiles(16, 32)),
+        (1024, Tiles(16, 16)),
     ],
-    4: [(64, Tiles(32, 32, 32)), (256, Tiles(16, 32, 32, warps=8)), (1024, Tiles(16, 16, 32, warps=8))],
-    8: [(64, Tiles(16, 16, 16, stages=1)), (1024, Tiles(16, 16, 16, warps=8, stages=1))],
+    4: [(64, Tiles(32, 32, 32)), (256, Tiles(16, 32, 32)), (1024, Tiles(16, 16, 32))],
+    8: [(64, Tiles(16, 16, 16, stages=1)), (1024, Tiles(16, 16, 16, stages=1))],
 }
 
 
-def tiles(K: int, dtype: torch.dtype) -> Tiles:
-    """The row of the table for K key features and operands of `dtype`."""
-    return next(row for limit, row in TABLE[dtype.itemsize] if limit >= K)
+def tiles(K: int, dtype: torch.dtype, per_channel: bool) -> Tiles:
+    """The table's row for K key features and operands of `dtype`, narrower where a decay per channel needs room."""
+    row = next(row for limit, row in TABLE[dtype.itemsize] if limit >= K)
+    if per_channel:
+        row = replace(row, walk=max(16, row.walk // 2 if K > 64 else row.walk), block=max(16, row.block // 2), warps=8)
+    if AMD:  # warps of 64 threads, twice the registers a thread, a quarter of the shared memory
+        row = replace(row, chunk=min(row.chunk, 32 if per_channel else 64), warps=4, stages=1)
+    return row
 
 
 def power_of_2(n: int, most: int = MAX_FEATURES) -> int:
@@ -84,7 +90,8 @@ class Problem:
         self.acc = torch.float64 if self.v.dtype == torch.float64 else torch.float32
         # The interpreter's bfloat16 arithmetic is wrong, its loads and stores are right.
         self.dot = torch.float32 if INTERPRETED and self.v.dtype == torch.bfloat16 else self.v.dtype
-        self.tiles = tiles(self.K, self.dot)
+        decay = 0 if self.g is None else self.g.dim() - 2
+        self.tiles = tiles(self.K, self.dot, decay == 2)
         self.C = self.chunk or self.tiles.chunk
         self.chunks = -(-self.T // self.C)
         self.slots, self.owners = None, None
@@ -104,7 +111,7 @@ class Problem:
             "GQ": self.Ho // self.Hq,
             "R": self.Ho // self.H,
             "K": self.K,
-            "DECAY": 0 if self.g is None else self.g.dim() - 2,
+            "DECAY": decay,
             "LAG": self.before,
             "ACC": TYPES[self.acc],
         }
@@ -117,6 +124,7 @@ class Problem:
             "num_stages": self.tiles.stages,
         }
         self.inputs = {name: self.rows(getattr(self, name)) for name in ("q", "k", "v", "g", "e", "w")}
+        self.ungated = {name: x for name, x in self.inputs.items() if name != "g"}
 
     @property
     def empty(self) -> bool:
@@ -134,37 +142,51 @@ class Problem:
     def buffer(self, heads: int, features: int, dtype: torch.dtype) -> Tensor:
         return self.q.new_empty(self.B, self.T, heads, features, dtype=dtype)
 
-    def pairs(self) -> tuple[Tensor | None, Tensor | None]:
-        """P [B, T, Ho, C] if the decay is per channel, (I + A)⁻¹ [B, T, H, C] if something is erased."""
-        P = self.buffer(self.Ho, self.C, self.dot) if self.common["DECAY"] == 2 else None
-        inverse = self.buffer(self.H, self.C, self.dot) if self.e is not None else None
-        if P is not None or inverse is not None:
-            inputs = {name: self.inputs[name] for name in ("q", "k", "g", "e")}
-            pairs_kernel[(self.count * self.H,)](
-                **inputs,
-                P=self.rows(P),
-                I=self.rows(inverse),
+    def prepare(self) -> dict[str, Any]:
+        """What the kernels of the chunk form read beside q, k, v, e, w: G, P if the decay is per channel, (I + A)⁻¹."""
+        decay, block = self.common["DECAY"], power_of_2(self.K, self.tiles.block)
+        G = P = inverse = None
+        if self.g is not None:
+            features = self.K if decay == 2 else 1
+            G = self.buffer(self.H, features, self.acc)
+            BK = block if decay == 2 else 1
+            sums_kernel[(self.count * self.H * triton.cdiv(features, BK),)](
+                g=self.inputs["g"],
+                G=self.rows(G),
                 p_owners=self.owners,
-                BK=power_of_2(self.K, self.tiles.block),
+                KG=features,
+                BK=BK,
+                FLOOR=-800.0 if self.acc == torch.float64 else -104.0,
+                **{name: self.chunked[name] for name in ("p_cu", "p_slots", "T", "NC", "H", "C", "ACC")},
+            )
+        if decay == 2:
+            P = self.buffer(self.Ho, self.C, self.dot)
+        if self.e is not None:
+            inverse = self.buffer(self.H, self.C, self.dot)
+        made = {"G": self.rows(G), "P": self.rows(P), "I": self.rows(inverse)}
+        if P is not None or inverse is not None:
+            pairs_kernel[(self.count * self.H,)](
+                **{name: self.inputs[name] for name in ("q", "k", "e")},
+                **made,
+                p_owners=self.owners,
+                BK=block,
                 **self.chunked,
             )
-        return P, inverse
+        return made
 
     def walk(
         self,
-        P: Tensor | None,
-        inverse: Tensor | None,
+        prepared: dict[str, Any],
         o: Tensor | None = None,
         X: Tensor | None = None,
         S: Tensor | None = None,
         starts: Tensor | None = None,
     ) -> None:
         """Fills what is given of: outputs o, writes X, the final state S, the states `starts` before each chunk."""
-        BV = power_of_2(self.V, self.tiles.walk_v)
+        BV = power_of_2(self.V, self.tiles.walk)
         walk_kernel[(self.N * self.H * triton.cdiv(self.V, BV),)](
-            **self.inputs,
-            P=self.rows(P),
-            I=self.rows(inverse),
+            **self.ungated,
+            **prepared,
             o=self.rows(o),
             X=self.rows(X),
             p_S0=self.S,
@@ -192,7 +214,7 @@ def forward(p: Problem, form: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     p.S = None if p.S is None else p.S.contiguous()
     with on_device(o):
         if form == "chunk":
-            p.walk(*p.pairs(), o=o, S=S)
+            p.walk(p.prepare(), o=o, S=S)
         else:
             BK, BV = power_of_2(p.K), power_of_2(p.V, 32 if p.K <= 256 else 16)
             token_kernel[(p.N * p.H * triton.cdiv(p.V, BV),)](
@@ -226,7 +248,7 @@ def backward(p: Problem, d_o: Tensor | None, d_S: Tensor | None) -> list[Tensor 
         """… and its sum over those that share a head."""
         return x if x.shape[2] == heads else x.unflatten(2, (heads, -1)).sum(3).to(like.dtype)
 
-    tl_, BV = p.tiles, power_of_2(p.V, p.tiles.walk_v)
+    tl_, BV = p.tiles, power_of_2(p.V, p.tiles.walk)
     NV, BK = triton.cdiv(p.V, BV), power_of_2(p.K, tl_.block)
     NK = triton.cdiv(p.K, BK)
     erases, decays = p.e is not None, p.g is not None
@@ -241,12 +263,11 @@ def backward(p: Problem, d_o: Tensor | None, d_S: Tensor | None) -> list[Tensor 
     dg = p.buffer(p.H, p.K if p.common["DECAY"] == 2 else NK, p.acc) if decays else None
     dS0 = None if p.S is None else torch.empty_like(p.S)
     with on_device(dq):
-        P, inverse = p.pairs()
-        p.walk(P, inverse, X=X, starts=starts)
+        prepared = p.prepare()
+        p.walk(prepared, X=X, starts=starts)
         walk_back_kernel[(p.N * p.H * NV,)](
-            **p.inputs,
-            P=p.rows(P),
-            I=p.rows(inverse),
+            **p.ungated,
+            **prepared,
             do=p.rows(d_o),
             dR=p.rows(dR),
             dv=p.rows(dv),
@@ -261,7 +282,8 @@ def backward(p: Problem, d_o: Tensor | None, d_S: Tensor | None) -> list[Tensor 
             **p.chunked,
         )
         gradients_kernel[(p.count * p.H * NK,)](
-            **p.inputs,
+            **p.ungated,
+            G=prepared["G"],
             X=p.rows(X),
             do=p.rows(d_o),
             dR=p.rows(dR),

@@ -5,12 +5,17 @@ tuple (pointer, stride of B, of T, of H), one number a head as D = 1. DECAY is 0
 (tiles [C, 1]), 2 for one a key channel (tiles [C, K]). DOT is the dtype in which matrix products take their operands,
 ACC that of everything else.
 
-A decay between two tokens is the sum of the gates between them, never a difference of two longer sums, and is ≤ 0
-before the exponential: so nothing overflows, −1e4 costs no digits and −inf is an exact reset.
+Gates are summed within chunks, from a floor whose exponential is 0 (an exact reset, −inf too), and every exponent is ≤ 0:
+so nothing overflows, and a gate of −1e4 costs the decays after it few digits.
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.constexpr_function
+def log2(n):
+    return n.bit_length() - 1
 
 
 @triton.jit
@@ -78,47 +83,43 @@ def dot(a, b, DOT: tl.constexpr, ACC: tl.constexpr):
     return tl.dot(a.to(DOT), b.to(DOT), input_precision="ieee", out_dtype=ACC)
 
 
-# Gates. g [C, D] are those of the chunk's tokens; g_reader those that a reader sees, which are g, or with LAG (read
-# "before") the gate of the token before it; g_next is the gate of the token after. All are 0 outside the chunk.
+# Decays. G [B, T, H, D] is the running sum of the gates from the start of a token's chunk. Rows
+# beyond the sequence's end repeat its last one, so that no exponent is ever positive.
 
 
 @triton.jit
-def load_gates(g, n, t, h, i, end, d, D: tl.constexpr, LAG: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr):
-    """g, g_reader, g_next [C, len(d)]; t [C] are the rows, i = 0 … C − 1, end the sequence's."""
-    b_g = load(g, n, t, h, t < end, d, D).to(ACC)
-    b_next = load(g, n, t + 1, h, (i + 1 < C) & (t + 1 < end), d, D).to(ACC)
-    if LAG:
-        b_reader = load(g, n, t - 1, h, (i > 0) & (t < end), d, D).to(ACC)
-    else:
-        b_reader = b_g
-    return b_g, b_reader, b_next
+def load_sums(G, n, h, start, end, i, d, D: tl.constexpr, LAG: tl.constexpr):
+    """G of tokens start + i of the chunk that starts at `start`; with LAG of the tokens before them, 0 at the start."""
+    row = tl.minimum(start + i, end - 1) - LAG
+    return load(G, n, row, h, row >= start, d, D)
 
 
 @triton.jit
-def running_sum(x, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
-    """Running sums along the rows of x [C, D], starting anew every BLOCK rows."""
-    C: tl.constexpr = x.shape[0]
-    D: tl.constexpr = x.shape[1]
-    return tl.reshape(tl.cumsum(tl.reshape(x, [C // BLOCK, BLOCK, D]), 1, reverse=REVERSE), [C, D])
+def load_last(G, n, h, start, end, d, D: tl.constexpr, C: tl.constexpr):
+    """G of the chunk's last token, [1, D]."""
+    return load_sums(G, n, h, start, end, C - 1 + tl.arange(0, 1), d, D, False)
 
 
 @triton.jit
-def since(g_reader, BLOCK: tl.constexpr, LAG: tl.constexpr):
-    """exp of the sum of gates from the start of a token's block of BLOCK rows to the token. [C, D]"""
-    if LAG:
-        i = tl.arange(0, g_reader.shape[0])
-        g_reader = tl.where((i % BLOCK > 0)[:, None], g_reader, 0.0)
-    return tl.exp(running_sum(g_reader, BLOCK, False))
+def from_start(x, G, n, h, start, end, d, D: tl.constexpr, LAG: tl.constexpr):
+    """x [C, ·] decayed from the chunk's start to each token."""
+    return x.to(G[0].dtype.element_ty) * tl.exp(load_sums(G, n, h, start, end, tl.arange(0, x.shape[0]), d, D, LAG))
 
 
 @triton.jit
-def until(g_next, BLOCK: tl.constexpr):
-    """exp of the sum of gates after a token to the end of its block of BLOCK rows. [C, D]"""
-    i = tl.arange(0, g_next.shape[0])
-    return tl.exp(running_sum(tl.where(((i + 1) % BLOCK > 0)[:, None], g_next, 0.0), BLOCK, True))
+def to_end(x, G, n, h, start, end, d, D: tl.constexpr):
+    """x [C, ·] decayed from each token to the chunk's end."""
+    last = load_last(G, n, h, start, end, d, D, x.shape[0])
+    return x.to(last.dtype) * tl.exp(last - load_sums(G, n, h, start, end, tl.arange(0, x.shape[0]), d, D, False))
 
 
-# Products of pairs of tokens: M_ij = Σ_d a_id b_jd exp(Σ g_sd over j < s ≤ i, or < i with LAG).
+@triton.jit
+def through(S, G, n, h, start, end, d, D: tl.constexpr, C: tl.constexpr):
+    """S [K, ·] decayed from the chunk's start to its end."""
+    return S * tl.trans(tl.exp(load_last(G, n, h, start, end, d, D, C)))
+
+
+# Products of pairs of tokens: M_ij = Σ_d a_id b_jd exp(G_i − G_j)_d, with LAG (read "before") exp(G_{i−1} − G_j)_d.
 # A decay per channel can't be taken out of the sum over d. But where i and j lie in the later and earlier half of the
 # same block of tokens, it is the product of i's decay since the middle and j's until the middle: each pair is in one such
 # block of some size 2, 4, …, C, so log2 C masked products make all pairs.
@@ -135,86 +136,68 @@ def visible(C: tl.constexpr, DIAGONAL: tl.constexpr):
 
 
 @triton.jit
-def halves(g_reader, g_next, HALF: tl.constexpr, LAG: tl.constexpr):
-    """For blocks of 2 HALF tokens: decays since the middle [C, D], 0 in the earlier half; decays until the middle, 0 in
-    the later half; which pairs share a block [C, C]."""
-    i = tl.arange(0, g_reader.shape[0])
-    late = ((i // HALF) % 2 == 1)[:, None]
-    after = tl.where(late, since(g_reader, HALF, LAG), 0.0)
-    before = tl.where(late, 0.0, until(g_next, HALF))
-    return after, before, i[:, None] // (2 * HALF) == i[None, :] // (2 * HALF)
+def halves(G, n, h, start, end, d, D: tl.constexpr, half, LAG: tl.constexpr, C: tl.constexpr):
+    """For blocks of 2 half tokens: decays since the middle [C, len(d)], 0 in the earlier half; decays until the middle, 0
+    in the later half; which pairs share a block [C, C]."""
+    i = tl.arange(0, C)
+    middle = load_sums(G, n, h, start, end, i // (2 * half) * (2 * half) + half - 1, d, D, False)
+    late = ((i // half) % 2 == 1)[:, None]
+    # masked before the exponential, where exponents would be positive
+    after = tl.exp(tl.where(late, load_sums(G, n, h, start, end, i, d, D, LAG) - middle, -float("inf")))
+    before = tl.exp(tl.where(late, -float("inf"), middle - load_sums(G, n, h, start, end, i, d, D, False)))
+    return after, before, i[:, None] // (2 * half) == i[None, :] // (2 * half)
 
 
 @triton.jit
-def products_between(a, b, g_reader, g_next, HALF: tl.constexpr, LAG: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr):
-    after, before, together = halves(g_reader, g_next, HALF, LAG)
-    return tl.where(together, dot(a * after, tl.trans(b * before), DOT, ACC), 0.0)
+def decays_between(G, n, h, start, end, LAG: tl.constexpr, C: tl.constexpr):
+    """exp(G_i − G_j) for one gate a head, 1 above the diagonal: [C, C]."""
+    i = tl.arange(0, C)
+    one = tl.arange(0, 1)
+    reader = load_sums(G, n, h, start, end, i, one, 1, LAG)
+    writer = load_sums(G, n, h, start, end, i, one, 1, False)
+    return tl.exp(tl.where(i[:, None] > i[None, :], reader - tl.trans(writer), 0.0))
 
 
 @triton.jit
-def decay_between(g_reader, LAG: tl.constexpr):
-    """exp(Σ g_s over j < s ≤ i, or < i with LAG), 1 above the diagonal: g_reader [C, 1] → [C, C]."""
-    i = tl.arange(0, g_reader.shape[0])
-    return tl.exp(tl.cumsum(tl.where(i[:, None] > i[None, :] + LAG, g_reader, 0.0), 0))
+def products_between(a, b, G, n, h, start, end, d, D: tl.constexpr, half, LAG: tl.constexpr, DOT: tl.constexpr):
+    after, before, together = halves(G, n, h, start, end, d, D, half, LAG, a.shape[0])
+    return tl.where(together, dot(a * after, tl.trans(b * before), DOT, after.dtype), 0.0)
 
 
 @triton.jit
 def products(
     a,
     b,
-    g_reader,
-    g_next,
+    G,
+    n,
+    h,
+    start,
+    end,
+    d,
+    D: tl.constexpr,
     DIAGONAL: tl.constexpr,
     LAG: tl.constexpr,
     DECAY: tl.constexpr,
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """M [C, C] for a, b [C, K], 0 where not visible."""
+    """M [C, C] for the features d of a and b [C, len(d)], 0 where not visible."""
     C: tl.constexpr = a.shape[0]
-    a = a.to(ACC) if DECAY == 2 else a
-    b = b.to(ACC) if DECAY == 2 else b
     if DECAY == 2:
         M = tl.zeros([C, C], ACC)
-        for level in tl.static_range(6):
-            if (1 << level) < C:
-                M += products_between(a, b, g_reader, g_next, 1 << level, LAG, DOT, ACC)
+        a = a.to(ACC)
+        b = b.to(ACC)
+        for level in tl.range(log2(C), num_stages=1):
+            M += products_between(a, b, G, n, h, start, end, d, D, 1 << level, LAG, DOT)
         if DIAGONAL:
             i = tl.arange(0, C)
             M = tl.where(i[:, None] == i[None, :], tl.sum(a * b, 1)[:, None], M)
     else:
         M = dot(a, tl.trans(b), DOT, ACC)
         if DECAY == 1:
-            M *= decay_between(g_reader, LAG)
+            M *= decays_between(G, n, h, start, end, LAG, C)
         M = tl.where(visible(C, DIAGONAL), M, 0.0)
     return M
-
-
-@triton.jit
-def from_start(da, BLOCK: tl.constexpr, LAG: tl.constexpr):
-    """Gradient of the gates where rows decayed since their block's start; da = a ⊙ ∂a. Gate s is on the way of all
-    i ≥ s (with LAG i > s)."""
-    dg = running_sum(da, BLOCK, True)
-    if LAG:
-        dg -= da
-    return dg
-
-
-@triton.jit
-def to_end(db, BLOCK: tl.constexpr):
-    """Gradient of the gates where rows decayed until their block's end; db = b ⊙ ∂b. Gate s is on the way of all j < s."""
-    return running_sum(db, BLOCK, False) - db
-
-
-@triton.jit
-def gradients_between(
-    dM, a, b, g_reader, g_next, HALF: tl.constexpr, LAG: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr
-):
-    after, before, together = halves(g_reader, g_next, HALF, LAG)
-    dM = tl.where(together, dM, 0.0)
-    da = after * dot(dM, b * before, DOT, ACC)
-    db = before * dot(tl.trans(dM), a * after, DOT, ACC)
-    return da, db, from_start(a * da, HALF, LAG) + to_end(b * db, HALF)
 
 
 @triton.jit
@@ -222,82 +205,89 @@ def product_gradients(
     dM,
     a,
     b,
-    g_reader,
-    g_next,
+    G,
+    n,
+    h,
+    start,
+    end,
+    d,
+    D: tl.constexpr,
     DIAGONAL: tl.constexpr,
     LAG: tl.constexpr,
     DECAY: tl.constexpr,
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Gradients of Σ dM ⊙ products(a, b): for a and b [C, K], for g [C, K] or [C, 1] (0 without decay).
+    """Gradients of Σ dM ⊙ products(a, b): for a, b and G, and with LAG how much of the last is a's. [C, len(d)]
 
-    a and b may be some of the features: the gradient of one gate a head is then that part's share.
+    That of G is a ⊙ ∂a − b ⊙ ∂b with a and b as the products see them, rounded: so a pair adds and takes the same, and in
+    the gradient of a gate, a sum over G, pairs that lie on one side of it cancel to the last digits of ACC.
     """
     C: tl.constexpr = a.shape[0]
-    i = tl.arange(0, C)
     dM = tl.where(visible(C, DIAGONAL), dM, 0.0)
+    lagging = tl.zeros_like(a)
     if DECAY == 2:
         da = tl.zeros_like(a)
-        db = tl.zeros_like(b)
-        dg = tl.zeros_like(a)
-        for level in tl.static_range(6):
-            if (1 << level) < C:
-                da_l, db_l, dg_l = gradients_between(dM, a, b, g_reader, g_next, 1 << level, LAG, DOT, ACC)
-                da += da_l
-                db += db_l
-                dg += dg_l
+        db = tl.zeros_like(a)
+        dG = tl.zeros_like(a)
+        for level in tl.range(log2(C), num_stages=1):
+            after, before, together = halves(G, n, h, start, end, d, D, 1 << level, LAG, C)
+            near = tl.where(together, dM, 0.0)
+            a_seen = (a * after).to(DOT)
+            b_seen = (b * before).to(DOT)
+            da_seen = dot(near, b_seen, DOT, ACC)
+            db_seen = dot(tl.trans(near), a_seen, DOT, ACC)
+            da += after * da_seen
+            db += before * db_seen
+            dG += a_seen.to(ACC) * da_seen - b_seen.to(ACC) * db_seen
+            if LAG:
+                lagging += a_seen.to(ACC) * da_seen
         if DIAGONAL:
+            i = tl.arange(0, C)
             own = tl.sum(tl.where(i[:, None] == i[None, :], dM, 0.0), 1)[:, None]
             da += own * b
             db += own * a
     else:
-        dg = tl.zeros([C, 1], ACC)
         if DECAY == 1:
-            dM *= decay_between(g_reader, LAG)
-            strict = i[:, None] > i[None, :]
-            through = tl.where(strict, dM * dot(a, tl.trans(b), DOT, ACC), 0.0)
-            onwards = tl.cumsum(through, 0, reverse=True)  # [s, j]: pairs (i, j) with i ≥ s
-            if LAG:
-                onwards -= through
-            dg += tl.sum(tl.where(strict, onwards, 0.0), 1)[:, None]
+            dM *= decays_between(G, n, h, start, end, LAG, C)
         da = dot(dM, b, DOT, ACC)
         db = dot(tl.trans(dM), a, DOT, ACC)
-    return da, db, dg
-
-
-# (I + A)⁻¹ for a strictly lower A: substitution in blocks of 16, then [[X, 0], [Z, Y]] with Z = −Y A₂₁ X.
+        dG = a.to(DOT).to(ACC) * da - b.to(DOT).to(ACC) * db
+        if LAG:
+            lagging += a.to(DOT).to(ACC) * da
+    return da, db, dG, lagging
 
 
 @triton.jit
-def joined(X, A, HALF: tl.constexpr, ACC: tl.constexpr):
-    """From the inverses of the diagonal blocks of HALF rows to those of 2 HALF rows."""
-    i = tl.arange(0, A.shape[0])
-    late = (i // HALF) % 2 == 1
-    together = i[:, None] // (2 * HALF) == i[None, :] // (2 * HALF)
-    corner = tl.where(together & late[:, None] & (late[None, :] == 0), A, 0.0)
-    return X - dot(dot(X, corner, ACC, ACC), X, ACC, ACC)
+def substitution(A, ACC: tl.constexpr):
+    """(I + A)⁻¹ of each of the strictly lower A [B, C, C], row by row."""
+    C: tl.constexpr = A.shape[1]
+    row = tl.arange(0, C)[None, :, None]
+    X = (row == tl.arange(0, C)[None, None, :]).to(ACC) + tl.zeros_like(A)
+    for r in range(1, C):
+        weights = tl.sum(tl.where(row == r, A, 0.0), 1)  # [B, C]
+        known = tl.sum(weights[:, :, None] * X, 1)  # [B, C]
+        X = tl.where(row == r, X - known[:, None, :], X)
+    return X
 
 
 @triton.jit
 def inverse(A, ACC: tl.constexpr):
-    """(I + A)⁻¹ [C, C], exact up to rounding in ACC however alike the keys are (a power series is not)."""
+    """(I + A)⁻¹ of a strictly lower A [C, C], C ≤ 64, in ACC: exact up to rounding however alike the keys are.
+
+    A power series is not. Beyond 32 rows by [[X, 0], [−Y A₂₁ X, Y]] from the inverses X and Y of the halves.
+    """
     C: tl.constexpr = A.shape[0]
-    BLOCK: tl.constexpr = 16 if C > 16 else C
-    NB: tl.constexpr = C // BLOCK
-    i = tl.arange(0, C)
-    near = i[:, None] // BLOCK == i[None, :] // BLOCK
-    r = tl.arange(0, BLOCK)[None, :, None]
-    blocks = tl.sum(tl.reshape(tl.where(near, A, 0.0), [NB, BLOCK, NB, BLOCK]), 2)  # [NB, BLOCK, BLOCK]
-    unit = (r == tl.arange(0, BLOCK)[None, None, :]).to(ACC)
-    X = unit + tl.zeros_like(blocks)
-    for row in range(1, BLOCK):
-        weights = tl.sum(tl.where(r == row, blocks, 0.0), 1)  # [NB, BLOCK]
-        known = tl.sum(weights[:, :, None] * X, 1)  # [NB, BLOCK]
-        X = tl.where(r == row, X - known[:, None, :], X)
-    wide = tl.broadcast_to(X[:, :, None, :], [NB, BLOCK, NB, BLOCK])
-    X = tl.where(near, tl.reshape(wide, [C, C]), 0.0)
-    for level in tl.static_range(4, 6):
-        if (1 << level) < C:
-            X = joined(X, A, 1 << level, ACC)
+    if C <= 32:
+        X = tl.reshape(substitution(tl.reshape(A, [1, C, C]), ACC), [C, C])
+    else:
+        HALF: tl.constexpr = C // 2
+        upper, lower = tl.split(tl.permute(tl.reshape(A, [2, HALF, 2, HALF]), (1, 3, 2, 0)))  # [HALF, HALF, 2]
+        A11, _ = tl.split(upper)
+        A21, A22 = tl.split(lower)
+        both = substitution(tl.permute(tl.join(A11, A22), (2, 0, 1)), ACC)
+        X11, X22 = tl.split(tl.permute(both, (1, 2, 0)))
+        X21 = -dot(dot(X22, A21, ACC, ACC), X11, ACC, ACC)
+        parts = tl.join(tl.join(X11, tl.zeros_like(X11)), tl.join(X21, X22))  # [HALF, HALF, column half, row half]
+        X = tl.reshape(tl.permute(parts, (3, 0, 2, 1)), [C, C])
     return X
