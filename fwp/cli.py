@@ -184,7 +184,8 @@ class Lines:
 
     def __call__(self, done: int, total: int, text: str) -> None:
         self.bar.update(self.task, completed=done, total=total)
-        self.bar.console.print(text or f"{done} of {total} runs are there already")
+        if text or done:
+            self.bar.console.print(text or f"{done} of {total} runs are there already")
 
     def __exit__(self, *error: object) -> None:
         self.bar.stop()

@@ -105,7 +105,7 @@ def test_training_gives_up() -> None:
 
 def test_authors_logs() -> None:
     assert len(paper.AUTHORS) == 240
-    firsts = {model: paper.first_unsolved(paper.AUTHORS, model) for model in paper.MAPS}
+    firsts = {model: paper.sizes(paper.first_unsolved(paper.AUTHORS, model)) for model in paper.MAPS}
     assert firsts == {"linear": [60], "dpfp-1": [120], "dpfp-2": [260], "dpfp-3": [360]}
 
 
@@ -139,15 +139,18 @@ def test_claim_holds_for_the_authors_and_can_fail(claim: Claim) -> None:
 def test_break_counts_each_seed() -> None:
     rows = [
         {"model": "linear", "d_key": 16, "keys": S, "seed": seed, "solved": 1e-3, "best_loss": loss}
-        for seed, broken in ((1, 10), (2, 20), (3, 20))
+        for seed, broken in ((1, 5), (2, 5), (3, 20))
         for S in (5, 10, 15, 20)
         for loss in (0.1 if broken <= S else 1e-4,)
     ]
-    assert paper.first_unsolved(rows, "linear") == [10, 20, 20]
+    assert paper.sizes(paper.first_unsolved(rows, "linear")) == [5, 5, 20]
     outcome = paper.breaks("linear").measure(rows)
-    assert (outcome.measured, outcome.spread) == (1.25, [0.625, 1.25])
+    assert (outcome.measured, outcome.spread) == (0.312, [0.312, 1.25])
     assert "d_key 16" in outcome.note
-    assert paper.breaks("linear").measure([row for row in rows if row["best_loss"] < 0.1]).holds is None
+    assert outcome.holds is False
+    assert "at S = 5 training ended with 1.0 keys lost, though there was room" in outcome.note
+    unbroken = [row for row in rows if row["seed"] == 3 and row["keys"] < 20]
+    assert paper.breaks("linear").measure(unbroken).holds is None
 
 
 # ---- the runner ----

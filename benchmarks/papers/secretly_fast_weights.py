@@ -40,7 +40,6 @@ from fwp.feature_maps import FeatureMap
 from ..claims import Claim, Family, Outcome, Rows, Scale, Settings
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # ---------------------------------------------------------------------------------------------------------- the models
@@ -71,7 +70,7 @@ def favor(factor: int) -> Callable[[int], FeatureMap]:
 
 
 MEMORIES = {
-    "linear": Memory("Linear (elu + 1)", "d64_linear_sum", "#7a7a7a", lambda d_key: "elu+1", 1),
+    "linear": Memory("Linear", "d64_linear_sum", "#7a7a7a", lambda d_key: "elu+1", 1),
     "dpfp-1": Memory("DPFP-1", "d64_dpfp1_sum", "#8ecae6", lambda d_key: "dpfp-1", 2),
     "dpfp-2": Memory("DPFP-2", "d64_dpfp2_sum", "#219ebc", lambda d_key: "dpfp-2", 4),
     "dpfp-3": Memory("DPFP-3", "d64_dpfp3_sum", "#023e73", lambda d_key: "dpfp-3", 6),
@@ -191,14 +190,14 @@ def runs(
 
 # S of d_key 16 is a quarter of the authors' S at d_key 64: the same shares of d_dot.
 QUICK = {
-    "linear": [5, 10, 15, 20, 25, 40, 80],
-    "dpfp-1": [10, 20, 25, 30, 35, 40, 80],
-    "dpfp-2": [20, 40, 55, 60, 65, 70, 80],
-    "dpfp-3": [20, 60, 80, 85, 90, 100, 120],
-    "favor-1": [5, 10, 20, 40],
-    "favor-2": [5, 10, 20, 40],
-    "favor-8": [5, 10, 20, 40],
-    "softmax": [5, 20, 40, 60, 80, 100, 120, 150],
+    "linear": [5, 10, 15, 20, 40],
+    "dpfp-1": [10, 20, 25, 30, 40],
+    "dpfp-2": [40, 60, 65, 80],
+    "dpfp-3": [60, 80, 90],
+    "favor-1": [5, 20],
+    "favor-2": [5, 20],
+    "favor-8": [5, 20],
+    "softmax": [5, 20, 60, 100, 150],
 }
 REDUCED = {
     "linear": [20, 40, 60, 80, 160],
@@ -236,59 +235,68 @@ def authors() -> list[dict[str, Any]]:
 
 AUTHORS = authors()
 SOURCE = "the authors' logs, d_key 64, one seed"
-GRID = 20 / 64  # the authors' step in S, as a share of d_key
 
 
-def capacity(row: dict[str, Any]) -> int | None:
-    """d_dot, the number of features."""
-    features = MEMORIES[row["model"]].d_dot
-    return None if features is None else features * row["d_key"]
+def capacity(row: Mapping[str, Any]) -> float:
+    """d_dot, the number of features; of softmax attention infinite."""
+    return (MEMORIES[row["model"]].d_dot or math.inf) * row["d_key"]
 
 
-def floor(row: dict[str, Any]) -> float:
+def fullness(row: Mapping[str, Any]) -> float:
+    """S / d_dot."""
+    return float(row["keys"] / capacity(row))
+
+
+def floor(row: Mapping[str, Any]) -> float:
     """½ (1 − d_dot / S), below which no memory of d_dot features can get; 0 within its capacity."""
-    d_dot = capacity(row)
-    return 0.0 if d_dot is None else max(0.0, 0.5 * (1 - d_dot / row["keys"]))
+    return 0.5 * (1 - 1 / fullness(row)) if fullness(row) > 1 else 0.0
 
 
-def solved(row: dict[str, Any]) -> bool:
+def solved(row: Mapping[str, Any]) -> bool:
     """Whether the run reached the paper's 0.001."""
     return bool(row["best_loss"] <= row["solved"])
 
 
-def first_unsolved(rows: Rows, model: str) -> list[int]:
-    """For each seed the smallest S whose run stayed above 0.001; seeds that solved every S give none."""
-    seeds: dict[int, list[int]] = {}
-    for row in rows:
-        if row["model"] == model and not solved(row):
-            seeds.setdefault(row["seed"], []).append(row["keys"])
-    return [min(sizes) for _, sizes in sorted(seeds.items())]
+def first_unsolved(rows: Rows, model: str) -> list[Mapping[str, Any]]:
+    """For each seed the run with the smallest S that stayed above 0.001; none at all if a seed solved every S."""
+    mine = [row for row in rows if row["model"] == model]
+    seeds = {row["seed"] for row in mine}
+    failed = {row["seed"]: row for row in sorted(mine, key=lambda row: -row["keys"]) if not solved(row)}
+    return [failed[seed] for seed in sorted(seeds)] if len(failed) == len(seeds) else []
 
 
-def size_note(rows: Rows) -> str:
-    """What sets the rows' size apart from the paper's."""
+def sizes(rows: Rows) -> list[int]:
+    return [row["keys"] for row in rows]
+
+
+def note(rows: Rows, why: str = "") -> str:
+    """What sets the rows' size apart from the paper's, and why a claim doesn't hold."""
     d_key = rows[0]["d_key"]
-    return "" if d_key == 64 else f"the same law at another size: d_key {d_key}, published for d_key 64"
+    size = "" if d_key == 64 else f"the same law at another size: d_key {d_key}, published for d_key 64"
+    return "; ".join(filter(None, (size, why)))
 
 
 def breaks(model: str) -> Claim:
     """The first S that φ can't hold."""
-    factor = MEMORIES[model].d_dot
-    assert factor is not None
-    published = first_unsolved(AUTHORS, model)[0] / (factor * 64)
+    published = fullness(first_unsolved(AUTHORS, model)[0])
+    step = fullness(next(row for row in AUTHORS if row["model"] == model and row["keys"] == 20))
 
     def measure(rows: Rows) -> Outcome:
-        firsts = [S / (factor * rows[0]["d_key"]) for S in first_unsolved(rows, model)]
-        if not firsts:
-            return Outcome(None, None, note="every S that was run is solved, so the break was not reached")
-        middle = median(firsts)
-        holds = abs(middle - published) <= GRID / factor + 1e-9
-        return Outcome(round(middle, 3), holds, [round(min(firsts), 3), round(max(firsts), 3)], note=size_note(rows))
+        first = first_unsolved(rows, model)
+        if not first:
+            return Outcome(None, None, note="a seed solved every S that was run, so its break was not reached")
+        shares = [fullness(row) for row in first]
+        holds = abs(median(shares) - published) <= step + 1e-9
+        early = min(first, key=fullness)
+        why = f"at S = {early['keys']} training ended with {2 * early['keys'] * early['best_loss']:.1f} keys lost"
+        why += ", though there was room for them" if fullness(early) <= 1 else ""
+        spread = [round(min(shares), 3), round(max(shares), 3)]
+        return Outcome(round(median(shares), 3), holds, spread, note(rows, "" if holds else why))
 
     return Claim(
         f"break-{model}",
         f"{MEMORIES[model].label} first leaves an S unsolved at the same S / d_dot as at d_key 64, to one step of the "
-        f"authors' grid ({GRID / factor:.3f}).",
+        f"authors' grid ({step:.3f}).",
         round(published, 3),
         SOURCE,
         "smallest S with a best loss above 0.001, over d_dot; median and range over seeds",
@@ -299,35 +307,32 @@ def breaks(model: str) -> Claim:
 def measure_bound(rows: Rows) -> Outcome:
     beyond = [row for row in rows if floor(row) > 0]
     lucky = [row for row in beyond if solved(row)]
-    return Outcome(f"{len(lucky)} of {len(beyond)} runs solved", not lucky, note=size_note(rows))
+    return Outcome(f"{len(lucky)} of {len(beyond)} runs solved", not lucky, note=note(rows))
 
 
 def measure_floor(rows: Rows) -> Outcome:
-    ratios = [
-        row["best_loss"] / floor(row)
-        for row in rows
-        if row["model"] in MAPS and row["keys"] >= 1.25 * (capacity(row) or math.inf)
-    ]
+    ratios = [row["best_loss"] / floor(row) for row in rows if row["model"] in MAPS and fullness(row) >= 1.25]
     middle = median(ratios)
-    spread = [round(min(ratios), 2), round(max(ratios), 2)]
-    return Outcome(round(middle, 3), middle <= 1.1, spread, note=size_note(rows))
+    return Outcome(round(middle, 3), middle <= 1.1, [round(min(ratios), 2), round(max(ratios), 2)], note(rows))
 
 
 def measure_order(rows: Rows) -> Outcome:
-    firsts = {model: first_unsolved(rows, model) for model in MAPS}
+    firsts = {model: sizes(first_unsolved(rows, model)) for model in MAPS}
     if not all(firsts.values()):
-        return Outcome(None, None, note="a map solved every S that was run")
+        return Outcome(None, None, note="a seed of some map solved every S that was run")
     middle = {model: median(found) for model, found in firsts.items()}
     spread = {model: [min(found), max(found)] for model, found in firsts.items()}
-    return Outcome(middle, sorted(set(middle.values())) == list(middle.values()), spread, note=size_note(rows))
+    return Outcome(middle, sorted(set(middle.values())) == list(middle.values()), spread, note(rows))
 
 
 def measure_favor(rows: Rows) -> Outcome:
     runs = sorted((row for row in rows if MEMORIES[row["model"]].random), key=lambda row: row["best_loss"])
-    best = runs[0]
     below = [f"{MEMORIES[row['model']].label} at S = {row['keys']}" for row in runs if solved(row)]
-    reached = f"; reached by {', '.join(dict.fromkeys(below))}" if below else ""
-    return Outcome(float(f"{best['best_loss']:.3g}"), not below, note=size_note(rows) + reached)
+    why = (
+        f"reached by {', '.join(dict.fromkeys(below))}, likely because the variance of random features grows "
+        "exponentially with the squared length of q + k, and short keys have less of it"
+    )
+    return Outcome(float(f"{runs[0]['best_loss']:.3g}"), not below, note=note(rows, why if below else ""))
 
 
 def measure_softmax(rows: Rows) -> Outcome:
@@ -338,7 +343,7 @@ def measure_softmax(rows: Rows) -> Outcome:
     rivals = {model: S for model, S in largest.items() if model != "softmax"}
     best = max(rivals, key=rivals.__getitem__)
     outcome = {"softmax": largest["softmax"], best: rivals[best]}
-    return Outcome(outcome, largest["softmax"] > rivals[best], note=size_note(rows))
+    return Outcome(outcome, largest["softmax"] > rivals[best], note=note(rows))
 
 
 # ---------------------------------------------------------------------------------------------------------- the figure
@@ -348,46 +353,44 @@ def draw(rows: Rows) -> Figure:
     """Left: the best loss against S, as in the paper. Right: against S / d_dot, with the authors' runs at d_key 64."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+    figure = Figure(figsize=(10.5, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name, memory in MEMORIES.items():
-        line(left, rows, name, lambda row: row["keys"], marker="s" if memory.d_dot is None else "o")
     d_key = rows[0]["d_key"]
-    left.set(xlabel=f"number of keys S, at d_key = {d_key}", ylabel="best evaluation loss", ylim=(-0.01, 0.52))
-    left.set_title("Each memory against the number of keys", loc="left")
-    left.legend(frameon=False, fontsize=8, title="ours, median and range over seeds", alignment="left")
+    for name, memory in MEMORIES.items():
+        xs, middle, low, high = over_seeds(rows, name, lambda row: row["keys"])
+        marker = "s" if memory.d_dot is None else "o"
+        left.plot(xs, middle, marker=marker, markersize=4, lw=1.2, color=memory.colour, label=memory.label)
+        left.vlines(xs, low, high, color=memory.colour, lw=1.2)
+    left.set(xlabel=f"number of keys S, at d_key = {d_key}", ylabel="best evaluation loss")
 
-    for name in MAPS:
-        theirs = [row for row in AUTHORS if row["model"] == name]
-        shares, losses = [load(row) for row in theirs], [row["best_loss"] for row in theirs]
-        right.plot(shares, losses, "x", color=MEMORIES[name].colour, markersize=5, alpha=0.6)
-        line(right, rows, name, load, style="")
-    shares = [1 + i / 100 for i in range(1000)]
+    shares = [1 + i / 100 for i in range(301)]
     right.plot([0, *shares], [0, *(0.5 * (1 - 1 / x) for x in shares)], "k-", lw=0.8, zorder=0, label="floor")
-    right.plot([], [], "ko", markersize=4, label=f"ours, d_key = {d_key}")
+    for name in MAPS:
+        colour = MEMORIES[name].colour
+        theirs, losses, *_ = over_seeds(AUTHORS, name, fullness)
+        right.plot(theirs, losses, "x", color=colour, markersize=5, alpha=0.7)
+        xs, middle, low, high = over_seeds(rows, name, fullness)
+        right.plot(xs, middle, "o", color=colour, markersize=5)
+        right.vlines(xs, low, high, color=colour, lw=1.2)
+    right.plot([], [], "ko", markersize=5, label=f"ours, d_key = {d_key}")
     right.plot([], [], "kx", markersize=5, label="the authors' logs, d_key = 64")
-    right.set(xlabel="S / d_dot", ylim=(-0.01, 0.52), xlim=(0, 6))
-    right.set_title("Deterministic maps against their capacity", loc="left")
-    right.legend(frameon=False, fontsize=8, loc="lower right")
+    right.set(xlabel="S / d_dot, Linear and DPFP", xlim=(0, 4))
+
+    for axes, columns in ((left, 4), (right, 3)):
+        axes.set_ylim(-0.01, 0.52)
+        above = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1), "ncols": columns}
+        axes.legend(**above, frameon=False, fontsize=8, columnspacing=1, handlelength=1.5)
     return figure
 
 
-def load(row: dict[str, Any]) -> float:
-    """S / d_dot: how full the memory is."""
-    return float(row["keys"] / (capacity(row) or math.inf))
-
-
-def line(axes: Axes, rows: Rows, model: str, x: Callable[[Any], float], style: str = "-", marker: str = "o") -> None:
-    """A model's median loss over seeds against x, and the range."""
+def over_seeds(rows: Rows, model: str, x: Callable[[Any], float]) -> tuple[list[float], ...]:
+    """A model's x in order, and the median, lowest and highest loss there."""
     points: dict[float, list[float]] = {}
     for row in rows:
         if row["model"] == model:
             points.setdefault(x(row), []).append(row["best_loss"])
-    memory, xs = MEMORIES[model], sorted(points)
-    middle, low, high = ([f(points[x]) for x in xs] for f in (median, min, max))
-    label = memory.label if style else None
-    axes.plot(xs, middle, style, marker=marker, markersize=4, lw=1.2, color=memory.colour, label=label)
-    axes.vlines(xs, low, high, color=memory.colour, lw=1.2, alpha=0.6)
+    xs = sorted(points)
+    return xs, *([statistic(points[at]) for at in xs] for statistic in (median, min, max))
 
 
 # ---------------------------------------------------------------------------------------------------------- the family
@@ -432,7 +435,7 @@ SETTING_1 = Family(
         Claim(
             "order",
             "The first unsolved S grows with d_dot: Linear < DPFP-1 < DPFP-2 < DPFP-3.",
-            {model: first_unsolved(AUTHORS, model)[0] for model in MAPS},
+            measure_order(AUTHORS).measured,
             SOURCE,
             "smallest S with a best loss above 0.001; median over seeds",
             measure_order,
