@@ -1,9 +1,9 @@
 """The chunk form: C tokens at a time by matrix products, forward and backward.
 
 Per sequence and state head, for a chunk that starts from S₀, with G the running sum of g in the chunk, G^q the reader's
-(one token behind for read "before"), every exponent ≤ 0::
+(one token behind for read "before", where j < i in P too), every exponent ≤ 0::
 
-    A_ij = e_i Σ_d k_id k_jd exp(G_i − G_j)_d  for j < i     P_ij = Σ_d q_id k_jd exp(G^q_i − G_j)_d  for j ≤ i (before: <)
+    A_ij = e_i Σ_d k_id k_jd exp(G_i − G_j)_d  for j < i     P_ij = Σ_d q_id k_jd exp(G^q_i − G_j)_d  for j ≤ i
     (I + A) X = w ⊙ V − e ⊙ (k ⊙ exp G) S₀
     O = (q ⊙ exp G^q) S₀ + P X                              S = exp(G_C) S₀ + (exp(G_C − G) ⊙ k)ᵀ X
 
@@ -17,8 +17,8 @@ and then, all chunks at once, from dP = dO Xᵀ and dA = −dR Xᵀ (visible pai
     dq      = exp G^q ⊙ (dO S₀ᵀ) + Σ_j (dP ⊙ D)_ij k_j
     d(e k)  = −exp G ⊙ (dR S₀ᵀ) + Σ_j (dA ⊙ D)_ij k_j,   de = k · d(e k)
     dk      = exp(G_C − G) ⊙ (X dSᵀ) + Σ_i (dP ⊙ D)_ij q_i + Σ_i (dA ⊙ D)_ij e_i k_i + e ⊙ d(e k)
-    dg_s    = all that passed through the gate of s: from S₀ to readers and erasers i ≥ s, from writers j < s to the end,
-              from S₀ to the end, and from j < s to i ≥ s inside the chunk
+    dg_s    = what passed the gate of s: from S₀ to readers and erasers i ≥ s, from writers j < s to the end, from S₀
+              to the end, from j < s to i ≥ s in the chunk
 
 Source: 2006.16236, 2406.06484 (the delta rule by chunks), 2510.26692 (a decay per channel); the gradients follow from
 them by the chain rule.
@@ -112,7 +112,6 @@ def pairs_kernel(
     t = start + i
     seen = t < end
     one = tl.arange(0, 1)
-    KG: tl.constexpr = K if DECAY == 2 else 1
     if I is not None:
         A = tl.zeros([C, C], ACC)
         for block in range(tl.cdiv(K, BK)):
@@ -166,7 +165,7 @@ def walk_kernel(
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """From the first chunk to the last with a [K, BV] part of S in registers. A program a sequence, head and V block."""
+    """From the first chunk to the last, [K, BV] of S in registers. A program a sequence, head and V block."""
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0).to(tl.int64)
     h = pid // NV % H
@@ -380,7 +379,7 @@ def gradients_kernel(
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """dq, dk, dg and de from the states and their gradients at the chunk's borders. A program a chunk, head, K block."""
+    """dq, dk, dg, de from the states and their gradients at the chunk's borders. A program a chunk, head, K block."""
     NK: tl.constexpr = (K + BK - 1) // BK
     pid = tl.program_id(0).to(tl.int64)
     block = pid % NK

@@ -17,7 +17,6 @@ from .recurrent import token_kernel
 
 INTERPRETED = isinstance(walk_kernel, InterpretedFunction)  # TRITON_INTERPRET=1 when Triton was imported
 AMD = torch.version.hip is not None
-MAX_FEATURES = 1024  # a walk holds all K of a few columns of S
 TYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
@@ -61,7 +60,7 @@ def tiles(K: int, dtype: torch.dtype, per_channel: bool) -> Tiles:
     return row
 
 
-def power_of_2(n: int, most: int = MAX_FEATURES) -> int:
+def power_of_2(n: int, most: int = 1024) -> int:
     """The block that holds n features: a power of 2 from 16, the least that matrix instructions take, to `most`."""
     return min(most, max(16, triton.next_power_of_2(n)))
 
@@ -300,7 +299,8 @@ def backward(p: Problem, d_o: Tensor | None, d_S: Tensor | None) -> list[Tensor 
             BV=power_of_2(p.V, tl_.block),
             **p.chunked,
         )
-    shares = [None if x is None else x.sum(-1) for x in (de, dw)]
     if dg is not None and p.common["DECAY"] == 1:
         dg = dg.sum(-1)
-    return [summed(dq, p.Hq, p.q), summed(dk, p.Hk, p.k), summed(dv, p.Hv, p.v), dg, *shares, dS0]
+    gates = [dg, None if de is None else de.sum(-1), None if dw is None else dw.sum(-1)]
+    gates = [None if x is None or like is None else x.to(like.dtype) for x, like in zip(gates, inputs[3:])]
+    return [summed(dq, p.Hq, p.q), summed(dk, p.Hk, p.k), summed(dv, p.Hv, p.v), *gates, dS0]

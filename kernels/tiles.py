@@ -5,8 +5,8 @@ tuple (pointer, stride of B, of T, of H), one number a head as D = 1. DECAY is 0
 (tiles [C, 1]), 2 for one a key channel (tiles [C, K]). DOT is the dtype in which matrix products take their operands,
 ACC that of everything else.
 
-Gates are summed within chunks, from a floor whose exponential is 0 (an exact reset, −inf too), and every exponent is ≤ 0:
-so nothing overflows, and a gate of −1e4 costs the decays after it few digits.
+Gates are summed within chunks, from a floor whose exponential is 0 (an exact reset, −inf too), and every exponent is
+≤ 0: so nothing overflows, and a gate of −1e4 costs the decays after it few digits.
 """
 
 import triton
@@ -121,8 +121,8 @@ def through(S, G, n, h, start, end, d, D: tl.constexpr, C: tl.constexpr):
 
 # Products of pairs of tokens: M_ij = Σ_d a_id b_jd exp(G_i − G_j)_d, with LAG (read "before") exp(G_{i−1} − G_j)_d.
 # A decay per channel can't be taken out of the sum over d. But where i and j lie in the later and earlier half of the
-# same block of tokens, it is the product of i's decay since the middle and j's until the middle: each pair is in one such
-# block of some size 2, 4, …, C, so log2 C masked products make all pairs.
+# same block of tokens, it is the product of i's decay since the middle and j's until the middle: each pair is in one
+# such block of some size 2, 4, …, C, so log2 C masked products make all pairs.
 
 
 @triton.jit
@@ -137,8 +137,8 @@ def visible(C: tl.constexpr, DIAGONAL: tl.constexpr):
 
 @triton.jit
 def halves(G, n, h, start, end, d, D: tl.constexpr, half, LAG: tl.constexpr, C: tl.constexpr):
-    """For blocks of 2 half tokens: decays since the middle [C, len(d)], 0 in the earlier half; decays until the middle, 0
-    in the later half; which pairs share a block [C, C]."""
+    """For blocks of 2 half tokens, the decays since the middle [C, len(d)], 0 in the earlier half, those until the
+    middle, 0 in the later half, and which pairs share a block [C, C]."""
     i = tl.arange(0, C)
     middle = load_sums(G, n, h, start, end, i // (2 * half) * (2 * half) + half - 1, d, D, False)
     late = ((i // half) % 2 == 1)[:, None]
@@ -220,8 +220,8 @@ def product_gradients(
 ):
     """Gradients of Σ dM ⊙ products(a, b): for a, b and G, and with LAG how much of the last is a's. [C, len(d)]
 
-    That of G is a ⊙ ∂a − b ⊙ ∂b with a and b as the products see them, rounded: so a pair adds and takes the same, and in
-    the gradient of a gate, a sum over G, pairs that lie on one side of it cancel to the last digits of ACC.
+    That of G is a ⊙ ∂a − b ⊙ ∂b with a and b as the products see them, rounded: so a pair adds and takes the same, and
+    in the gradient of a gate, a sum over G, pairs that lie on one side of it cancel to the last digits of ACC.
     """
     C: tl.constexpr = a.shape[0]
     dM = tl.where(visible(C, DIAGONAL), dM, 0.0)

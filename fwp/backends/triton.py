@@ -6,7 +6,7 @@ Triton is imported when the first kernel runs, so that the ops and their shapes 
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -25,9 +25,9 @@ def refuses(core: Core, form: Form) -> str | None:
     """Why these inputs can't be served, in one line; None: they can."""
     if find_spec("triton") is None:
         return "triton is not installed"
-    device = core.v.device
-    if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"expected CUDA tensors, got {device.type}; on a CPU set TRITON_INTERPRET=1 before Triton is imported"
+    device = core.v.device.type
+    if device not in ("cuda", "cpu") or (device == "cpu" and not _interpreted()):
+        return f"expected CUDA tensors, got {device}; TRITON_INTERPRET=1, set before Triton loads, interprets on CPU"
     for name, gate in (("e", core.e), ("w", core.w)):
         if gate is not None and gate.dim() == 4:
             return f"{name}: expected one strength a head [B, T, H], got one a channel {tuple(gate.shape)}"
@@ -37,9 +37,17 @@ def refuses(core: Core, form: Form) -> str | None:
     return None
 
 
-def run(core: Core, form: Form, chunk: int | None = None) -> tuple[Tensor, State]:
-    """o [B, T, max(Hq, H), V], and the final state. chunk: tokens at a time, a power of 2 up to 64; None: by K and dtype.
+def _interpreted() -> bool:
+    """Whether Triton runs the kernels on a CPU, in Python."""
+    from fwp.kernels.launch import INTERPRETED
 
+    return bool(INTERPRETED)
+
+
+def run(core: Core, form: Form, chunk: int | None = None) -> tuple[Tensor, State]:
+    """o [B, T, max(Hq, H), V], and the final state.
+
+    chunk: tokens at a time, a power of 2 up to 64 (on a GPU from 16); None chooses by K and dtype.
     RuntimeError for a second derivative, a forward derivative and vmap, which the kernels don't have.
     """
     numerator, S = _walk(core, form, chunk, core.dtype if core.denominator else core.v.dtype)
@@ -55,13 +63,16 @@ def run(core: Core, form: Form, chunk: int | None = None) -> tuple[Tensor, State
 def _walk(core: Core, form: Form, chunk: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Outputs without denominator, in `dtype`, and the final S."""
     tensors = (core.q, core.k, core.v, core.g, core.e, core.w, core.S)
-    if not torch.compiler.is_compiling() and any(_has_tangent(x) for x in tensors):
-        raise RuntimeError("forward derivatives are not supported by the triton backend; use backend='torch'")
+    forward: Callable[..., tuple[Tensor, Tensor]] = _forward
+    if not torch.compiler.is_compiling():
+        if any(_has_tangent(x) for x in tensors):
+            raise RuntimeError("forward derivatives are not supported by the triton backend; use backend='torch'")
+        forward = _Forward.apply
     before = core.read == "before"
-    o, S = _forward(*tensors, core.cu_seqlens, before and core.causal, form, chunk, dtype)
+    o, S = forward(*tensors, core.cu_seqlens, before and core.causal, form, chunk, dtype)
     if not core.causal:  # everybody reads the final state: a walk that writes nothing
         nothing = [x.new_zeros(()).expand(x.shape) for x in (core.k, core.v)]
-        o, _ = _forward(core.q, *nothing, None, None, None, S, core.cu_seqlens, False, form, chunk, dtype)
+        o, _ = forward(core.q, *nothing, None, None, None, S, core.cu_seqlens, False, form, chunk, dtype)
     return o, S
 
 
@@ -130,7 +141,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _gradients(ctx: Any, d_o: Tensor | None, d_S: Tensor | None) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    grads = _backward(*tensors, ctx.before, ctx.chunk, d_o, d_S)
+    backward: Callable[..., Sequence[Tensor]] = _backward if torch.compiler.is_compiling() else _Backward.apply
+    grads = backward(*tensors, ctx.before, ctx.chunk, d_o, d_S)
     return *(None if x is None else grad for x, grad in zip(tensors, grads)), None, None, None, None, None
 
 
@@ -138,5 +150,27 @@ def _second(ctx: Any, *_: Any) -> None:
     raise RuntimeError("double backward is not supported by the triton backend; use backend='torch'")
 
 
+# Traced graphs see the ops. In eager mode torch.func needs functions: an op's own gradient stands in its way.
 _forward.register_autograd(_gradients, setup_context=_save)
 _backward.register_autograd(_second)
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return _forward(*inputs)
+
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_gradients)
+
+
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return tuple(_backward(*inputs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    backward = staticmethod(_second)

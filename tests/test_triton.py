@@ -1,0 +1,470 @@
+"""The Triton kernels against the recurrence of `fwp.core`, written here once more token by token.
+
+In Triton's interpreter where there is no GPU: tiny sizes. Where there is one the same tests run on it.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fwp.core import Core, State
+from fwp.testing import budgets, deviation, evaluate, poisoned_empties, row_error, sample
+
+pytest.importorskip("triton")
+from fwp.backends import triton as backend
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+pytestmark = [pytest.mark.gpu] if GPU else []
+C = 16 if GPU else 8  # matrix instructions take 16 rows at least
+
+ADDITIVE, KDA = (0, False), (2, True)
+CORNERS = pytest.mark.parametrize("cell", [ADDITIVE, KDA], ids=["additive", "kda"])
+CELLS = pytest.mark.parametrize(
+    "cell",
+    [(decay, erase) for decay in (0, 1, 2) for erase in (False, True)],
+    ids=lambda c: f"decay{c[0]}erase{c[1]:d}",
+)
+READS = pytest.mark.parametrize("read", ["after", "before"])
+FIELDS = ("q", "k", "v", "g", "e", "w", "S", "z")
+
+
+def problem(cell, B=1, T=9, H=(1, 1, 1), K=5, V=3, N=None, dtype=torch.float64, seed=0, **options):
+    """Random inputs of the core, every number different. H: query, key and value heads."""
+    decay, erase = cell
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    def uniform(*size):
+        return torch.rand(size, generator=generator, dtype=torch.float64)
+
+    Hq, Hk, Hv = H
+    h, gates = max(Hk, Hv), torch.float64 if dtype == torch.float64 else torch.float32
+    core = Core(
+        normal(B, T, Hq, K).to(dtype),
+        F.normalize(normal(B, T, Hk, K), dim=-1).to(dtype),
+        normal(B, T, Hv, V).to(dtype),
+        g=-uniform(B, T, h, *([K] if decay == 2 else [])).to(gates) if decay else None,
+        e=uniform(B, T, h).to(gates) if erase else None,
+        w=uniform(B, T, h).to(gates) if erase else None,
+        S=normal(B if N is None else N, h, K, V).to(gates),
+        **options,
+    )
+    return moved(core, lambda x: x.to(DEVICE))
+
+
+def moved(core, fn):
+    return replace(core, **{name: fn(x) for name in FIELDS if (x := getattr(core, name)) is not None})
+
+
+def recurrence(core):
+    """The definition at the top of `fwp.core`, in the dtype of its inputs."""
+    H = core.heads
+    bounds = [0, core.k.shape[1]] if core.cu_seqlens is None else core.cu_seqlens.tolist()
+    outputs, ends = [], []
+    for n in range(core.sequences):
+        b, (first, last) = (n, bounds) if core.cu_seqlens is None else (0, bounds[n : n + 2])
+        rows, sums, finals = [], [], []
+        for h in range(H):
+            k, v = core.k[b, :, h // (H // core.k.shape[2])], core.v[b, :, h // (H // core.v.shape[2])]
+            S = v.new_zeros(k.shape[1], v.shape[1]) if core.S is None else core.S[n, h]
+            past = [S]
+            for t in range(first, last):
+                if core.g is not None:
+                    S = core.g[b, t, h].exp().reshape(-1, 1) * S
+                x = v[t] if core.w is None else core.w[b, t, h] * v[t]
+                if core.e is not None:
+                    x = x - core.e[b, t, h] * (k[t] @ S)
+                S = S + torch.outer(k[t], x)
+                past.append(S)
+            seen = past[1:] if core.read == "after" else past[:-1]
+            rows.append(torch.stack(seen if core.causal else [S] * len(seen)) if seen else S.new_zeros(0, *S.shape))
+            finals.append(S)
+        heads = max(core.q.shape[2], H)
+        sums = [
+            (core.q[b, first:last, i // (heads // core.q.shape[2])].unsqueeze(1) @ rows[i // (heads // H)]).squeeze(1)
+            for i in range(heads)
+        ]
+        outputs.append(torch.stack(sums, 1))
+        ends.append(torch.stack(finals))
+    out = torch.stack(outputs) if core.cu_seqlens is None else torch.cat(outputs).unsqueeze(0)
+    return out, State(torch.stack(ends))
+
+
+def results(run, core, outputs=("o", "S"), seed=1):
+    """o, the final state and the gradients of a weighed sum of `outputs`, by name."""
+    core = moved(core, lambda x: x.detach().requires_grad_())
+    o, (S, z) = run(core)
+    found = {"o": o, "S": S} | ({} if z is None else {"z": z})
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for name, x in found.items()}
+    given = {name: x for name in FIELDS if (x := getattr(core, name)) is not None}
+    names = [name for name in found if name in outputs or name == "z"]
+    grads = torch.autograd.grad(
+        [found[name] for name in names], list(given.values()), [weights[name] for name in names], materialize_grads=True
+    )
+    return {name: x.detach() for name, x in found.items()} | {f"d{name}": x for name, x in zip(given, grads)}
+
+
+def kernels(core, form="chunk", chunk=C):
+    with poisoned_empties():
+        return backend.run(core, form, chunk)
+
+
+def agree(core, bound=1e-10, run=kernels, truth=recurrence, **how):
+    found, expected = results(run, core, **how), results(truth, core, **how)
+    assert found.keys() == expected.keys()
+    errors = {name: deviation(found[name], expected[name]) for name in found}
+    assert max(errors.values()) <= bound, errors
+    for name in FIELDS:
+        assert getattr(core, name) is None or found[f"d{name}"].dtype == getattr(core, name).dtype
+    return found
+
+
+# ---- one recurrence, two forms ----
+
+
+@READS
+@CELLS
+def test_chunks_are_the_recurrence(cell, read):
+    agree(problem(cell, B=2, T=C + 3, read=read))
+
+
+@CORNERS
+@pytest.mark.parametrize("T", [1, C - 1, C, C + 1, 4 * C + 11])
+def test_lengths(cell, T):
+    agree(problem(cell, T=T))
+
+
+@READS
+@CELLS
+def test_tokens_are_the_recurrence(cell, read):
+    core = problem(cell, B=2, T=5, H=(2, 2, 2), read=read)
+    for name, x in zip("oS", (recurrence(core)[0], recurrence(core)[1].S)):
+        o, state = kernels(core, "recurrent")
+        assert deviation({"o": o, "S": state.S}[name], x) <= 1e-10
+
+
+@CORNERS
+def test_gradients_of_the_recurrent_form(cell):
+    agree(problem(cell, T=3), run=lambda core: kernels(core, "recurrent"))
+
+
+@pytest.mark.parametrize("chunk", [16, 32, 64])
+@CORNERS
+def test_chunk_sizes(cell, chunk):
+    agree(problem(cell, T=chunk - 3, K=2, V=2), run=lambda core: kernels(core, chunk=chunk))
+
+
+@CORNERS
+def test_many_blocks(cell):
+    """K and V of several blocks, and not whole ones."""
+    agree(problem(cell, T=5, K=35, V=37))
+
+
+@pytest.mark.parametrize("present", ["o", "S"])
+@CORNERS
+def test_a_loss_on_one_output(cell, present):
+    agree(problem(cell, T=C + 2), outputs=(present,))
+
+
+@CORNERS
+def test_without_initial_state(cell):
+    agree(replace(problem(cell), S=None))
+
+
+def test_writes_without_strength_and_erasing_alone():
+    core = problem(KDA)
+    agree(replace(core, w=None))
+    agree(replace(core, e=None))
+
+
+# ---- gates and keys ----
+
+
+@pytest.mark.parametrize("cell", [(1, True), KDA], ids=["scalar", "channel"])
+@pytest.mark.parametrize("value", [0.0, -0.5, -20.0, -200.0, -1e4, -torch.inf])
+def test_gates_of_any_size(cell, value):
+    core = problem(cell, T=C + 3, read="before" if value == -20.0 else "after")
+    hit = torch.rand(core.g.shape, generator=torch.Generator().manual_seed(3)).to(core.g.device) < 0.3
+    found = agree(replace(core, g=core.g.masked_fill(hit, value)))
+    assert all(x.isfinite().all() for x in found.values())
+
+
+@pytest.mark.parametrize("cell", [(1, True), KDA], ids=["scalar", "channel"])
+def test_a_reset_forgets_everything(cell):
+    core = problem(cell, T=C + 3)
+    g = core.g.clone()
+    g[:, 5] = -torch.inf
+    far = replace(core, g=g, S=core.S * 1e30, v=torch.cat([core.v[:, :5] * 1e30, core.v[:, 5:]], 1))
+    o, state = kernels(far)
+    near_o, near = kernels(replace(core, g=g))
+    assert torch.equal(o[:, 5:], near_o[:, 5:]) and torch.equal(state.S, near.S)
+
+
+@pytest.mark.parametrize("strength", [1.0, 2.0])
+@pytest.mark.parametrize("keys", ["same", "opposite", "nearly the same"])
+def test_keys_that_are_alike(keys, strength):
+    """Where a power series for (I + A)⁻¹ fails."""
+    chunk = 64
+    core = problem((0, True), T=chunk, K=3)
+    k = core.k[:, :1].expand_as(core.k)
+    if keys == "opposite":
+        k = k * (-1) ** torch.arange(chunk, device=DEVICE).view(1, -1, 1, 1)
+    elif keys == "nearly the same":
+        k = F.normalize(k + 1e-6 * core.k, dim=-1)
+    strong = torch.full_like(core.e, strength)
+    agree(replace(core, k=k, e=strong, w=strong), run=lambda core: kernels(core, chunk=chunk))
+
+
+# ---- laws ----
+
+
+@pytest.mark.parametrize("cut", [1, C - 1, C, C + 1])
+@CORNERS
+def test_split_and_carry(cell, cut):
+    def halves(core):
+        def part(at):
+            return moved(replace(core, S=None), lambda x: x[:, at])
+
+        o, state = kernels(replace(part(slice(None, cut)), S=core.S))
+        o2, state = kernels(replace(part(slice(cut, None)), S=state.S))
+        return torch.cat([o, o2], 1), state
+
+    agree(problem(cell, T=C + 3), run=halves)
+
+
+@READS
+@CORNERS
+def test_causality(cell, read):
+    core = problem(cell, T=2 * C, read=read)
+    cut = C + 3
+
+    def replaced(x):
+        return torch.cat([x[:, :cut], -x[:, cut:].abs() * 3], 1) if x is not core.S else x
+
+    o, _ = kernels(core)
+    other, _ = kernels(moved(core, replaced))
+    assert torch.equal(o[:, :cut], other[:, :cut])
+    assert (o[:, cut:] != other[:, cut:]).any()
+
+
+@pytest.mark.parametrize(
+    "lengths", [(0, 3, C + 1), (3, 0, C), (2, C, 0), (0, 0), (1, 0, 0, 2)], ids=lambda x: "-".join(map(str, x))
+)
+@CORNERS
+def test_packed_sequences(cell, lengths):
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE)
+    core = problem(cell, T=sum(lengths), N=len(lengths), cu_seqlens=cu_seqlens)
+    found = agree(core)
+    assert torch.equal(kernels(replace(core, cu_seqlens=cu_seqlens.int()))[0], found["o"])
+
+
+def test_packed_recurrent_and_read_before():
+    core = problem(KDA, T=6, N=4, H=(2, 1, 1), cu_seqlens=torch.tensor([0, 0, 2, 2, 6], device=DEVICE), read="before")
+    agree(core)
+    agree(core, run=lambda core: kernels(core, "recurrent"))
+
+
+@pytest.mark.parametrize("H", [(4, 1, 2), (1, 2, 2), (2, 2, 1), (4, 2, 1)], ids=str)
+@CORNERS
+def test_shared_heads(cell, H):
+    core = problem(cell, T=4, H=H)
+    agree(core)
+    assert deviation(kernels(core, "recurrent")[0], recurrence(core)[0]) <= 1e-10
+
+
+@CORNERS
+def test_strides(cell):
+    core = problem(cell, B=2, T=5, H=(2, 2, 2))
+    moved_axes = moved(core, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2))
+    moved_axes = replace(moved_axes, q=core.q.mT.contiguous().mT, S=core.S.mT.contiguous().mT)
+    gaps = moved(core, lambda x: torch.stack([x, x.new_full((), torch.nan).expand_as(x)], -1)[..., 0])
+    for strange in (moved_axes, gaps):
+        for form in ("chunk", "recurrent"):
+            assert torch.equal(kernels(strange, form)[0], kernels(core, form)[0])
+    # expanded inputs and an expanded gradient
+    leaf = core.k[:1].clone().requires_grad_()
+    kernels(replace(core, k=leaf.expand_as(core.k)))[0].sum().backward()
+    whole = core.k[:1].clone().requires_grad_()
+    recurrence(replace(core, k=whole.expand_as(core.k)))[0].sum().backward()
+    assert deviation(leaf.grad, whole.grad) <= 1e-10
+
+
+@CORNERS
+def test_nothing_to_do(cell):
+    for sizes in ({"T": 0}, {"B": 0}, {"T": 0, "cu_seqlens": torch.zeros(1, dtype=torch.long, device=DEVICE), "N": 0}):
+        core = problem(cell, **sizes)
+        for form in ("chunk", "recurrent"):
+            found = results(lambda core, form=form: kernels(core, form), core)
+            assert found["o"].shape == (*core.q.shape[:3], 3) and torch.equal(found["S"], core.S)
+            assert all(found[f"d{name}"].count_nonzero() == 0 for name in "qkv")
+            assert found["dS"].shape == core.S.shape
+    core = replace(problem(cell, T=0), S=None)
+    assert kernels(core)[1].S.count_nonzero() == 0
+
+
+def test_addresses_beyond_32_bits():
+    """Head 1 of q lies 2³¹ numbers behind head 0."""
+    core = problem(ADDITIVE, T=2, H=(2, 1, 1), dtype=torch.float16)
+    far = torch.empty(
+        2**31 + 2 * core.q.shape[-1], dtype=torch.float16, device=DEVICE
+    )  # pages untouched take no memory
+    q = far.as_strided(core.q.shape, (0, core.q.shape[-1], 2**31, 1))
+    q.copy_(core.q)
+    for form in ("chunk", "recurrent"):
+        assert torch.equal(kernels(replace(core, q=q), form)[0], kernels(core, form)[0])
+
+
+# ---- normalisation ----
+
+
+def normalised(core):
+    """o / (z·q + eps), from the recurrence with v = 1."""
+    o, state = recurrence(core)
+    ones = core.v.new_ones(*core.k.shape[:2], core.heads, 1)
+    found, z = recurrence(replace(core, v=ones, e=None, w=None, S=core.z.unsqueeze(-1)))
+    o = torch.where(found == 0, 0, o / (found + core.eps).masked_fill(found == 0, 1))
+    return o, State(state.S, z.S.squeeze(-1))
+
+
+@READS
+@CORNERS
+def test_denominator(cell, read):
+    core = problem(cell, T=C + 2, H=(2, 1, 1), read=read, denominator=True)
+    positive = {"q": core.q.abs() + 0.1, "k": F.normalize(core.k.abs() + 0.1, dim=-1), "z": core.S[..., 0].abs()}
+    agree(replace(core, **positive), truth=normalised)
+
+
+def test_denominator_of_zero():
+    core = problem(ADDITIVE, denominator=True)
+    core = replace(core, k=torch.zeros_like(core.k), z=torch.zeros_like(core.S[..., 0]))
+    found = agree(core, truth=normalised)
+    assert found["o"].count_nonzero() == 0
+
+
+def test_the_sum_of_keys_stays_in_float32():
+    """1,200 keys of 1: a bfloat16 sum would stop at 256."""
+    one = torch.ones(1, 1200, 1, 1, dtype=torch.bfloat16, device=DEVICE)
+    _, state = backend.run(Core(one, one, one, denominator=True), "chunk", 64)
+    assert state.z.dtype == torch.float32 and state.z.item() == 1200 and state.S.item() == 1200
+
+
+@pytest.mark.parametrize("denominator", [False, True])
+def test_every_query_reads_the_end(denominator):
+    core = problem(ADDITIVE, T=7, H=(2, 1, 2), N=3, cu_seqlens=torch.tensor([0, 3, 3, 7], device=DEVICE), causal=False)
+    if denominator:
+        core = replace(core, q=core.q.abs(), k=core.k.abs(), z=core.S[..., 0].abs(), denominator=True)
+    agree(core, truth=normalised if denominator else recurrence)
+
+
+# ---- precision ----
+
+
+@pytest.mark.parametrize("cell", [ADDITIVE, (1, True), KDA], ids=["additive", "scalar", "kda"])
+def test_float32(cell):
+    core = problem(cell, T=2 * C + 1, K=16, V=16, dtype=torch.float32)
+    found, truth = results(kernels, core), results(recurrence, moved(core, torch.Tensor.double))
+    errors = {name: row_error(found[name], truth[name]) for name in found}
+    assert max(errors.values()) <= 3e-4, errors
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=[] if GPU else pytest.mark.skip)])
+@pytest.mark.parametrize("rule", ["additive", "kda"])
+def test_low_precision(rule, dtype):
+    inputs = sample(rule, B=1, T=19, H=1, K=16, V=16, dtype=dtype, state=True, device=DEVICE)
+    found = evaluate(rule, inputs, backend="triton", form="chunk")
+    truth = evaluate(rule, {name: _double(x) for name, x in inputs.items()}, backend="reference")
+    allowed = budgets(rule, inputs)
+    errors = {name: (row_error(found[name], truth[name]), allowed[name]) for name in truth}
+    assert all(error <= bound for error, bound in errors.values()), errors
+
+
+def _double(x):
+    return State(*(None if y is None else y.double() for y in x)) if isinstance(x, State) else x.double()
+
+
+def test_bfloat16_in_the_interpreter():
+    """Its products are taken in float32 there, so only loads and stores round."""
+    core = problem(KDA, T=5, dtype=torch.bfloat16)
+    found, truth = results(kernels, core), results(recurrence, moved(core, torch.Tensor.double))
+    assert found["o"].dtype == torch.bfloat16
+    errors = {name: row_error(found[name], truth[name]) for name in found}
+    assert max(errors.values()) <= 2**-6, errors
+
+
+# ---- what is refused ----
+
+
+def test_refusals():
+    core = problem(KDA)
+    assert backend.refuses(core, "chunk") is None
+    wide = core.q.new_zeros(1, 9, 1, 1025)
+    for other, reason in (
+        (replace(core, e=core.g), "e: expected one strength a head [B, T, H], got one a channel (1, 9, 1, 5)"),
+        (replace(core, w=core.v), "w: expected one strength a head [B, T, H], got one a channel (1, 9, 1, 3)"),
+        (replace(core, q=wide, k=wide), "K: expected 1 to 1024 features, got 1025"),
+        (replace(core, v=wide), "V: expected 1 to 1024 features, got 1025"),
+        (moved(core, lambda x: x.to("meta")), "expected CUDA tensors, got meta"),
+    ):
+        assert backend.refuses(other, "chunk").startswith(reason)
+
+
+def test_no_second_derivative():
+    core = moved(problem(ADDITIVE, T=3), lambda x: x.requires_grad_())
+    o, _ = kernels(core)
+    (dq,) = torch.autograd.grad(o.sum(), core.q, create_graph=True)
+    message = "double backward is not supported by the triton backend; use backend='torch'"
+    with pytest.raises(RuntimeError, match=message):
+        torch.autograd.grad(dq.sum() + (core.k**3).sum(), core.k)  # beside a path that has one
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # PyTorch's own, at the first jvp
+def test_no_forward_derivative():
+    core = problem(ADDITIVE, T=3)
+
+    def f(q):
+        return kernels(replace(core, q=q))[0]
+
+    with pytest.raises(RuntimeError, match="forward derivatives are not supported by the triton backend"):
+        torch.func.jvp(f, (core.q,), (torch.ones_like(core.q),))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward derivatives"):
+        f(torch.autograd.forward_ad.make_dual(core.q, torch.ones_like(core.q)))
+
+
+def test_no_vmap():
+    core = problem(ADDITIVE, T=3)
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(lambda q: backend.run(replace(core, q=q), "chunk", C)[0])(torch.stack([core.q, core.q]))
+
+
+def test_func_grad():
+    core = problem(KDA, T=3)
+    found = torch.func.grad(lambda q: backend.run(replace(core, q=q), "chunk", C)[0].sum())(core.q)
+    truth = torch.func.grad(lambda q: recurrence(replace(core, q=q))[0].sum())(core.q)
+    assert deviation(found, truth) <= 1e-10
+
+
+def test_compiles_as_one_graph_for_any_length():
+    compiled = torch.compile(
+        lambda core: backend.run(core, "chunk", C), fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    for T in (3, 5):
+        agree(problem(ADDITIVE, T=T), run=compiled)
+
+
+@CORNERS
+def test_the_ops_keep_their_promises_to_pytorch(cell):
+    core = moved(problem(cell, T=3), lambda x: x.requires_grad_())
+    tensors = (core.q, core.k, core.v, core.g, core.e, core.w, core.S, None)
+    torch.library.opcheck(backend._forward, (*tensors, False, "chunk", C, torch.float64))
+    o, (S, _) = kernels(core)
+    torch.library.opcheck(
+        backend._backward,
+        (*tensors, False, C, torch.ones_like(o), torch.ones_like(S)),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
