@@ -8,7 +8,7 @@ OUT ?= fwp-results
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: reproduce test test-gpu lint notebooks wheel clean
+.PHONY: reproduce test test-gpu lint bench notebooks wheel clean
 
 reproduce: $(VENV)/.installed
 	$(BIN)/fwp check
@@ -31,6 +31,9 @@ lint: $(VENV)/.installed
 	  $(BIN)/jupytext --to py:percent --output - --quiet $$notebook | diff - $${notebook%.ipynb}.py \
 	  || { echo "$$notebook and its .py differ: make notebooks"; exit 1; }; \
 	done
+
+bench: $(VENV)/.installed
+	$(BIN)/fwp bench --peers
 
 # Takes over what was edited last, .ipynb or .py, and runs all of them anew, outputs kept.
 notebooks: $(VENV)/.installed

@@ -120,9 +120,32 @@ def check(
             raise typer.BadParameter(str(error)) from None
     if backend is not None:
         known("backend", backend, [name for name in BACKENDS if name != "auto"])
+    writable(json)
+    raise typer.Exit(equivalence.main(rule, backend, json))
+
+
+# --------------------------------------------------------------------------------------------------------- fwp bench
+
+
+@app.command(epilog="Examples: fwp bench · fwp bench --device cpu --peers · fwp bench --json times.json")
+def bench(
+    device: Annotated[str | None, typer.Option(metavar="cpu|cuda", help="where; the GPU if there is one")] = None,
+    peers: Annotated[bool, typer.Option("--peers", help="beside transformers' fallback too")] = False,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the rows there as well")] = None,
+) -> None:
+    """Times each rule beside softmax attention and the machine's matrix product; what is wrong is not timed."""
+    if device is not None:
+        known("device", device, ("cpu", "cuda"))
+    if device == "cuda" and not import_module("torch").cuda.is_available():
+        raise typer.BadParameter("device: expected a machine with a CUDA GPU, found none")
+    writable(json)
+    raise typer.Exit(import_module("fwp.benchmarks.speed").main(device, peers, json))
+
+
+def writable(json: Path | None) -> None:
+    """Bad arguments unless the JSON file's folder is there."""
     if json is not None and not json.parent.is_dir():
         raise typer.BadParameter(f"json: expected a file in an existing folder, got {str(json)!r}")
-    raise typer.Exit(equivalence.main(rule, backend, json))
 
 
 # ----------------------------------------------------------------------------------------------------- fwp reproduce

@@ -8,6 +8,7 @@ from importlib import import_module
 import pytest
 
 from fwp import rules
+from fwp.cli import main
 
 speed = import_module("fwp.benchmarks.speed")
 
@@ -37,3 +38,15 @@ def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch):
     red = [row for row in json.loads(file.read_text()) if row["seconds"] is None]
     assert [row["rule"] for row in red] == ["decay"]
     assert "it is wrong by" in red[0]["note"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cdua"], "device: expected one of cpu, cuda, got 'cdua'; did you mean 'cuda'?"),
+        (["--json", "nowhere/rows.json"], "json: expected a file in an existing folder, got 'nowhere/rows.json'"),
+    ],
+)
+def test_bad_arguments_exit_2_before_any_work(arguments, message, capsys):
+    assert main(["bench", *arguments]) == 2
+    assert capsys.readouterr().err == f"fwp: {message}\n"
