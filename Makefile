@@ -35,6 +35,9 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/fwp bench --peers
 
+bench: $(VENV)/.installed
+	$(BIN)/fwp bench
+
 # Takes over what was edited last, .ipynb or .py, and runs all of them anew, outputs kept.
 notebooks: $(VENV)/.installed
 	$(BIN)/jupytext --sync notebooks/*.py
