@@ -189,7 +189,7 @@ class FastWeightAttention(nn.Module):
         Hk = num_heads if num_key_heads is None else num_key_heads
         Hv = num_heads if num_value_heads is None else num_value_heads
         sizes = ((num_heads, K), (Hk, K), (Hv, V))
-        validate.tensors(*(torch.empty(0, 0, *size, device="meta") for size in sizes))
+        validate.tensors(row, *(torch.empty(0, 0, *size, device="meta") for size in sizes))
         if short_conv < 0:
             raise ValueError(f"short_conv: expected a width, or 0 for none, got {short_conv}")
 
@@ -289,7 +289,7 @@ class FastWeightAttention(nn.Module):
         if mask is not None:
             validate.tensor("mask", mask, (B, T), torch.bool, x.device)
         if cu_seqlens is not None:
-            validate.packing(cu_seqlens, 1, T, isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type == "cpu")
+            validate.packing(cu_seqlens, 1, T)
             if B != 1:
                 raise ValueError(f"x: expected a batch of 1 with cu_seqlens, got {B}")
             N = len(cu_seqlens) - 1
