@@ -35,9 +35,6 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/fwp bench --peers
 
-bench: $(VENV)/.installed
-	$(BIN)/fwp bench
-
 # Takes over what was edited last, .ipynb or .py, and runs all of them anew, outputs kept.
 notebooks: $(VENV)/.installed
 	$(BIN)/jupytext --sync notebooks/*.py
