@@ -95,6 +95,7 @@ def section(
     """A family's part of the report."""
     wanted = family.scales[scale]
     protocol = "".join(f"<li>{html.escape(line)}</li>" for line in family.protocol)
+    seeds = len({row["seed"] for row in rows})
     spent = sum(row["seconds"] for row in rows)
     versions = sorted({f"torch {row['torch']} on {row['device']}" for row in rows})
     runs = f"{len(rows)} of {len(wanted.settings)} runs, {spent:.0f} s of training"
@@ -102,7 +103,7 @@ def section(
     return (
         f'<h2 id="{family.id}">{html.escape(family.title)}</h2><p class="small">{html.escape(family.paper)}</p>'
         f"<p>{html.escape(family.question)}</p><ol>{protocol}</ol>{image}"
-        f"<h3>Claims at the scale “{scale}” ({html.escape(wanted.cost)})</h3>{claim_table(verdicts)}"
+        f"<h3>Claims at the scale “{scale}” ({html.escape(wanted.cost)}; seeds: {seeds})</h3>{claim_table(verdicts)}"
         f'<p class="small">{html.escape(runs)} Every run: <code>{family.id}.jsonl</code>.</p>'
     )
 
@@ -136,7 +137,7 @@ def page(
         f"fwp {fwp.__version__}, torch {torch.__version__}, Python {platform.python_version()} on {platform.machine()} "
         f"{platform.system()} with {reproduce.cores()} cores, {datetime.date.today()}; this call took {seconds:.0f} s."
     )
-    summary = f"{count[True]} claims hold, {count[False]} do not, {count[None]} were not run."
+    summary = f"{count[True]} claims hold, {count[False]} do not hold, {count[None]} were not run."
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Reproductions by fwp</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'

@@ -32,10 +32,9 @@ SCALES = ("smoke", "quick", "reduced", "paper")
 
 Progress = Callable[[int, int, str], None]  # finished runs, all runs, what was just finished
 
-# One thread a run: they are small and independent. glibc would give the pages of every large tensor back to the kernel
-# and take them anew at the next step, a third of the time of a run.
+# glibc would give the pages of every large tensor back to the kernel and take them anew at the next step: a third
+# of the time of a run.
 WORKER = {
-    "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
     "MALLOC_TOP_PAD_": str(2**26),

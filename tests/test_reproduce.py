@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -71,6 +72,17 @@ def test_data_and_loss() -> None:
     assert paper.loss(F.one_hot(orders[:2], 9).float(), orders[:2]).item() == 0
 
 
+@pytest.mark.parametrize(("name", "passes"), [("favor-2", 6), ("dpfp-2", 1)])
+def test_random_features_are_drawn_for_each_sequence(name: str, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = paper.Retrieval(paper.MEMORIES[name], 5, 4)
+    seen: list[int] = []
+    monkeypatch.setattr(
+        paper.Retrieval, "forward", lambda self, k, v, q: seen.append(len(k)) or torch.zeros(*q.shape, 5)
+    )
+    assert paper.evaluate(model, 6) == 0.5
+    assert (len(seen), sum(seen)) == (passes, 6)
+
+
 def test_floor_is_the_best_rank() -> None:
     """The best matrix of rank r for S answers is as far from a permutation as the floor says."""
     S, r = 12, 5
@@ -103,9 +115,13 @@ def test_training_gives_up() -> None:
 # ---- the claims ----
 
 
+def keys(rows: Any) -> list[int]:
+    return [row["keys"] for row in rows]
+
+
 def test_authors_logs() -> None:
     assert len(paper.AUTHORS) == 240
-    firsts = {model: paper.sizes(paper.first_unsolved(paper.AUTHORS, model)) for model in paper.MAPS}
+    firsts = {model: keys(paper.first_unsolved(paper.AUTHORS, model)) for model in paper.MAPS}
     assert firsts == {"linear": [60], "dpfp-1": [120], "dpfp-2": [260], "dpfp-3": [360]}
 
 
@@ -143,9 +159,9 @@ def test_break_counts_each_seed() -> None:
         for S in (5, 10, 15, 20)
         for loss in (0.1 if broken <= S else 1e-4,)
     ]
-    assert paper.sizes(paper.first_unsolved(rows, "linear")) == [5, 5, 20]
+    assert keys(paper.first_unsolved(rows, "linear")) == [5, 5, 20]
     outcome = paper.breaks("linear").measure(rows)
-    assert (outcome.measured, outcome.spread) == (0.312, [0.312, 1.25])
+    assert (outcome.measured, outcome.spread) == ([0.0, 0.312], [0.312, 1.25])
     assert "d_key 16" in outcome.note
     assert outcome.holds is False
     assert "at S = 5 training ended with 1.0 keys lost, though there was room" in outcome.note
@@ -162,7 +178,11 @@ def count(run: dict[str, Any]) -> dict[str, Any]:
         file.write(f"{run['n']}\n")
     if run["n"] == run["fails"]:
         raise FloatingPointError(f"run {run['n']}")
-    return {"square": run["n"] ** 2, "threads": torch.get_num_threads(), "malloc": os.environ["MALLOC_TOP_PAD_"]}
+    if run["n"] == run["sleeps"]:
+        time.sleep(60)
+    deaf = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    worker = [torch.get_num_threads(), os.environ["MALLOC_TOP_PAD_"], deaf]
+    return {"square": run["n"] ** 2, "worker": worker}
 
 
 def draw(rows: Any) -> Any:
@@ -177,8 +197,9 @@ def draw(rows: Any) -> Any:
 def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Family:
     """Five runs of nothing and two claims, the only family there is."""
 
-    def runs(fails: int) -> list[dict[str, Any]]:
-        return [{"seed": 1, "n": n, "marks": str(tmp_path / "marks"), "fails": fails} for n in range(5)]
+    def runs(fails: int = -1, sleeps: int = -1) -> list[dict[str, Any]]:
+        same = {"seed": 1, "marks": str(tmp_path / "marks"), "fails": fails, "sleeps": sleeps}
+        return [{"n": n, **same} for n in range(5)]
 
     total = lambda rows: sum(row["square"] for row in rows)  # noqa: E731
     toy = Family(
@@ -189,10 +210,10 @@ def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Family:
         protocol=("Square.", "Add."),
         caption="Squares.",
         scales={
-            "smoke": Scale(runs(-1), "nothing", judged=False),
-            "quick": Scale(runs(-1), "nothing"),
-            "reduced": Scale(runs(3), "nothing, but fails"),
-            "paper": Scale([], "nothing"),
+            "smoke": Scale(runs(), "nothing", judged=False),
+            "quick": Scale(runs(), "nothing"),
+            "reduced": Scale(runs(fails=3), "nothing, but fails"),
+            "paper": Scale(runs(sleeps=1), "a minute"),
         },
         train=count,
         describe=lambda row: f"run {row['n']}",
@@ -208,6 +229,15 @@ def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Family:
 
 def marks(tmp_path: Path) -> list[int]:
     return sorted(map(int, (tmp_path / "marks").read_text().split()))
+
+
+def test_stopping_does_not_wait(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce, "cores", lambda: 1)
+    running = reproduce.train([(family, run) for run in family.scales["paper"].settings])
+    assert next(running)[1]["n"] == 0
+    started = time.monotonic()
+    running.close()
+    assert time.monotonic() - started < 30
 
 
 def fill(family: Family, scale: str, out: Path) -> None:
@@ -226,7 +256,8 @@ def strict(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
 
 
-def test_runs_once_and_resumes(family: Family, tmp_path: Path) -> None:
+def test_runs_once_and_resumes(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # a worker takes one all the same
     out, lines = tmp_path / "results", []
     environment = dict(os.environ)
     report = reproduce.main([], "quick", out, lambda done, total, text: lines.append((done, total, text)))
@@ -235,8 +266,7 @@ def test_runs_once_and_resumes(family: Family, tmp_path: Path) -> None:
     assert [line[:2] for line in lines] == [(n, 5) for n in range(6)]
     rows = reproduce.finished(family, "quick", out)
     assert [row["square"] for row in rows] == [0, 1, 4, 9, 16]
-    assert {row["threads"] for row in rows} == {1}
-    assert {row["malloc"] for row in rows} == {reproduce.WORKER["MALLOC_TOP_PAD_"]}
+    assert all(row["worker"] == [1, reproduce.WORKER["MALLOC_TOP_PAD_"], True] for row in rows)
 
     file = reproduce.results(family, out)
     kept = file.read_bytes().splitlines(keepends=True)
@@ -284,8 +314,10 @@ def test_claims_and_report(family: Family, tmp_path: Path) -> None:
         "note": "",
     }
     assert (failed["holds"], failed["spread"], failed["note"]) == (False, [30, 31], "no")
-    assert "1 claims hold, 1 do not, 0 were not run" in page
+    assert "1 claims hold, 1 do not hold, 0 were not run" in page
     assert "Squares &lt;of&gt; numbers" in page
+    assert "<of>" not in page
+    assert "No paper & none" not in page
     assert "fwp reproduce toy --scale quick" in page
     assert "does not hold" in page
     links = re.findall(r'(?:src|href)="([^"]{0,40})', page)
@@ -294,12 +326,23 @@ def test_claims_and_report(family: Family, tmp_path: Path) -> None:
     assert (tmp_path / "toy.png").stat().st_size > 1000
 
 
+def test_no_nan(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        reproduce.append(tmp_path / "rows.jsonl", {"key": "", "loss": math.nan})
+    assert not (tmp_path / "rows.jsonl").exists()
+    fill(family, "quick", tmp_path)
+    wrong = Claim("sum", "", 30, "", "", lambda rows: Outcome(math.nan, False))
+    monkeypatch.setattr(reproduce, "FAMILIES", {"toy": dataclasses.replace(family, claims=(wrong,))})
+    with pytest.raises(ValueError, match="JSON"):
+        reproduce.main([], "quick", tmp_path)
+
+
 def test_unjudged_and_unfinished(family: Family, tmp_path: Path) -> None:
     fill(family, "smoke", tmp_path)
     page = reproduce.main([], "smoke", tmp_path).read_text(encoding="utf-8")
     assert [claim["holds"] for claim in strict(tmp_path / "claims.json")] == [None, None]
     assert all(claim["note"] for claim in strict(tmp_path / "claims.json"))
-    assert "0 claims hold, 0 do not, 2 were not run" in page
+    assert "0 claims hold, 0 do not hold, 2 were not run" in page
 
     file = reproduce.results(family, tmp_path)
     file.write_text(file.read_text(encoding="utf-8").split("\n")[0] + "\n", encoding="utf-8")
@@ -379,8 +422,9 @@ def test_killed_parent_leaves_no_worker(tmp_path: Path) -> None:
         time.sleep(0.05)
     time.sleep(5)  # the workers import torch
     process.kill()
-    process.communicate()
+    process.wait()
     assert gone(process.pid)
+    process.communicate()
 
 
 @pytest.mark.parametrize(
