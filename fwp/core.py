@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Read = Literal["after", "before"]
 Form = Literal["recurrent", "chunk"]
@@ -99,3 +100,23 @@ def check_bounds(cu_seqlens: Tensor, T: int) -> None:
     if bounds[0] != 0 or bounds[-1] != T or any(a > b for a, b in pairwise(bounds)):
         shown = str(bounds) if len(bounds) <= 8 else f"[{', '.join(map(str, bounds[:4]))}, …, {bounds[-1]}]"
         raise ValueError(f"cu_seqlens: must start at 0, not decrease, and end at T = {T}; got {shown}")
+
+
+def opaque() -> bool:
+    """Whether loops over T are to hide in opaque ops: under torch.compile, which would recompile them for every T.
+
+    Not inside vmap, grad or jvp there: those don't see into an op, and a jvp would silently be 0.
+    """
+    return torch.compiler.is_compiling() and not _transformed()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _transformed() -> bool:
+    """Asked once, while torch.compile traces: it guards on the transforms around a function itself."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def refuse_forward_derivatives() -> None:
+    """For the opaque ops, which would silently drop the tangents of dual numbers."""
+    if forward_ad._current_level >= 0:
+        raise RuntimeError("forward derivatives are not supported under torch.compile; call fast_weights in eager mode")

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 from torch.nn.functional import pad
 
-from fwp.core import Core, Form, Read, State, check_bounds, to_heads
+from fwp.core import Core, Form, Read, State, check_bounds, opaque, refuse_forward_derivatives, to_heads
 from fwp.rules.reference import ratio
 
 CHUNK = 64
@@ -38,7 +38,7 @@ def run(core: Core, form: Form, chunk: int = CHUNK) -> tuple[Tensor, State]:
     if z is not None:  # z is one more column of S, whose value is always 1 and never erased
         S = torch.cat([S, z.unsqueeze(-1)], -1)
     core = replace(core, q=to_heads(core.q, max(core.q.shape[2], H)), k=to_heads(core.k, H), v=to_heads(core.v, H), S=S)
-    walk = _opaque_walk if torch.compiler.is_compiling() else _walk
+    walk = _opaque_walk if opaque() else _walk
     with torch.autocast(core.q.device.type, enabled=False):
         out, S = walk(core, 1 if form == "recurrent" else chunk)
         if z is None:
@@ -359,6 +359,7 @@ def _walk_op(
     causal: bool,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
+    refuse_forward_derivatives()
     if cu_seqlens is not None:
         check_bounds(cu_seqlens, q.shape[1])
     out, end = _walk(_core([q, k, v, g, e, w, S, cu_seqlens], read, causal), chunk)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fwp.core import Core, to_heads
+from fwp.core import Core, opaque, refuse_forward_derivatives, to_heads
 from fwp.rules.reference import ratio
 
 
@@ -56,7 +56,7 @@ def keys_before(core: Core, k: Tensor) -> Tensor:
         sequence = torch.searchsorted(core.cu_seqlens[1:].long(), torch.arange(T, device=k.device), right=True)
         shifted = torch.cat([torch.zeros_like(k[:, :1]), k], 1)[:, :-1]
         before = torch.where(first[:, None, None], z[sequence].unsqueeze(0), shifted)
-    return (_scan_op if torch.compiler.is_compiling() else _scan)(a.masked_fill(first[:, None, None], 0), a * before)
+    return (_scan_op if opaque() else _scan)(a.masked_fill(first[:, None, None], 0), a * before)
 
 
 def _scan(a: Tensor, b: Tensor) -> Tensor:
@@ -78,6 +78,7 @@ def _scan(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.library.custom_op("fwp::scan", mutates_args=())
 def _scan_op(a: Tensor, b: Tensor) -> Tensor:
+    refuse_forward_derivatives()
     return _scan(a, b).clone(memory_format=torch.contiguous_format)
 
 
