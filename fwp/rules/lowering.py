@@ -56,7 +56,8 @@ def keys_before(core: Core, k: Tensor) -> Tensor:
         sequence = torch.searchsorted(core.cu_seqlens[1:].long(), torch.arange(T, device=k.device), right=True)
         shifted = torch.cat([torch.zeros_like(k[:, :1]), k], 1)[:, :-1]
         before = torch.where(first[:, None, None], z[sequence].unsqueeze(0), shifted)
-    return (_scan_op if opaque() else _scan)(a.masked_fill(first[:, None, None], 0), a * before)
+    scan = _scan_op if opaque() and k.shape[1] else _scan
+    return scan(a.masked_fill(first[:, None, None], 0), a * before)
 
 
 def _scan(a: Tensor, b: Tensor) -> Tensor:
