@@ -429,7 +429,7 @@ def gradients_kernel(
         )
         if DECAY > 0:
             b_dek = from_start(b_dek, G, n, h, start, end, gates, KG, False)
-            b_dG += per_gate(b_e * b_k * b_dek + dG, DECAY)
+            b_dG += per_gate(b_e * b_k * b_dek, DECAY) + dG
         b_dek += d_eraser
         b_dk += d_writer + b_e * b_dek
         store(de, n, t, h, seen, block + one, NK, tl.sum(b_k * b_dek, 1)[:, None])
@@ -454,9 +454,9 @@ def gradients_kernel(
             if DECAY > 0:
                 b_dq = from_start(b_dq, G, n, h, start, end, gates, KG, LAG)
                 border = b_q * b_dq
-                b_dG += per_gate(border + dG, DECAY)
+                b_dG += per_gate(border, DECAY) + dG
                 if LAG:  # a reader is one gate behind its token
-                    b_dg -= per_gate(border + lagging, DECAY)
+                    b_dg -= per_gate(border, DECAY) + lagging
             store(dq, n, t, h * R + r, seen, d, K, b_dq + d_reader)
     store(dk, n, t, h, seen, d, K, b_dk)
     if DECAY > 0:

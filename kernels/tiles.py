@@ -218,15 +218,16 @@ def product_gradients(
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Gradients of Σ dM ⊙ products(a, b): for a, b and G, and with LAG how much of the last is a's. [C, len(d)]
+    """Gradients of Σ dM ⊙ products(a, b): for a and b [C, len(d)], for G, and with LAG how much of the last is a's:
+    [C, len(d)], or [C, 1] for one gate a head, those features' share.
 
-    That of G is a ⊙ ∂a − b ⊙ ∂b with a and b as the products see them, rounded: so a pair adds and takes the same, and
+    A pair (i, j) adds to that of G_i what it takes from that of G_j, with a and b as the products see them, rounded: so
     in the gradient of a gate, a sum over G, pairs that lie on one side of it cancel to the last digits of ACC.
     """
     C: tl.constexpr = a.shape[0]
     dM = tl.where(visible(C, DIAGONAL), dM, 0.0)
-    lagging = tl.zeros_like(a)
     if DECAY == 2:
+        lagging = tl.zeros_like(a)
         da = tl.zeros_like(a)
         db = tl.zeros_like(a)
         dG = tl.zeros_like(a)
@@ -248,13 +249,15 @@ def product_gradients(
             da += own * b
             db += own * a
     else:
+        dG = tl.zeros([C, 1], ACC)
+        lagging = dG
         if DECAY == 1:
             dM *= decays_between(G, n, h, start, end, LAG, C)
+            pairs = dM * dot(a, tl.trans(b), DOT, ACC)  # before dM is rounded as an operand
+            lagging = tl.sum(pairs, 1)[:, None]
+            dG = lagging - tl.sum(pairs, 0)[:, None]
         da = dot(dM, b, DOT, ACC)
         db = dot(tl.trans(dM), a, DOT, ACC)
-        dG = a.to(DOT).to(ACC) * da - b.to(DOT).to(ACC) * db
-        if LAG:
-            lagging += a.to(DOT).to(ACC) * da
     return da, db, dG, lagging
 
 
