@@ -110,10 +110,13 @@ def opaque() -> bool:
     return torch.compiler.is_compiling() and not _transformed()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _transformed() -> bool:
     """Asked once, while torch.compile traces: it guards on the transforms around a function itself."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# All that torch.compiler.assume_constant_result does, which would import half of PyTorch for it.
+_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def refuse_forward_derivatives() -> None:
