@@ -26,6 +26,7 @@ from fwp.nn import (
     FastWeightAttention,
     FavorPlusFeatures,
     FeedForward,
+    GateProjection,
     LayerState,
     ShortConvolution,
     SoftplusDecay,
@@ -126,20 +127,18 @@ def test_steps_equal_the_whole(layer):
 @each_layer
 @pytest.mark.parametrize("carried", [False, True], ids=["fresh", "carried"])
 def test_padding_anywhere_equals_none(layer, carried):
-    real = [tokens(n, E, seed=n) for n in (9, 5, 4, 1, 0)]
-    mask = torch.zeros(5, 9, dtype=torch.bool)
-    mask[0], mask[1, 4:], mask[2, :4] = True, True, True  # none, left, right
-    mask[3, 5] = True
-    mask[2, [1, 2, 3, 6, 8]] = torch.tensor([False, False, True, True, True])  # interior
-    mask[2, 0], mask[2, 3] = True, True
-    real[2] = tokens(int(mask[2].sum()), E, seed=4)
-    x = torch.full((5, 9, E), torch.nan, dtype=torch.float64)
+    kept = ["", "0 1 2 3 4 5 6 7 8", "0 1 2 3", "4 5 6 7 8", "0 3 4 7", "5"]  # none, all, left, right, scattered
+    mask = torch.zeros(6, 9, dtype=torch.bool)
+    for row, places in zip(mask, kept):
+        row[[int(t) for t in places.split()]] = True
+    real = [tokens(int(n), E, seed=row) for row, n in enumerate(mask.sum(1))]
+    x = torch.full((6, 9, E), torch.nan, dtype=torch.float64)
     x = x.masked_scatter(mask.unsqueeze(-1), torch.cat(real)).requires_grad_()
-    before = layer(tokens(5, 3, E, seed=7))[1] if carried else None
+    before = layer(tokens(6, 3, E, seed=7))[1] if carried else None
     y, state = layer(x, before, mask=mask)
     assert not y[~mask].any()
 
-    alone = [layer(x[n : n + 1, mask[n]], before and sequence(before, n)) for n in range(5)]
+    alone = [layer(x[n : n + 1, mask[n]], before and sequence(before, n)) for n in range(6)]
     whole = torch.cat([out[0] for out, _ in alone])
     close((y[mask], state), (whole, cat_states([end for _, end in alone])))
     found, truth = gradients(layer, x, y[mask], state), gradients(layer, x, whole, cat_states([e for _, e in alone]))
@@ -241,13 +240,15 @@ def test_a_gate_can_be_made_otherwise():
     torch.testing.assert_close(forgetful(x)[0], alone)
 
 
-def test_the_layer_is_its_equation():
+@pytest.mark.parametrize(("read", "seen"), [("after", 0), ("before", -1)])
+def test_the_layer_is_its_equation(read, seen):
     torch.manual_seed(0)
-    layer = FastWeightAttention(E, H, "additive", scale=0.5, activation="silu", out_norm="rms", out_gate=True)
+    options = {"scale": 0.5, "activation": "silu", "out_norm": "rms", "out_gate": True}
+    layer = FastWeightAttention(E, H, "additive", read=read, **options)
     nn.init.normal_(layer.out_norm.weight)
     x = torch.randn(1, 4, E)
     q, k, v = (F.silu(m(x)).view(4, H, 4) for m in (layer.q_proj, layer.k_proj, layer.v_proj))
-    o = torch.einsum("thk,shk,ts,shv->thv", 0.5 * q, k, torch.ones(4, 4).tril(), v)
+    o = torch.einsum("thk,shk,ts,shv->thv", 0.5 * q, k, torch.ones(4, 4).tril(seen), v)
     o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.out_norm.weight
     y = layer.o_proj(o.reshape(1, 4, E) * F.silu(layer.out_gate(x)))
     torch.testing.assert_close(layer(x)[0], y)
@@ -285,6 +286,12 @@ def test_a_learned_feature_map_is_trained_with_the_layer():
     layer = FastWeightAttention(E, H, "gla", nn.Sequential(nn.Linear(4, 3), nn.Softplus()))
     layer(torch.randn(1, 5, E))[0].sum().backward()
     assert layer.feature_map[0].weight.grad.any()
+
+
+def test_an_activation_under_autocast_computes_in_float32():
+    gate = GateProjection(E, H, 4, activation=lambda y: y @ torch.eye(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gate(torch.randn(1, 3, E)).dtype == torch.float32
 
 
 def test_a_decay_starts_gentle():
@@ -658,6 +665,16 @@ def ids(*size, seed=0):
     return torch.randint(13, size, generator=torch.Generator().manual_seed(seed))
 
 
+def test_the_decoder_is_its_parts(model):
+    tokens = ids(2, 5)
+    x = model.embedding(tokens)
+    for block in model.blocks:
+        x, _ = block(x)
+    if model.config.placement == "pre":
+        x = F.rms_norm(x, (E,), model.norm.weight, eps=1e-5)
+    close(model(tokens)[0], x @ model.head.weight.T)
+
+
 @torch.no_grad()
 def greedy_by_recomputation(model, tokens, n):
     for _ in range(n):
@@ -690,7 +707,10 @@ def test_sampling(model):
 
     assert torch.equal(sample(0), sample(0))
     assert not torch.equal(sample(0), sample(1))
-    assert torch.equal(sample(0, top_k=1), model.generate(prompt, 6, temperature=0))
+    greedy = model.generate(prompt, 6, temperature=0)
+    assert torch.equal(sample(0, top_k=1), greedy)
+    assert torch.equal(sample(0, temperature=1e-6), greedy)
+    assert not torch.equal(sample(0), greedy)
     best = model(prompt)[0][:, -1].topk(3).indices
     drawn = sample(0, top_k=3, temperature=2.0)[:, 2:3]
     assert (drawn == best).any(-1).all()
