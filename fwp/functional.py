@@ -203,11 +203,12 @@ def _under_autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
 
 
 def _features(x: Tensor, feature_map: str | FeatureMap | None, norm: str | None, scale: float) -> Tensor:
-    """scale · norm(φ(x)), computed in the state's dtype; a module is given x as it is."""
+    """scale · norm(φ(x)), computed in the state's dtype; a module is given x as it is, under autocast if that is on."""
     dtype = x.dtype
     phi = feature_maps.get(feature_map)
     if feature_map is not None or norm is not None:
+        if isinstance(phi, torch.nn.Module):
+            x, phi = phi(x), feature_maps.get(None)
         with torch.autocast(x.device.type, enabled=False):
-            x = phi(x if isinstance(phi, torch.nn.Module) else x.to(state_dtype(dtype)))
-            x = feature_maps.norm(x.to(state_dtype(dtype)), norm)
+            x = feature_maps.norm(phi(x.to(state_dtype(dtype))), norm)
     return (x if scale == 1.0 else x * scale).to(dtype)

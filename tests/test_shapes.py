@@ -376,3 +376,16 @@ def test_two_threads(form):
     for results, truth in zip(found, alone):
         assert len(results) == 5
         assert all(torch.equal(x[key], truth[key]) for x in results for key in truth)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_learned_feature_map_under_autocast(enabled):
+    phi = torch.nn.Linear(8, 6)
+    q, k, v = torch.randn(3, 1, 5, 2, 8).unbind()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        out, state = fast_weights("additive", q, k, v, feature_map=phi)
+    assert out.dtype == (torch.bfloat16 if enabled else torch.float32)
+    assert state.S.dtype == torch.float32
+    (grad,) = torch.autograd.grad(out.float().sum(), phi.weight)
+    assert grad.dtype == torch.float32
+    assert grad.isfinite().all()
