@@ -317,6 +317,26 @@ def test_orthonormal_keys_recall_exactly(rule, form):
     assert deviation(fwp.read(state, k[:, :K]), expected) < 1e-13
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+@pytest.mark.parametrize("read", ["after", "before"])
+@pytest.mark.parametrize(("rule", "form"), [case(rule, form) for rule in TABLE for form in forms(rule)])
+def test_nothing_over_nothing_is_zero(rule, form, read, eps):
+    """zᵀq = 0: before the first key, of a query of zeros, under a state without z: 0 then, and finite gradients."""
+    inputs = sample(rule, T=19, K=6, V=5, state=True, denominator=True, seed=24)
+    inputs["state"] = State(inputs["state"].S, torch.zeros_like(inputs["state"].z))
+    inputs["q"][:, 5], inputs["k"][:, 7] = 0, 0
+    options = {"denominator": True, "read": read, "eps": eps}
+    with chunk_size(8):
+        out, end = fast_weights(rule, **inputs, **options, **form)
+        grads = evaluate(rule, inputs, **options, **form)
+    expected, state = to_oracle(rule, inputs, **options)
+    assert deviation(out, expected) < 1e-10
+    assert deviation(end.S, state.S) < 1e-10
+    assert (out[:, 5] == 0).all()
+    assert read == "after" or (out[:, 0] == 0).all()
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
     ("rule", "form"), [case(rule, form) for rule in RULES if "g" in rule.gates for form in forms(rule)]

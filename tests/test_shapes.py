@@ -28,6 +28,7 @@ from laws import (
 
 from fwp.core import state_dtype
 from fwp.functional import fast_weights
+from fwp.rules import Rule
 from fwp.testing import budgets, cast, deviation, evaluate, row_error, sample
 
 # ---- masks and packed sequences ----
@@ -260,6 +261,19 @@ def test_dtypes(rule, form, way, dtype):
     assert all(found[f"d{key}"].dtype == dtype for key in low)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@each_way
+def test_gates_and_state_are_not_rounded(rule, form, way, dtype):
+    """q, k and v in 16 bits mean what they mean in float32: only results are rounded, gates and state never."""
+    inputs = sample(rule, T=19, K=6, V=5, state=True, seed=14, dtype=dtype, **normalised(way))
+    found = evaluate(rule, inputs, **way, **form)
+    for key, x in evaluate(rule, cast(inputs, torch.float32), **way, **form).items():
+        if key == "dk" and "denominator" in way:  # the sum of two gradients, each rounded
+            assert row_error(found[key], x) < 4 * torch.finfo(dtype).eps
+        else:
+            assert torch.equal(found[key], x.to(found[key].dtype)), key
+
+
 @each_way
 def test_float32(rule, form, way):
     inputs = sample(rule, T=130, K=16, V=12, state=True, seed=9, dtype=torch.float32, **normalised(way))
@@ -389,3 +403,17 @@ def test_a_learned_feature_map_under_autocast(enabled):
     (grad,) = torch.autograd.grad(out.float().sum(), phi.weight)
     assert grad.dtype == torch.float32
     assert grad.isfinite().all()
+
+
+def test_an_equation_leaves_autocast():
+    """A product of matrices in a rule's own step is as exact as without autocast."""
+
+    def step(S, k, v):
+        return S + k.unsqueeze(-1) @ v.unsqueeze(-2)
+
+    rule = Rule("products", step=step)
+    inputs = sample(rule, dtype=torch.bfloat16)
+    _, apart = fast_weights(rule, **inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, under = fast_weights(rule, **inputs)
+    assert torch.equal(apart.S, under.S)
