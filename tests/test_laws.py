@@ -4,6 +4,7 @@ import inspect
 import itertools
 import math
 import typing
+from dataclasses import replace
 
 import numpy as np
 import oracle
@@ -29,6 +30,7 @@ from laws import (
 
 import fwp
 from fwp import verbs
+from fwp.backends import torch as chunked
 from fwp.core import State
 from fwp.functional import fast_weights
 from fwp.testing import deviation, evaluate, sample
@@ -530,6 +532,34 @@ def test_each_row_has_a_typed_verb(rule):
         found, truth = verb(x["q"], x["k"], x["v"], *gates, **options), fast_weights(rule.name, **x, **options)
         assert torch.equal(found[0], truth[0])
         assert torch.equal(found[1].S, truth[1].S)
+
+
+@pytest.mark.parametrize(
+    ("options", "T", "runs"),
+    [
+        ({"backend": "torch", "form": "recurrent"}, 9, "_token"),
+        ({"backend": "torch", "form": "chunk"}, 9, "_chunk"),
+        ({"backend": "torch", "form": "chunk"}, 1, "_chunk"),
+        ({"form": "recurrent"}, 9, "_token"),
+        ({"form": "chunk"}, 1, "_chunk"),
+        ({}, 1, "_token"),
+        ({}, 2, "_chunk"),
+        ({"backend": "reference"}, 9, "step"),
+        ({"backend": "reference", "form": "recurrent"}, 9, "step"),
+    ],
+)
+def test_what_is_asked_for_is_what_runs(options, T, runs, monkeypatch):
+    """An explicit backend and form, and the choice of "auto" on a CPU."""
+    ran = set()
+
+    def noted(name, function):
+        return lambda *args, **kwargs: ran.add(name) or function(*args, **kwargs)
+
+    for name in ("_token", "_chunk"):
+        monkeypatch.setattr(chunked, name, noted(name, getattr(chunked, name)))
+    rule = replace(fwp.RULES["kda"], step=noted("step", fwp.RULES["kda"].step))
+    fast_weights(rule, **sample(rule, T=T), **options)
+    assert ran == {runs}
 
 
 def test_verbs_know_every_option():
