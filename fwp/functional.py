@@ -102,14 +102,16 @@ def fast_weights(
     else:
         validate.own_state(row, core, state)
 
-    lowered = None if row.lower is None else row.lower(core, **given)
+    with torch.autocast(v.device.type, enabled=False):
+        lowered = None if row.lower is None else row.lower(core, **given)
     if not causal and (lowered is None or lowered.g is not None or lowered.e is not None):
         raise ValueError(f"causal: False needs a rule that neither decays nor erases, got {row.name!r}")
     name, form = choose(lowered, backend, form, v)
     if lowered is None or name == "reference":
         from fwp.backends import reference
 
-        out, end = reference.run(row, core, given, mask, core.initial() if row.plain else state)
+        with torch.autocast(v.device.type, enabled=False):
+            out, end = reference.run(row, core, given, mask, core.initial() if row.plain else state)
     else:
         out, end = _module(name).run(lowered, form)
     if mask is not None:

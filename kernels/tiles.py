@@ -90,7 +90,7 @@ def dot(a, b, DOT: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def load_sums(G, n, h, start, end, i, d, D: tl.constexpr, LAG: tl.constexpr):
     """G of tokens start + i of the chunk that starts at `start`; with LAG of the tokens before them, 0 at the start."""
-    row = tl.minimum(start + i, end - 1) - LAG
+    row = tl.minimum(start + i - LAG, end - 1)
     return load(G, n, row, h, row >= start, d, D)
 
 

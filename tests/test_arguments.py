@@ -1,5 +1,6 @@
 """What is wrong with the arguments is said in one line: which argument, what was expected, what was found."""
 
+import dataclasses
 import math
 import re
 
@@ -265,3 +266,14 @@ def test_any_dpfp_is_known_by_name():
     for name in ("dpfp-0", "dpfp-", "dpfp-1.5", "dpfp1"):
         with pytest.raises(ValueError, match=r"^feature_map: expected one of"):
             fwp.fast_weights("additive", **sample("additive"), feature_map=name)
+
+
+@pytest.mark.parametrize("own", ["init", "read"])
+def test_a_rule_with_a_state_or_read_of_its_own_has_no_lowered_form(own):
+    row = fwp.RULES["additive"]
+    function = (lambda *args: row.init(*args) + 1) if own == "init" else (lambda S, q: (row.read(S, q)[0] * 2, S))
+    with pytest.raises(ValueError, match=f"lower: expected None with an own {own}"):
+        dataclasses.replace(row, **{own: function})
+    if own == "read":
+        with pytest.raises(ValueError, match="read: an own one needs an own init"):
+            dataclasses.replace(row, lower=None, read=function)

@@ -130,6 +130,20 @@ def test_an_unknown_rule_is_one_line(rule, message):
     assert "\n" not in str(error.value)
 
 
+def test_correct_rules_of_ones_own_are_green(one_case, tmp_path):
+    """One without a lowered form; one named like a row of the table; one whose β = 1 doesn't replace the old value."""
+    (tmp_path / "mine.py").write_text(
+        "from fwp.rules import Rule, lowering, reference, spec\n"
+        "plain = Rule('plain', step=reference.delta, gates={'beta': spec.beta()}, erases=True)\n"
+        "namesake = Rule('delta', step=reference.additive, lower=lowering.additive)\n"
+        "half = Rule('half', step=lambda S, k, v, beta: reference.delta(S, k, v, beta / 2),\n"
+        "    gates={'beta': spec.beta()}, lower=lambda core, beta: lowering.delta(core, beta / 2), erases=True)\n"
+    )
+    for name in ("plain", "namesake", "half"):
+        assert equivalence.main(f"{tmp_path / 'mine.py'}:{name}", "reference") == 0
+        assert equivalence.main(f"{tmp_path / 'mine.py'}:{name}", "torch") == 0
+
+
 def test_the_quadratic_form_by_hand():
     """Two tokens, one head, K = V = 1: o_1 = q_1 k_1 v_1, o_2 = q_2 (α k_1 v_1 + k_2 v_2)."""
     q, k, v = (torch.tensor(x, dtype=torch.float64).view(1, 2, 1, 1) for x in ([2.0, 3.0], [5.0, 7.0], [11.0, 13.0]))

@@ -195,6 +195,18 @@ def test_gates_of_any_size(cell, value):
     assert all(x.isfinite().all() for x in found.values())
 
 
+@pytest.mark.parametrize("value", [-750.0, -torch.inf])
+@pytest.mark.parametrize("cell", [(1, False), (2, False), KDA], ids=["decay", "gla", "kda"])
+@READS
+def test_a_reset_by_the_last_token_of_a_chunk_that_is_not_full(read, cell, value):
+    packed = {"N": 2, "cu_seqlens": torch.tensor([0, C + 3, C + 5], device=DEVICE)}
+    for shape in ({"T": C + 1}, {"T": C + 5, **packed}):
+        core = problem(cell, read=read, **shape)
+        last = [-1] if "cu_seqlens" not in shape else [C + 2, C + 4]
+        core.g[:, last] = value
+        agree(core)
+
+
 @pytest.mark.parametrize("cell", [(1, True), KDA], ids=["scalar", "channel"])
 def test_a_reset_forgets_everything(cell):
     core = problem(cell, T=C + 3)

@@ -93,6 +93,14 @@ class Rule:
     paper: str = ""
     bibtex: str = ""
 
+    def __post_init__(self) -> None:
+        own_init, own_read = self.init is not init_zero, self.read is not read_linear
+        if self.lower is not None and (own_init or own_read):
+            # the recurrence starts from S = 0 and reads Sᵀq
+            raise ValueError(f"lower: expected None with an own {'init' if own_init else 'read'}, got {self.lower}")
+        if own_read and not own_init:
+            raise ValueError("read: an own one needs an own init, got none")
+
     @property
     def equation(self) -> str:
         """What S becomes: the first line of the step's docstring."""
