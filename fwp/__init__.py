@@ -28,11 +28,12 @@ _HOME = {
     "gated_delta": "verbs",
     "kda": "verbs",
 }
-_MODULES = ("nn", "models", "testing")
+_MODULES = ("inspect", "nn", "models", "testing")
 
 __all__ = ["__version__", *_HOME, *_MODULES]
 
 if TYPE_CHECKING:
+    from fwp import inspect as inspect
     from fwp import models as models
     from fwp import nn as nn
     from fwp import testing as testing

@@ -1,0 +1,294 @@
+"""Looking into fast weights: the state over time, the attention matrix a rule implies, rank and norm, and plots.
+
+S = fwp.inspect.states("delta", q, k, v, beta=beta, steps=[0, 9, 99]).S  # [3, N, H, K', V]
+A = fwp.inspect.attention("delta", q, k, v, beta=beta)                   # [B, H, T, T], o_t = Σ_s A_ts v_s
+rank = fwp.inspect.spectrum(S).rank                                      # [3, N, H]
+figure = fwp.inspect.plot_state(S[:, 0, 0], steps=[0, 9, 99])            # of one sequence and head
+
+with fwp.inspect.recording() as calls:  # what layers ask of the op
+    decoder(tokens)
+A = fwp.inspect.attention(**calls[2])  # of the third block
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+import fwp
+from fwp import functional, rules, validate
+from fwp.backends import reference
+from fwp.core import State
+from fwp.rules import Rule
+from fwp.rules.reference import ratio
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# ---- the state, and what it amounts to ----
+
+
+def states(
+    rule: str | Rule,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    steps: Iterable[int] | None = None,
+    mask: Tensor | None = None,
+    state: Any = None,
+    cu_seqlens: Tensor | None = None,
+    **options: Any,
+) -> Any:
+    """The state after each of `steps`, in one pass that stops only there.
+
+    steps: indices along T, in any order, negative ones from its end; None: every token. With cu_seqlens [N + 1] they
+        count within each sequence, and one that has ended keeps its last state. A step that `mask` hides shows what
+        was there before it.
+    All else is as in `fwp.fast_weights`, gates included.
+
+    Returns what the op returns, stacked along a first axis: `State(S [len(steps), N, H, K', V], z [len(steps), N, H,
+    K'] or None)`, or for a rule with a state of its own that structure.
+    TypeError and ValueError as in `fwp.fast_weights`; ValueError for steps outside T.
+    """
+    row = rules.get(rule)
+    validate.tensors(row, q, k, v)
+    B, T = k.shape[:2]
+    given = {"q": q, "k": k, "v": v, "mask": mask, **{name: options.pop(name, None) for name in row.gates}}
+    over_time = {name: x for name, x in given.items() if x is not None}
+    for name, x in over_time.items():
+        free = [None] * (x.dim() - 2 if isinstance(x, Tensor) else 0)
+        validate.tensor(name, x, (B, T, *free), torch.bool if name == "mask" else None)
+    bounds = [0, T]
+    if cu_seqlens is not None:
+        validate.packing(cu_seqlens, B, T, check=True)
+        bounds = cu_seqlens.tolist()
+    wanted = _indices(steps, max(b - a for a, b in pairwise(bounds)))
+
+    found, start = {}, 0
+    for t in sorted(set(wanted)):
+        spans = [(min(a + start, b), min(a + t + 1, b)) for a, b in pairwise(bounds)]  # tokens start … t of each
+        at = torch.cat([torch.arange(*span, device=k.device) for span in spans])
+        if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.new_tensor([0, *accumulate(b - a for a, b in spans)])
+        piece = {name: x[:, at] for name, x in over_time.items()}
+        _, state = functional.fast_weights(row, **piece, state=state, cu_seqlens=cu_seqlens, **options)
+        found[t], start = state, t + 1
+    return reference.tree_map(lambda *x: torch.stack(x), *(found[t] for t in wanted))
+
+
+def _indices(steps: Iterable[int] | None, T: int) -> list[int]:
+    """The steps as indices in [0, T)."""
+    try:
+        wanted = list(range(T)) if steps is None else [operator.index(t) for t in steps]
+    except TypeError:
+        raise TypeError(f"steps: expected integers, got {steps!r}") from None
+    if not wanted or not all(-T <= t < T for t in wanted):
+        raise ValueError(f"steps: expected one or more in [{-T}, {T}), got {wanted}")
+    return [t % T for t in wanted]
+
+
+class Spectrum(NamedTuple):
+    """What the singular values σ_1 ≥ σ_2 ≥ … of matrices S [..., K, V] say.
+
+    values: σ, [..., min(K, V)].
+    rank: how many of them exceed rtol · σ_1, [...] int64.
+    stable_rank: Σσ² / σ_1², between 1 and the rank, 0 for S = 0, [...]: it moves little when S does.
+    norm: √Σσ², the Frobenius norm of S, [...].
+    """
+
+    values: Tensor
+    rank: Tensor
+    stable_rank: Tensor
+    norm: Tensor
+
+
+def spectrum(S: Tensor, rtol: float | None = None) -> Spectrum:
+    """Singular values, rank and norm of S [..., K, V], at every step where S has them as an axis.
+
+    rtol: what counts as 0 beside σ_1; None: max(K, V) · eps of S's dtype, as in NumPy. A state that has erased much
+        more than it still holds keeps rounding errors of the erased, and needs a larger one.
+    ValueError unless S has two axes or more; TypeError unless it is floating.
+    """
+    validate.tensor("S", S, (*[None] * max(S.dim() - 2, 0), None, None))
+    if rtol is None:
+        rtol = max(S.shape[-2:]) * torch.finfo(S.dtype).eps
+    values = torch.linalg.svdvals(S)
+    energy = values.square().sum(-1)
+    rank = (values > rtol * values[..., :1]).sum(-1)
+    return Spectrum(values, rank, ratio(energy, values[..., 0].square()), energy.sqrt())
+
+
+# ---- the attention matrix ----
+
+
+def attention(rule: str | Rule, q: Tensor, k: Tensor, v: Tensor, *, state: Any = None, **options: Any) -> Tensor:
+    """A with o_t = Σ_s A_ts v_s: what the op does to values, one T × T matrix a head. It is its output for v = I.
+
+    Arguments as in `fwp.fast_weights`; of v only its shape and dtype matter. The rule must be linear in v and treat
+    all value features alike, as every rule of the table does.
+
+    Returns A [B, max(Hq, H), T, T] in v's dtype, rows t reading, columns s written. Output head i reads value head
+    i // (max(Hq, H) / Hv). If the rule has a gate of one number a value feature ("BTHV"), each feature has its own
+    matrix: [B, max(Hq, H), V, T, T].
+    - Entries with s > t are exactly 0, with read="before" those with s = t too; with causal=False none need be.
+    - Rows and columns of masked tokens are 0; packed sequences (cu_seqlens) are blocks along the diagonal.
+    - Feature map, norms, scale and denominator are in A. With a denominator the rows of `additive` sum to almost 1.
+    - A state given at the start counts by its z alone: what its S adds to the output is no part of A.
+
+    ValueError for a rule that isn't linear in v, and for a given state of a rule's own kind.
+    """
+    row = rules.get(rule)
+    if not row.linear_in_v:
+        raise ValueError(f"rule: expected one that is linear in v, got {row.name!r}")
+    if state is not None and not isinstance(state, State):
+        raise ValueError(f"state: expected fwp.State or None, got {type(state).__name__}")
+    validate.tensors(row, q, k, v)
+    B, T, Hv, V = v.shape
+    H = max(q.shape[2], k.shape[2], Hv)
+    if T == 0:
+        return v.new_zeros(B, H, 0, 0)
+    identity = torch.eye(T, dtype=v.dtype, device=v.device).view(1, T, 1, T).expand(B, T, Hv, T)
+    if state is not None:
+        state = State(state.S.new_zeros(*state.S.shape[:-1], T), state.z)
+
+    def matrix(**gates: Tensor) -> Tensor:
+        return functional.fast_weights(row, q, k, identity, state=state, **(options | gates))[0].transpose(1, 2)
+
+    by_feature = [name for name, gate in row.gates.items() if gate.shape == "BTHV" and options.get(name) is not None]
+    if not by_feature:
+        return matrix()
+    for name in by_feature:
+        validate.tensor(name, options[name], (B, T, max(k.shape[2], Hv), V))
+    features = range(V)
+    return torch.stack(
+        [matrix(**{name: options[name][..., c, None].expand(-1, -1, -1, T) for name in by_feature}) for c in features],
+        2,
+    )
+
+
+# ---- inside layers ----
+
+
+@contextmanager
+def recording() -> Iterator[list[dict[str, Any]]]:
+    """A context that keeps the arguments of every call of the op, by layers, models, `fwp.fast_weights` and its verbs.
+
+    Gives a list of dicts in the order of the calls, so one entry a block after one pass of a `Decoder`, tensors
+    detached: `states(**calls[0])`, `attention(**calls[0])`. Calls inside compiled modules are not seen. A feature map
+    is kept as the object it is. Not for several threads at once.
+    """
+    calls: list[dict[str, Any]] = []
+
+    def kept(x: Any) -> Any:
+        return x.detach() if isinstance(x, Tensor) else x
+
+    def noting(op: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(rule: str | Rule, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+            calls.append({"rule": rule, **tree_map(kept, {"q": q, "k": k, "v": v, **options})})
+            return op(rule, q, k, v, **options)
+
+        return noted
+
+    for name in fwp.__all__:  # nothing is to be loaded meanwhile: it would go past this
+        getattr(fwp, name)
+    with ExitStack() as patches:
+        for name, module in list(sys.modules.items()):
+            ours = name.partition(".")[0] == "fwp" and module is not functional
+            if ours and "fast_weights" in vars(module):
+                patches.enter_context(mock.patch.object(module, "fast_weights", noting(module.fast_weights)))
+        yield calls
+
+
+# ---- plots ----
+
+Panels = Tensor | Mapping[str, Tensor]
+
+
+def plot_state(S: Tensor, steps: Sequence[int] | None = None) -> Figure:
+    """Fast weights as pictures, a panel a step, one colour scale: S [len(steps), K', V] of one sequence and head.
+
+    steps: what `states` was asked for; None: 0, 1, …
+    """
+    validate.tensor("S", S, (None, None, None))
+    titles = [f"after token {t}" for t in _numbers(steps, len(S))]
+    return _heatmaps(dict(zip(titles, S)), "value feature", "key feature", "fast weight", cell=1.5)
+
+
+def plot_attention(A: Panels) -> Figure:
+    """Attention matrices as pictures, one colour scale: A [T, T], [H, T, T] with a panel a head, or title → [T, T]."""
+    if isinstance(A, Tensor):
+        A = {f"head {h}": x for h, x in enumerate(A)} if A.dim() == 3 else {"": A}
+    for name, x in A.items():
+        validate.tensor(f"A[{name!r}]" if name else "A", x, (None, None))
+    return _heatmaps(A, "written token s", "reading token t", "attention A", cell=2.4)
+
+
+def plot_rank(S: Panels, steps: Sequence[int] | None = None, rtol: float | None = None) -> Figure:
+    """Rank, stable rank and norm over time: S [len(steps), K', V] of one sequence and head, or label → such.
+
+    steps, rtol: as in `plot_state` and `spectrum`. The dashed line is the largest rank that t + 1 writes into S = 0 can
+    make.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    lines = {"": S} if isinstance(S, Tensor) else S
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    panels = figure.subplots(1, 3)
+    bounds: list[tuple[Sequence[int], list[int]]] = []
+    for i, (name, x) in enumerate(lines.items()):
+        validate.tensor(f"S[{name!r}]" if name else "S", x, (None, None, None))
+        at, found = _numbers(steps, len(x)), spectrum(x.detach(), rtol)
+        bounds.append((at, [min(t + 1, *x.shape[1:]) for t in at]))
+        width = len(lines) - i + 0.5  # ranks often coincide: later lines lie on earlier, thicker ones
+        for axes, y in zip(panels, (found.rank, found.stable_rank, found.norm)):
+            axes.plot(at, y.cpu().numpy(), marker="o" if len(at) < 40 else None, markersize=3, lw=width, label=name)
+    for at, bound in bounds[:1] if all(bound == bounds[0] for bound in bounds) else bounds:
+        panels[0].plot(at, bound, "k--", lw=1, label="min(t + 1, K', V)")
+    for axes, title in zip(panels, ("rank of S", "stable rank of S, Σσ² / σ₁²", "Frobenius norm of S")):
+        axes.set(xlabel="token t", title=title, ylim=(0, None))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[0].yaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _numbers(steps: Sequence[int] | None, count: int) -> Sequence[int]:
+    """One step number a state, for an axis."""
+    steps = range(count) if steps is None else steps
+    if len(steps) != count or any(t < 0 for t in steps):
+        raise ValueError(f"steps: expected {count} numbers from 0 on, one a state, got {list(steps)}")
+    return steps
+
+
+def _heatmaps(panels: Mapping[str, Tensor], across: str, down: str, value: str, cell: float) -> Figure:
+    """Matrices [rows, columns] by title, in rows of at most six, white being 0 and the colour scale symmetric."""
+    from matplotlib.figure import Figure
+
+    columns = min(len(panels), 6)
+    rows = -(-len(panels) // columns)
+    most = max(x.detach().abs().max().item() for x in panels.values()) or 1.0
+    figure = Figure(figsize=(columns * cell + 1.6, rows * (cell + 0.5) + 0.6), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for unused in grid.flat[len(panels) :]:
+        unused.remove()
+    used = list(grid.flat[: len(panels)])
+    for axes, (title, x) in zip(used, panels.items()):
+        picture = x.detach().cpu().float().numpy()
+        shown = axes.imshow(picture, cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest")
+        axes.set_title(title, fontsize=9)
+        axes.tick_params(labelsize=7)
+    figure.supxlabel(across, fontsize=9)
+    figure.supylabel(down, fontsize=9)
+    figure.colorbar(shown, ax=used, label=value)
+    return figure
