@@ -25,9 +25,10 @@ import torch
 import fwp
 
 from .claims import Family, Settings
-from .papers import secretly_fast_weights
+from .papers.secretly_fast_weights_1 import SETTING_1
+from .papers.secretly_fast_weights_2 import SETTING_2
 
-FAMILIES: dict[str, Family] = {family.id: family for family in (secretly_fast_weights.SETTING_1,)}
+FAMILIES: dict[str, Family] = {family.id: family for family in (SETTING_1, SETTING_2)}
 SCALES = ("smoke", "quick", "reduced", "paper")
 
 Progress = Callable[[int, int, str], None]  # finished runs, all runs, what was just finished

@@ -16,157 +16,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import fwp
 from fwp import cli
 from fwp.benchmarks import reproduce
 from fwp.benchmarks.claims import Claim, Family, Outcome, Scale
-from fwp.benchmarks.papers import secretly_fast_weights as paper
+from fwp.benchmarks.papers.secretly_fast_weights_1 import SETTING_1
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-# ---- the experiment ----
-
-
-def literal(model: paper.Retrieval, keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-    """The paper's equations on one-hot vectors, one pair after the other."""
-    v = torch.eye(model.S)[values]
-    k = model.W_k(torch.cat([v, model.embedding[keys]], -1))
-    q = model.W_q(model.embedding[queries])
-    if model.memory.phi is None:
-        return (q @ k.transpose(1, 2) / model.d_key**0.5).softmax(-1) @ v
-    phi = fwp.feature_maps.get(model.memory.phi(model.d_key))
-    W = torch.zeros(len(keys), model.S, phi(k).shape[-1])
-    z = torch.zeros(len(keys), phi(k).shape[-1])
-    for i in range(model.S):
-        W = W + torch.einsum("bv,bk->bvk", v[:, i], phi(k[:, i]))
-        z = z + phi(k[:, i])
-    return torch.einsum("bvk,bqk->bqv", W, phi(q)) / (torch.einsum("bk,bqk->bq", z, phi(q)) + 1e-6).unsqueeze(-1)
-
-
-@pytest.mark.parametrize("name", paper.MEMORIES)
-def test_model_is_the_papers(name: str) -> None:
-    torch.manual_seed(0)
-    model = paper.Retrieval(paper.MEMORIES[name], 7, 4)
-    keys, values, queries = paper.permutations(3, 7), paper.permutations(3, 7), torch.randint(7, (3, 2))
-    torch.manual_seed(1)  # what FAVOR+ draws
-    answers = model(keys, values, queries)
-    torch.manual_seed(1)
-    torch.testing.assert_close(answers, literal(model, keys, values, queries), atol=1e-5, rtol=1e-4)
-
-
-def test_width_of_features() -> None:
-    for memory in paper.MEMORIES.values():
-        if memory.phi is not None and memory.d_dot is not None:
-            phi = fwp.feature_maps.get(memory.phi(16))
-            assert phi(torch.randn(16)).shape == (memory.d_dot * 16,), memory.label
-
-
-def test_data_and_loss() -> None:
-    orders = paper.permutations(50, 9)
-    assert (orders.sort(-1).values == torch.arange(9)).all()
-    assert (orders[0] != orders).any()
-    assert paper.loss(torch.zeros(2, 9, 9), orders[:2]).item() == 0.5
-    assert paper.loss(F.one_hot(orders[:2], 9).float(), orders[:2]).item() == 0
-
-
-@pytest.mark.parametrize(("name", "passes"), [("favor-2", 6), ("dpfp-2", 1)])
-def test_random_features_are_drawn_for_each_sequence(name: str, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = paper.Retrieval(paper.MEMORIES[name], 5, 4)
-    seen: list[int] = []
-    monkeypatch.setattr(
-        paper.Retrieval, "forward", lambda self, k, v, q: seen.append(len(k)) or torch.zeros(*q.shape, 5)
-    )
-    assert paper.evaluate(model, 6) == 0.5
-    assert (len(seen), sum(seen)) == (passes, 6)
-
-
-def test_floor_is_the_best_rank() -> None:
-    """The best matrix of rank r for S answers is as far from a permutation as the floor says."""
-    S, r = 12, 5
-    U, s, Vh = torch.linalg.svd(torch.eye(S, dtype=torch.float64)[torch.randperm(S)])
-    best = (U[:, :r] * s[:r]) @ Vh[:r]
-    row = {"model": "linear", "d_key": r, "keys": S}
-    assert math.isclose(0.5 * (U @ Vh - best).square().sum(-1).mean().item(), paper.floor(row))
-    assert paper.floor({"model": "dpfp-3", "d_key": 2, "keys": S}) == 0
-
-
-def settings(**changes: Any) -> dict[str, Any]:
-    return paper.runs(16, {"dpfp-1": [5]}, 1)[0] | changes
-
-
-def test_training_solves_and_repeats() -> None:
-    first, second = paper.train(settings()), paper.train(settings())
-    assert first == second
-    assert first["best_loss"] <= 1e-3
-    assert first["best_step"] == first["last_step"] <= 1000
-    assert paper.train(settings(seed=2)) != first
-
-
-def test_training_gives_up() -> None:
-    """Without learning the evaluations only scatter, so patience ends the run at a step counted from its best."""
-    result = paper.train(settings(learning_rate=0.0, patience=3, evaluate_every=2))
-    assert result["last_step"] == result["best_step"] + 6
-    assert paper.train(settings(learning_rate=0.0, max_steps=4, evaluate_every=2))["last_step"] == 4
-
-
-# ---- the claims ----
-
-
-def keys(rows: Any) -> list[int]:
-    return [row["keys"] for row in rows]
-
-
-def test_authors_logs() -> None:
-    assert len(paper.AUTHORS) == 240
-    firsts = {model: keys(paper.first_unsolved(paper.AUTHORS, model)) for model in paper.MAPS}
-    assert firsts == {"linear": [60], "dpfp-1": [120], "dpfp-2": [260], "dpfp-3": [360]}
-
-
-def moved(model: str, factor: float) -> list[dict[str, Any]]:
-    """The authors' runs, those of one model at other S."""
-    return [row | {"keys": round(row["keys"] * factor)} if row["model"] == model else row for row in paper.AUTHORS]
-
-
-# for each claim runs in which it does not hold
-PLANTED = {
-    "break-linear": moved("linear", 2),
-    "break-dpfp-1": moved("dpfp-1", 0.5),
-    "break-dpfp-2": moved("dpfp-2", 1.5),
-    "break-dpfp-3": moved("dpfp-3", 0.5),
-    "order": moved("dpfp-2", 2),
-    "bound": moved("dpfp-1", 3),
-    "floor": [row | {"best_loss": 1.2 * row["best_loss"]} for row in paper.AUTHORS],
-    "favor": [row | {"best_loss": row["best_loss"] / 30} for row in paper.AUTHORS],
-    "softmax": moved("softmax", 0.5),
-}
-
-
-@pytest.mark.parametrize("claim", paper.SETTING_1.claims, ids=lambda claim: claim.id)
-def test_claim_holds_for_the_authors_and_can_fail(claim: Claim) -> None:
-    outcome = claim.measure(paper.AUTHORS)
-    assert outcome.holds is True
-    assert outcome.measured == claim.published
-    assert claim.measure(PLANTED[claim.id]).holds is False
-
-
-def test_break_counts_each_seed() -> None:
-    rows = [
-        {"model": "linear", "d_key": 16, "keys": S, "seed": seed, "solved": 1e-3, "best_loss": loss}
-        for seed, broken in ((1, 5), (2, 5), (3, 20))
-        for S in (5, 10, 15, 20)
-        for loss in (0.1 if broken <= S else 1e-4,)
-    ]
-    assert keys(paper.first_unsolved(rows, "linear")) == [5, 5, 20]
-    outcome = paper.breaks("linear").measure(rows)
-    assert (outcome.measured, outcome.spread) == ([0.0, 0.312], [0.312, 1.25])
-    assert "d_key 16" in outcome.note
-    assert outcome.holds is False
-    assert "at S = 5 training ended with 1.0 keys lost, though there was room" in outcome.note
-    unbroken = [row for row in rows if row["seed"] == 3 and row["keys"] < 20]
-    assert paper.breaks("linear").measure(unbroken).holds is None
 
 
 # ---- the runner ----
@@ -281,7 +138,7 @@ def test_runs_once_and_resumes(family: Family, tmp_path: Path, monkeypatch: pyte
 
 
 def test_every_setting_tells_runs_apart(family: Family) -> None:
-    run = settings()
+    run = SETTING_1.scales["smoke"].settings[0]
     changed = [run | {name: "another"} for name in run]
     assert len({reproduce.key(each) for each in (run, *changed)}) == len(run) + 1
     assert reproduce.key(dict(reversed(run.items()))) == reproduce.key(run)
@@ -383,8 +240,8 @@ def gone(group: int) -> bool:
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_interrupt_keeps_and_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "results"
-    file = out / f"{paper.SETTING_1.id}.jsonl"
-    command = ("reproduce", "--scale", "smoke", "--out", str(out))
+    file = out / f"{SETTING_1.id}.jsonl"
+    command = ("reproduce", SETTING_1.id, "--scale", "smoke", "--out", str(out))
     before: list[str] = []
     for stop in (signal.SIGTERM, signal.SIGINT):
         process = run(*command)
@@ -395,21 +252,22 @@ def test_interrupt_keeps_and_goes_on(tmp_path: Path) -> None:
         os.killpg(process.pid, stop)  # to the whole group, as Ctrl-C in a terminal does
         _, error = process.communicate(timeout=60)
         assert process.returncode == 130
-        assert error == f"Stopped. The finished runs are in {out}; to go on: fwp reproduce --scale smoke --out {out}\n"
+        again = f"fwp {' '.join(command)}"
+        assert error == f"Stopped. The finished runs are in {out}; to go on: {again}\n"
         assert gone(process.pid)
         kept = file.read_text(encoding="utf-8").splitlines()
         assert kept[: len(before)] == before
-        assert len(before) < len(kept) < len(paper.SCALES["smoke"].settings)
+        assert len(before) < len(kept) < len(SETTING_1.scales["smoke"].settings)
         before = kept
 
     process = run(*command)
     output, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
-    assert f"{len(before)} of {len(paper.SCALES['smoke'].settings)} runs are there already" in output
+    assert f"{len(before)} of {len(SETTING_1.scales['smoke'].settings)} runs are there already" in output
     assert "The report: " in output
     after = file.read_text(encoding="utf-8").splitlines()
     assert after[: len(before)] == before
-    assert len(after) == len(paper.SCALES["smoke"].settings)
+    assert len(after) == len(SETTING_1.scales["smoke"].settings)
 
 
 def test_killed_parent_leaves_no_worker(tmp_path: Path) -> None:

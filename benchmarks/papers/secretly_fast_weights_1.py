@@ -1,0 +1,317 @@
+"""How many associations fit into fast weights? Setting 1 of `secretly_fast_weights`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import linear_regression, median
+from typing import TYPE_CHECKING, Any
+
+from ..claims import Claim, Family, Outcome, Rows, Scale
+from .secretly_fast_weights import (
+    DEVIATION,
+    DUAL,
+    EMBEDDING,
+    MAPS,
+    MEMORIES,
+    MEMORIES_1,
+    PAPER,
+    SOURCE,
+    STOPPING,
+    authors,
+    capacity,
+    describe,
+    floor,
+    fullness,
+    legend,
+    lines,
+    measure_deviation,
+    of,
+    over_seeds,
+    runs,
+    solved,
+    train,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# S of d_key 16 is a quarter of the authors' S at d_key 64: the same shares of d_dot.
+QUICK = {
+    "linear": [5, 10, 15, 20, 25, 40],
+    "dpfp-1": [10, 20, 25, 30, 35, 40],
+    "dpfp-2": [40, 55, 60, 65, 70, 80],
+    "dpfp-3": [60, 80, 85, 90, 95, 120],
+    "favor-1": [5, 10, 20],
+    "favor-2": [5, 10, 20],
+    "favor-8": [5, 10, 20],
+    "softmax": [5, 20, 40, 60, 80, 100, 150],
+}
+EVERY_20 = range(20, 601, 20)
+REDUCED = {
+    "linear": [*range(20, 201, 20), 300, 400, 500, 600],
+    "dpfp-1": [*range(20, 301, 20), 400, 500, 600],
+    "dpfp-2": [20, 60, 100, *range(160, 361, 20), 480, 600],
+    "dpfp-3": [20, 100, 200, *range(280, 441, 20), 520, 600],
+    "favor-1": [20, 40, 60, 80, 100, 200],
+    "favor-2": [20, 40, 60, 80, 100, 200],
+    "favor-8": [20, 40, 60, 80],
+    "softmax": [20, 100, 200, *range(300, 441, 20), 500, 600],
+}
+SCALES = {
+    "smoke": Scale(
+        runs(16, dict.fromkeys(MEMORIES_1, (5,)), 1, max_steps=100), "seconds; shows that the code runs", False
+    ),
+    "quick": Scale(runs(16, QUICK, 3), "minutes on 2 cores; d_key 16, 3 seeds"),
+    "reduced": Scale(runs(64, REDUCED, 1), "an hour on 2 cores; d_key 64, one seed"),
+    "paper": Scale(runs(64, dict.fromkeys(MEMORIES_1, EVERY_20), 3), "hours on 2 cores; d_key 64, 3 seeds"),
+}
+AUTHORS = authors(MEMORIES_1, False)
+
+
+def first_unsolved(rows: Rows, model: str) -> list[Mapping[str, Any]]:
+    """For each seed the run with the smallest S that stayed above 0.001; none at all if a seed solved every S."""
+    mine = of(rows, model)
+    failed = {row["seed"]: row for row in reversed(mine) if not solved(row)}
+    seeds = sorted({row["seed"] for row in mine})
+    return [failed[seed] for seed in seeds] if len(failed) == len(seeds) else []
+
+
+def last_solved(rows: Rows, first: Mapping[str, Any]) -> float:
+    """The largest S below a seed's first unsolved one, over d_dot."""
+    same = [row for row in of(rows, first["model"]) if row["seed"] == first["seed"]]
+    return max((fullness(row) for row in same if row["keys"] < first["keys"]), default=0.0)
+
+
+def spread(rows: Rows, values: Sequence[float]) -> list[float] | None:
+    """From the lowest to the highest seed, where there are several."""
+    return [round(min(values), 3), round(max(values), 3)] if len({row["seed"] for row in rows}) > 1 else None
+
+
+def note(rows: Rows, why: str = "") -> str:
+    """What sets the rows' size apart from the paper's, and why a claim doesn't hold."""
+    d_key = rows[0]["d_key"]
+    size = "" if d_key == 64 else f"same law at another size: d_key {d_key}, not 64"
+    return "; ".join(filter(None, (size, why)))
+
+
+def breaks(model: str) -> Claim:
+    """The first S that φ can't hold."""
+    published = fullness(first_unsolved(AUTHORS, model)[0])
+    step = 20 / capacity({"model": model, "d_key": 64})
+
+    def measure(rows: Rows) -> Outcome:
+        first = first_unsolved(rows, model)
+        if not first:
+            return Outcome(None, None, note="a seed solved every S that was run, so its break was not reached")
+        shares = [fullness(row) for row in first]
+        interval = [round(median(last_solved(rows, row) for row in first), 3), round(median(shares), 3)]
+        holds = abs(median(shares) - published) <= step + 1e-9
+        early = min(first, key=fullness)
+        why = f"at S = {early['keys']} training ended with {2 * early['keys'] * early['best_loss']:.1f} keys lost"
+        why += ", though there was room for them" if fullness(early) <= 1 else ""
+        return Outcome(interval, holds, spread(rows, shares), note(rows, "" if holds else why))
+
+    return Claim(
+        f"break-{model}",
+        f"{MEMORIES[model].label} first leaves an S unsolved at the same S / d_dot as at d_key 64, to one step of the "
+        f"authors’ grid ({step:.3f}).",
+        measure(AUTHORS).measured,
+        SOURCE,
+        "last S solved and first S with a best loss above 0.001, over d_dot; median over seeds, range of the latter",
+        measure,
+    )
+
+
+def measure_break_softmax(rows: Rows) -> Outcome:
+    first = first_unsolved(rows, "softmax")
+    if rows[0]["d_key"] != 64:
+        return Outcome(None, None, note="softmax attention has no d_dot to scale by: measured at d_key 64 only")
+    if not first:
+        return Outcome(None, None, note="a seed solved every S that was run, so its break was not reached")
+    found = [row["keys"] for row in first]
+    return Outcome(median(found), abs(median(found) - 360) <= 20, spread(rows, found))
+
+
+def measure_law(rows: Rows) -> Outcome:
+    """log S = slope · log d_dot + …, least squares; the interval is Student's, of 95 %."""
+    points = [(math.log(capacity(row)), math.log(row["keys"])) for model in MAPS for row in first_unsolved(rows, model)]
+    if len({x for x, _ in points}) < len(MAPS):
+        return Outcome(None, None, note="a seed of some map solved every S that was run")
+    xs, ys = zip(*points)
+    slope, intercept = linear_regression(xs, ys)
+    residual = sum((y - slope * x - intercept) ** 2 for x, y in points) / (len(points) - 2)
+    student = {2: 4.303, 6: 2.447, 10: 2.228}[len(points) - 2]
+    half = student * math.sqrt(residual / sum((x - sum(xs) / len(xs)) ** 2 for x in xs))
+    ratio = math.exp(sum(ys) / len(ys) - sum(xs) / len(xs))
+    measured = {"slope": round(slope, 3), "S / d_dot": round(ratio, 3)}
+    return Outcome(measured, abs(slope - 1) <= 0.15, [round(slope - half, 2), round(slope + half, 2)], note(rows))
+
+
+def measure_bound(rows: Rows) -> Outcome:
+    beyond = [row for row in rows if floor(row) > 0]
+    lucky = [row for row in beyond if solved(row)]
+    return Outcome(f"{len(lucky)} of {len(beyond)} runs solved", not lucky, note=note(rows))
+
+
+def measure_floor(rows: Rows) -> Outcome:
+    ratios = [row["best_loss"] / floor(row) for row in rows if row["model"] in MAPS and fullness(row) >= 1.25]
+    middle = median(ratios)
+    return Outcome(round(middle, 3), middle <= 1.1, [round(min(ratios), 2), round(max(ratios), 2)], note(rows))
+
+
+def measure_order(rows: Rows) -> Outcome:
+    firsts = {model: [row["keys"] for row in first_unsolved(rows, model)] for model in MAPS}
+    if not all(firsts.values()):
+        return Outcome(None, None, note="a seed of some map solved every S that was run")
+    middle = {model: median(found) for model, found in firsts.items()}
+    ranges = {model: spread(rows, found) for model, found in firsts.items()}
+    holds = sorted(set(middle.values())) == list(middle.values())
+    return Outcome(middle, holds, ranges if all(ranges.values()) else None, note(rows))
+
+
+def measure_favor(rows: Rows) -> Outcome:
+    found = sorted((row for row in rows if MEMORIES[row["model"]].random), key=lambda row: row["best_loss"])
+    below = [f"{MEMORIES[row['model']].label} at S = {row['keys']}" for row in found if solved(row)]
+    why = (
+        f"reached by {', '.join(dict.fromkeys(below))}, likely because the variance of random features grows "
+        "exponentially with the squared length of q + k, and short keys have less of it"
+    )
+    return Outcome(float(f"{found[0]['best_loss']:.3g}"), not below, note=note(rows, why if below else ""))
+
+
+def measure_softmax(rows: Rows) -> Outcome:
+    largest = {model: max((row["keys"] for row in of(rows, model) if solved(row)), default=0) for model in MEMORIES_1}
+    rivals = {model: S for model, S in largest.items() if model != "softmax"}
+    best = max(rivals, key=rivals.__getitem__)
+    outcome = {"softmax": largest["softmax"], best: rivals[best]}
+    return Outcome(outcome, largest["softmax"] > rivals[best], note=note(rows))
+
+
+def draw(rows: Rows) -> Figure:
+    """Left: the best loss against S, as in the paper. Middle: against S / d_dot. Right: where each map breaks."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1.2, 1, 0.8))
+    d_key = rows[0]["d_key"]
+    lines(left, rows, MEMORIES_1, AUTHORS)
+
+    shares = [1 + i / 100 for i in range(301)]
+    middle.plot([0, *shares], [0, *(0.5 * (1 - 1 / x) for x in shares)], "k-", lw=0.8, zorder=0, label="floor")
+    for name in MAPS:
+        colour = MEMORIES[name].colour
+        theirs, losses, *_ = over_seeds(AUTHORS, name, fullness)
+        middle.plot(theirs, losses, "x", color=colour, markersize=5, alpha=0.7)
+        xs, losses, low, high = over_seeds(rows, name, fullness)
+        middle.plot(xs, losses, "o", color=colour, markersize=4)
+        middle.vlines(xs, low, high, color=colour, lw=1.2)
+        for found, marker in ((AUTHORS, "x"), (rows, "o")):
+            for row in first_unsolved(found, name):
+                right.plot(capacity(row), row["keys"], marker, color=colour, markersize=6)
+    middle.plot([], [], "ko", markersize=4, label=f"ours, d_key = {d_key}")
+    middle.plot([], [], "kx", markersize=5, label="the authors' logs, d_key = 64")
+    middle.set(xlabel="S / d_dot, Linear and DPFP", ylabel="best evaluation loss", xlim=(0, 4))
+    right.plot([10, 500], [10, 500], "k-", lw=0.8, label="S = d_dot")
+    right.set(xscale="log", yscale="log", xlabel="d_dot", ylabel="first unsolved S")
+
+    for axes, columns in ((left, 4), (middle, 3), (right, 1)):
+        legend(axes, columns)
+    for axes in (left, middle):
+        axes.set_ylim(-0.01, 0.52)
+    return figure
+
+
+SETTING_1 = Family(
+    id="schlag2021-setting1",
+    title="How many associations fit into fast weights?",
+    paper=PAPER,
+    question="Linear attention keeps the past in one matrix of d_dot features, so it can hold at most d_dot orthogonal "
+    "keys apart. Setting 1 of the paper writes S random key-value pairs and asks for one of them: where does each "
+    "feature map break, and where does softmax attention, which keeps every pair?",
+    protocol=(
+        "A sequence writes each of S keys once, with a random value of S values, and is asked for one key.",
+        EMBEDDING,
+        "Memory: W = Σ v ⊗ φ(k), z = Σ φ(k), y = W φ(q) / (z·φ(q) + 1e-6), rule “additive”. d_dot is the width of φ: "
+        "Linear d_key, DPFP-ν 2ν d_key, FAVOR+ 2m, drawn anew in each pass.",
+        DEVIATION,
+        DUAL,
+        *STOPPING,
+    ),
+    caption="Left: best evaluation loss against the number of keys, the paper’s figure; bands from the lowest to the "
+    "highest seed. Middle: the deterministic maps against S / d_dot, and the floor ½ (1 − d_dot / S): S answers read "
+    "from d_dot features have at most rank d_dot, and no matrix of that rank is nearer to a permutation of S (Eckart "
+    "and Young). Right: the first S that is not solved grows like d_dot.",
+    scales=SCALES,
+    train=train,
+    describe=describe,
+    draw=draw,
+    claims=(
+        *map(breaks, MAPS),
+        Claim(
+            "break-softmax",
+            "Softmax attention first leaves an S unsolved where the authors’ did, to one step of their grid (20).",
+            360,
+            SOURCE,
+            "smallest S with a best loss above 0.001",
+            measure_break_softmax,
+        ),
+        Claim(
+            "order",
+            "The first unsolved S grows with d_dot: Linear < DPFP-1 < DPFP-2 < DPFP-3.",
+            measure_order(AUTHORS).measured,
+            SOURCE,
+            "smallest S with a best loss above 0.001; median over seeds",
+            measure_order,
+        ),
+        Claim(
+            "law",
+            "The first unsolved S is proportional to d_dot: log S against log d_dot has slope 1, to 0.15.",
+            measure_law(AUTHORS).measured,
+            SOURCE + "; the fit is ours",
+            "least squares over Linear and DPFP-1/2/3, a point a seed; the range is the slope’s 95 % interval",
+            measure_law,
+        ),
+        Claim(
+            "bound",
+            "No memory of d_dot features solves an S above d_dot.",
+            measure_bound(AUTHORS).measured,
+            SOURCE,
+            "runs with S > d_dot that reached 0.001",
+            measure_bound,
+        ),
+        Claim(
+            "floor",
+            "Past its capacity a deterministic map learns the best memory of its size: for S ≥ 1.25 d_dot the median "
+            "of loss / floor is at most 1.1, the floor being ½ (1 − d_dot / S).",
+            measure_floor(AUTHORS).measured,
+            SOURCE + "; the floor is not in the paper",
+            "best loss over floor, all runs of Linear and DPFP with S ≥ 1.25 d_dot; median and range",
+            measure_floor,
+        ),
+        Claim(
+            "favor",
+            "FAVOR+ reaches 0.001 at no S, with m = d_key, 2 d_key or 8 d_key random directions.",
+            measure_favor(AUTHORS).measured,
+            SOURCE,
+            "lowest best loss of all FAVOR+ runs",
+            measure_favor,
+        ),
+        Claim(
+            "softmax",
+            "Softmax attention solves a larger S than any memory of fixed size.",
+            measure_softmax(AUTHORS).measured,
+            SOURCE,
+            "largest S with a best loss of at most 0.001: softmax, and the best of the others",
+            measure_softmax,
+        ),
+        Claim(
+            "deviation-1",
+            DEVIATION,
+            None,
+            SOURCE,
+            "|ours / theirs − 1|; median, range from lower to upper quartile",
+            measure_deviation(AUTHORS),
+        ),
+    ),
+)
