@@ -151,7 +151,7 @@ def read(
         eps=eps,
         causal=False,
     )
-    return _module("torch").run(core, "chunk")[0].to(q.dtype)
+    return _module("torch").read(core).to(q.dtype)
 
 
 def choose(core: Core | None, backend: str, form: str, v: Tensor) -> tuple[str, Form]:

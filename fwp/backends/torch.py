@@ -33,18 +33,45 @@ def refuses(core: Core, form: Form) -> str | None:
 
 def run(core: Core, form: Form, chunk: int = CHUNK) -> tuple[Tensor, State]:
     """o [B, T, max(Hq, H), V] in the state's dtype, and the final state."""
-    H, V = core.heads, core.v.shape[-1]
-    S, z = core.initial()
-    if z is not None:  # z is one more column of S, whose value is always 1 and never erased
-        S = torch.cat([S, z.unsqueeze(-1)], -1)
-    core = replace(core, q=to_heads(core.q, max(core.q.shape[2], H)), k=to_heads(core.k, H), v=to_heads(core.v, H), S=S)
-    walk = _opaque_walk if opaque() else _walk
+    core, V = _with_z(core), core.v.shape[-1]
+    if core.causal or core.cu_seqlens is not None or form == "recurrent":
+        walk = _opaque_walk if opaque() else _walk
+    else:
+        walk = _at_once
     with torch.autocast(core.q.device.type, enabled=False):
         out, S = walk(core, 1 if form == "recurrent" else chunk)
-        if z is None:
+        if not core.denominator:
             return out, State(S)
-        out, found = out.split([V, 1], -1)
-        return ratio(out, torch.where(found == 0, 0, found + core.eps)), State(S[..., :V], S[..., V])
+        return _normalised(out, core.eps), State(S[..., :V], S[..., V])
+
+
+def read(core: Core) -> Tensor:
+    """o [B, T, max(Hq, H), V] of queries against the initial state, in its dtype; k and v are not looked at."""
+    if core.cu_seqlens is not None and opaque():
+        return run(core, "chunk")[0]
+    core = _with_z(core)
+    assert core.S is not None
+    layout = Layout(core, max(core.q.shape[1], 1))
+    with torch.autocast(core.q.device.type, enabled=False):
+        S = layout.sort(core.S)
+        outs = [q @ S[: len(q)].unsqueeze(2) for q in layout.split(core.q)]
+        out = layout.join(outs, core.q[..., :1].expand(*core.q.shape[:3], S.shape[-1]))
+        return _normalised(out, core.eps) if core.denominator else out
+
+
+def _with_z(core: Core) -> Core:
+    """A head of k and v a state head, and the initial state, z being one more column, of value 1 and never erased."""
+    H = core.heads
+    S, z = core.initial()
+    if z is not None:
+        S = torch.cat([S, z.unsqueeze(-1)], -1)
+    return replace(core, q=to_heads(core.q, max(core.q.shape[2], H)), k=to_heads(core.k, H), v=to_heads(core.v, H), S=S)
+
+
+def _normalised(out: Tensor, eps: float) -> Tensor:
+    """Sᵀq / (zᵀq + eps), 0 where zᵀq = 0, from both side by side."""
+    out, found = out.split([out.shape[-1] - 1, 1], -1)
+    return ratio(out, torch.where(found == 0, 0, found + eps))
 
 
 # What a step of the walk sees. Dimensions [N, H, r, C, ·]: sequences, state heads, query heads a state head, tokens.
@@ -60,6 +87,17 @@ class Piece:
     g: Tensor | None  # [N, H, 1, C, 1 or K]
     e: Tensor | None  # [N, H, 1, C, 1 or K]
     w: Tensor | None  # [N, H, 1, C, 1 or V]
+
+
+def _rows(x: Tensor, H: int, dtype: torch.dtype) -> Tensor:
+    """[N, C, H·r, D] → [N, H, r, C, D] in the state's dtype; [N, C, H] as D = 1."""
+    x = x if x.dim() == 4 else x.unsqueeze(-1)
+    return x.to(dtype).unflatten(2, (H, -1)).permute(0, 2, 3, 1, 4)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """The inverse: [N, H, r, C, D] → [N, C, H·r, D]."""
+    return x.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 class Layout:
@@ -100,21 +138,20 @@ class Layout:
 
     def split(self, x: Tensor) -> list[Tensor]:
         """[B, T, H·r, D] → [N, H, r, C, D] for every step; [B, T, H] as D = 1."""
-        if x.dim() == 3:
-            x = x.unsqueeze(-1)
+        x = x if x.dim() == 4 else x.unsqueeze(-1)
         if self.packed:
             x = torch.cat([x[0], torch.zeros_like(x[0, :1])])[self.rows]
             sizes = [n * c for n, c in self.shapes]
             parts = [part.unflatten(0, shape) for part, shape in zip(x.split(sizes), self.shapes)]
         else:
             parts = list(x.split(self.chunk, 1)) if self.T else []
-        return [part.to(self.dtype).unflatten(2, (self.H, -1)).permute(0, 2, 3, 1, 4) for part in parts]
+        return [_rows(part, self.H, self.dtype) for part in parts]
 
     def join(self, parts: list[Tensor], like: Tensor) -> Tensor:
         """The inverse of `split`, [B, T, H·r, D]; zeros of the shape of `like` if there are no tokens."""
         if not parts:
             return like.new_zeros(like.shape, dtype=self.dtype)
-        parts = [part.permute(0, 3, 1, 2, 4).flatten(2, 3) for part in parts]  # [N, C, H·r, D]
+        parts = [_tokens(part) for part in parts]
         if not self.packed:
             return torch.cat(parts, 1)
         return torch.cat([part.flatten(0, 1) for part in parts])[self.back].unsqueeze(0)
@@ -134,6 +171,15 @@ def _walk(core: Core, chunk: int) -> tuple[Tensor, Tensor]:
     outs, S = _forward(pieces, layout.sort(core.S), core, chunk)
     like = core.q[..., :1].expand(*core.q.shape[:3], core.S.shape[-1])
     return layout.join(outs, like), layout.unsort(S)
+
+
+def _at_once(core: Core, chunk: int) -> tuple[Tensor, Tensor]:
+    """`_walk` where every query reads the final state: two products, whatever the chunk."""
+    assert core.S is not None
+    q, k, v = (_rows(x, core.heads, core.dtype) for x in (core.q, core.k, core.v))
+    x = v if core.w is None else _rows(core.w, core.heads, core.dtype) * v
+    S = core.S + (k.mT @ _with_one(x, core.S)).squeeze(2)
+    return _tokens(q @ S.unsqueeze(2)), S
 
 
 def _forward(
