@@ -16,12 +16,11 @@ import json
 import math
 import os
 import runpy
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +101,9 @@ def skipped(rule: str, case: str, backend: str, note: str) -> Row:
 
 def against_reference(rule: Rule, backend: str, device: str, interpreted: bool) -> Iterator[Row]:
     """All cases × forms × dtypes of the rule: output, state and gradients."""
+    if rule.lower is None:
+        yield skipped(rule.name, "equation", backend, "no lowered form: the equation is what runs")
+        return
     shape = {"B": 1, "T": 20, "H": 1, "K": 16, "V": 16} if interpreted else {"B": 2, "T": 70, "K": 16, "V": 8}
     all_dtypes = [torch.float64, torch.float32, torch.float16 if interpreted else torch.bfloat16]
     if device == "cuda":
@@ -333,7 +335,11 @@ def find(rule: str) -> Rule:
         return rules.get(rule)
     if not Path(path).is_file():
         raise ValueError(f"rule: expected a file, got {path!r}")
-    found = runpy.run_path(path).get(name)
+    try:
+        found = runpy.run_path(path).get(name)
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"rule: expected a file that runs, got {path!r}, which raises {why}") from error
     if not isinstance(found, Rule):
         raise ValueError(f"rule: expected a fwp.Rule called {name!r} in {path}, got {type(found).__name__}")
     return found
@@ -342,57 +348,59 @@ def find(rule: str) -> Rule:
 def rows(name: str, backend: str | None = None) -> Iterator[Row]:
     """All rows of one rule but those of kernels."""
     rule = find(name)
-    if rule.lower is None:
-        yield skipped(rule.name, "equation", "torch", "no lowered form: the equation is what runs")
-    elif backend in (None, "torch"):
+    if backend in (None, "torch"):
         yield from against_reference(rule, "torch", "cpu", False)
     for identity in IDENTITIES:
         yield from (r for r in identity(rule) if backend in (None, r["backend"]))
 
 
 def kernel_rows(name: str) -> list[Row]:
-    """The rows of the Triton kernels: on the GPU, or in the interpreter, which must be on before Triton is imported."""
-    rule = find(name)
-    if rule.lower is None:
-        return []
-    if importlib.util.find_spec("triton") is None:
-        return [skipped(rule.name, "equation", "triton", "triton is not installed")]
-    if torch.cuda.is_available():
-        return list(against_reference(rule, "triton", "cuda", False))
-    command = [sys.executable, "-m", "fwp.benchmarks.equivalence", name]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"the kernels' rows of {name!r} stopped:\n{done.stderr}")
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    """The rows of the Triton kernels: on the GPU, or in the interpreter, if that is on."""
+    gpu = torch.cuda.is_available()
+    return list(against_reference(find(name), "triton", "cuda" if gpu else "cpu", not gpu))
+
+
+def interpreting() -> None:
+    """What a process does before it imports Triton: kernels are to be interpreted, on one core."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
 
 
 def main(rule: str | None = None, backend: str | None = None, json_file: Path | None = None) -> int:
-    """Prints a table a rule as it is measured, writes the rows as JSON; returns the exit status, 1 if a row fails."""
+    """Prints a table a rule as it is measured, writes the rows as JSON; returns the exit status, 1 if a row fails or
+    nothing was compared."""
     from rich.console import Console
 
     console = Console()
     found: list[Row] = []
     names = [rule] if rule else list(rules.RULES)
-    with ThreadPoolExecutor(1) as pool:  # interpreting kernels takes most of the time: beside the rest, on another core
-        kernels = {name: pool.submit(kernel_rows, name) for name in names if backend in (None, "triton")}
+    kernels = names if backend in (None, "triton") else []
+    interpreted = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
+    # Interpreting kernels takes most of the time: beside the rest, on other cores. A process outlives a rule, since to
+    # start one costs as much as a rule.
+    pool = ProcessPoolExecutor(min(len(names), os.cpu_count() or 1), get_context("spawn"), interpreting)
+    try:
+        elsewhere = {n: pool.submit(kernel_rows, n) for n in kernels if interpreted and find(n).lower}
         for name in names:
             with console.status(f"comparing {name} with the reference …"):
                 measured = list(rows(name, backend))
-                measured += kernels[name].result() if name in kernels else []
+                if name in kernels:
+                    measured += elsewhere[name].result() if name in elsewhere else kernel_rows(name)
             console.print(table(find(name), measured))
             found.extend(measured)
+    finally:
+        pool.shutdown(cancel_futures=True)
     failed, ran = sum(r["ok"] is False for r in found), sum(r["ok"] is not None for r in found)
     console.print(
         "The error of the worst row of output, state or gradient; * in Triton's interpreter. Bounds: float64 1e-10 "
         "(recall and oracle 1e-12), float32 3e-4, 16 bits twice (gradients three times) what products of operands "
         f"rounded to 16 bits err. backend='auto' takes here {automatic()}."
     )
-    console.print(
-        f"{ran} comparisons, {failed} failed, {len(found) - ran} not run.", style="red" if failed else "green"
-    )
+    bad = failed > 0 or not ran
+    console.print(f"{ran} comparisons, {failed} failed, {len(found) - ran} not run.", style="red" if bad else "green")
     if json_file is not None:
         json_file.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    return 1 if failed else 0
+    return int(bad)
 
 
 def table(rule: Rule, found: list[Row]) -> Any:
@@ -443,8 +451,3 @@ def automatic() -> str:
         x = torch.zeros(1, 64, 1, 16, dtype=dtype, device=device)
         chosen.append(f"{choose(Core(x, x, x), 'auto', 'auto', x)[0]} for {str(dtype).removeprefix('torch.')}")
     return f"{', '.join(chosen)} on {device}"
-
-
-if __name__ == "__main__":  # the kernels' rows of one rule, a JSON object a line; see `kernel_rows`
-    for r in against_reference(find(sys.argv[1]), "triton", "cpu", True):
-        print(json.dumps(r, allow_nan=False))

@@ -6,6 +6,7 @@ import importlib.util
 import shlex
 import signal
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -109,7 +110,10 @@ def check(
     backend: Annotated[str | None, typer.Option(metavar="NAME", help="only this backend")] = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the rows there as well")] = None,
 ) -> None:
-    """Compares every rule, backend, form and dtype with the paper's equation; exit status 1 if a row fails."""
+    """Compares every rule, backend, form and dtype with the paper's equation.
+
+    Exit status 1 if a row fails, or if nothing could be compared.
+    """
     equivalence = import_module("fwp.benchmarks.equivalence")  # by name: in a checkout it lies outside of fwp/
     from fwp.validate import BACKENDS
 
@@ -143,9 +147,21 @@ def bench(
 
 
 def writable(json: Path | None) -> None:
-    """Bad arguments unless the JSON file's folder is there."""
-    if json is not None and not json.parent.is_dir():
-        raise typer.BadParameter(f"json: expected a file in an existing folder, got {str(json)!r}")
+    """Bad arguments unless the file can be written. By trying: permissions alone don't tell."""
+    if json is None:
+        return
+    there = json.exists()
+    try:
+        json.open("ab").close()
+        if not there:
+            json.unlink()
+    except OSError as error:
+        raise cannot_write("json", "file", json, error) from None
+
+
+def cannot_write(option: str, kind: str, path: Path, error: OSError) -> typer.BadParameter:
+    """Bad arguments: nothing can be written there, and why."""
+    return typer.BadParameter(f"{option}: expected a {kind} that can be written, got {str(path)!r}: {error.strerror}")
 
 
 # ----------------------------------------------------------------------------------------------------- fwp reproduce
@@ -169,14 +185,17 @@ def reproduce(
     known("scale", scale, runner.SCALES)
     for name in ids or ():
         known("ID", name, runner.FAMILIES)
-    if out.exists() and not out.is_dir():
-        raise typer.BadParameter(f"out: expected a folder, got the file {str(out)!r}")
     if list_only:
         list_families(runner.FAMILIES.values())
         return
     if importlib.util.find_spec("matplotlib") is None:
         print("fwp: reproduce draws with matplotlib, which is missing: pip install 'fwp[bench]'", file=sys.stderr)
         raise typer.Exit(1)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise cannot_write("out", "folder", out, error) from None
     # not only Ctrl-C: what stops a job in a queue sends SIGTERM, and the workers have to go with us
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     again = shlex.join(["fwp", "reproduce", *(ids or ()), "--scale", scale, "--out", str(out)])

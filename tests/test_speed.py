@@ -44,7 +44,10 @@ def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["--device", "cdua"], "device: expected one of cpu, cuda, got 'cdua'; did you mean 'cuda'?"),
-        (["--json", "nowhere/rows.json"], "json: expected a file in an existing folder, got 'nowhere/rows.json'"),
+        (
+            ["--json", "nowhere/rows.json"],
+            "json: expected a file that can be written, got 'nowhere/rows.json': No such file or directory",
+        ),
     ],
 )
 def test_bad_arguments_exit_2_before_any_work(arguments, message, capsys):
