@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from fwp import rules, testing
 from fwp.core import Core, to_heads
 from fwp.functional import choose
 from fwp.rules import Rule
+
+from .reproduce import cores, for_workers, start_worker
 
 Row = dict[str, Any]
 BOUNDS = {torch.float64: 1e-10, torch.float32: 3e-4}
@@ -361,9 +363,9 @@ def kernel_rows(name: str) -> list[Row]:
 
 
 def interpreting() -> None:
-    """What a process does before it imports Triton: kernels are to be interpreted, on one core."""
+    """What a process does before it imports Triton: kernels are to be interpreted."""
     os.environ["TRITON_INTERPRET"] = "1"
-    torch.set_num_threads(1)
+    start_worker()
 
 
 def main(rule: str | None = None, backend: str | None = None, json_file: Path | None = None) -> int:
@@ -378,9 +380,11 @@ def main(rule: str | None = None, backend: str | None = None, json_file: Path | 
     interpreted = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
     # Interpreting kernels takes most of the time: beside the rest, on other cores. A process outlives a rule, since to
     # start one costs as much as a rule.
-    pool = ProcessPoolExecutor(min(len(names), os.cpu_count() or 1), get_context("spawn"), interpreting)
+    others = set(active_children())
+    pool = ProcessPoolExecutor(min(len(names), cores()), get_context("spawn"), interpreting)
     try:
-        elsewhere = {n: pool.submit(kernel_rows, n) for n in kernels if interpreted and find(n).lower}
+        with for_workers():
+            elsewhere = {n: pool.submit(kernel_rows, n) for n in kernels if interpreted and find(n).lower}
         for name in names:
             with console.status(f"comparing {name} with the reference …"):
                 measured = list(rows(name, backend))
@@ -388,6 +392,10 @@ def main(rule: str | None = None, backend: str | None = None, json_file: Path | 
                     measured += elsewhere[name].result() if name in elsewhere else kernel_rows(name)
             console.print(table(find(name), measured))
             found.extend(measured)
+    except BaseException:
+        for process in set(active_children()) - others:
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
     failed, ran = sum(r["ok"] is False for r in found), sum(r["ok"] is not None for r in found)
