@@ -8,7 +8,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
+from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +41,7 @@ class DPFP:
         return torch.cat([r * r.roll(i, -1) for i in range(1, self.nu + 1)], -1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FavorPlus:
     """Positive random features of exp(qᵀk), width 2m: exp(−‖x‖²/2) / √(2m) · [exp(Rx), exp(−Rx)], R [m, d].
 
@@ -50,20 +53,30 @@ class FavorPlus:
     @staticmethod
     def draw(d: int, m: int | None = None, generator: torch.Generator | None = None) -> FavorPlus:
         """m (default d) random directions in d dimensions: orthogonal in blocks of d, Gaussian norms."""
-        m = d if m is None else m
-        blocks = [
-            torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))[0].T
-            for _ in range(math.ceil(m / d))
-        ]
-        norms = torch.randn(m, d, generator=generator, dtype=torch.float64).norm(dim=-1, keepdim=True)
-        return FavorPlus(torch.cat(blocks)[:m] * norms)
+        return FavorPlus(directions(d, m, generator))
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.R.shape[-1]:
-            raise ValueError(f"R: expected (m, {x.shape[-1]}), got {tuple(self.R.shape)}")
-        projected = x @ self.R.to(x).T  # [..., m]
-        offset = x.square().sum(-1, keepdim=True) / 2
-        return torch.cat([(projected - offset).exp(), (-projected - offset).exp()], -1) / math.sqrt(2 * len(self.R))
+        return positive_features(x, self.R)
+
+
+def directions(d: int, m: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+    """R [m, d] of `FavorPlus.draw`, in float64."""
+    m = d if m is None else m
+    blocks = [
+        torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))[0].T
+        for _ in range(math.ceil(m / d))
+    ]
+    norms = torch.randn(m, d, generator=generator, dtype=torch.float64).norm(dim=-1, keepdim=True)
+    return torch.cat(blocks)[:m] * norms
+
+
+def positive_features(x: Tensor, R: Tensor) -> Tensor:
+    """φ of `FavorPlus`: x [..., d], R [m, d] → [..., 2m]."""
+    if x.shape[-1] != R.shape[-1]:
+        raise ValueError(f"R: expected (m, {x.shape[-1]}), got {tuple(R.shape)}")
+    projected = x @ R.to(x).T  # [..., m]
+    offset = x.square().sum(-1, keepdim=True) / 2
+    return torch.cat([(projected - offset).exp(), (-projected - offset).exp()], -1) / math.sqrt(2 * len(R))
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,26 @@ class Taylor:
 
 def favor_plus(x: Tensor) -> Tensor:
     """FAVOR+ with m = d directions drawn once from a fixed seed; redraw with `FavorPlus.draw`."""
-    return FavorPlus.draw(x.shape[-1], generator=torch.Generator().manual_seed(0))(x)
+    return positive_features(x, _fixed_directions(index(x.shape[-1]), x.dtype, x.device))
+
+
+def _fixed_directions(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _drawn_once(d, dtype, device)
+
+
+# torch.compile takes the tensor as it is, all that torch.compiler.assume_constant_result does.
+_fixed_directions._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _drawn_once(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """In a thread of its own: what is kept must not belong to a vmap, a trace or a mode around the first call."""
+
+    def draw() -> Tensor:
+        return directions(d, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(draw).result()
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
@@ -110,6 +142,8 @@ def get(feature_map: str | FeatureMap | None) -> FeatureMap:
     """The map of that name ("dpfp" is "dpfp-1", "dpfp-ν" any ν), the callable itself, or the identity for None."""
     if feature_map is None:
         return lambda x: x
+    if isinstance(feature_map, type):
+        raise TypeError(f"feature_map: expected an instance, got the class {feature_map.__name__}")
     if callable(feature_map):
         return feature_map
     if isinstance(feature_map, str):

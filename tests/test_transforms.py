@@ -11,6 +11,7 @@ from laws import CHUNKS, REFERENCE, RULES, TOKENS, agree, chunk_size, each_form,
 from torch.utils.checkpoint import checkpoint
 
 import fwp
+from fwp import feature_maps
 from fwp.backends import torch as chunked
 from fwp.core import Core, State
 from fwp.functional import fast_weights
@@ -509,6 +510,61 @@ def test_double_backward_of_the_op_raises(beside):
     (grad,) = torch.autograd.grad(out, v, create_graph=True)
     with pytest.raises(RuntimeError, match="^double backward is not supported"):
         torch.autograd.grad(grad.sum(), v)
+
+
+# ---- random features that are drawn once ----
+
+CONTEXTS = {
+    "vmap": lambda f, x: torch.func.vmap(f)(x[None])[0],
+    "grad": lambda f, x: 0 * torch.func.grad(lambda x: f(x).sum())(x).sum() + f(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,))[0],
+    "compile": lambda f, x: torch.compile(f, fullgraph=True, backend="aot_eager")(x),
+    "compile any size": lambda f, x: torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=True)(x),
+    "compiled vmap": lambda f, x: torch.compile(torch.func.vmap(f), fullgraph=True, backend="aot_eager")(x[None])[0],
+    "inference": lambda f, x: torch.inference_mode()(f)(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # PyTorch's own call of it
+@pytest.mark.parametrize("name", [*CONTEXTS, "meta", "export", "strict export"])
+def test_random_features_by_name_are_the_same_wherever_they_are_first_used(name):
+    """Drawn once, and kept as an ordinary tensor, whatever went on around the first call."""
+    torch._dynamo.reset()
+    inputs = sample("additive", T=5, K=4, V=3, seed=2)
+    x = inputs.pop("q")
+    R = fwp.FavorPlus.draw(4, generator=torch.Generator().manual_seed(0))
+
+    def named(q):
+        return fast_weights("additive", q, **inputs, feature_map="favor+")[0]
+
+    truth = fast_weights("additive", x, **inputs, feature_map=R)[0]
+    feature_maps._drawn_once.cache_clear()
+    if name.endswith("export"):
+        module = torch.nn.Module()
+        module.forward = named
+        found = torch.export.export(module, (x,), strict=name == "strict export").module()(x)
+    elif name == "meta":
+        with torch.device("meta"):
+            found = named(x)
+    else:
+        found = CONTEXTS[name](named, x)
+    assert deviation(found, truth) < 1e-14
+    with mock.patch.object(torch.linalg, "qr", side_effect=AssertionError("drawn again")):
+        given = x.clone().requires_grad_()
+        assert deviation(named(given), truth) < 1e-14
+        (grad,) = torch.autograd.grad(named(given).sum(), given)
+    assert grad.isfinite().all() and grad.any()
+
+
+def test_random_features_made_inside_a_compiled_function(compiled):
+    inputs = sample("additive", T=5, K=4, V=3)
+    R = fwp.FavorPlus.draw(4, 6).R
+
+    def call(R):
+        return fast_weights("additive", **inputs, feature_map=fwp.FavorPlus(R))[0]
+
+    fast, _ = compiled(call)
+    assert deviation(fast(R), call(R)) < 1e-14
 
 
 # ---- torch.export ----

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fwp import feature_maps, rules, validate
 from fwp.core import Read
-from fwp.feature_maps import FavorPlus, FeatureMap
+from fwp.feature_maps import FeatureMap
 from fwp.functional import Backend, fast_weights
 from fwp.nn.block import ACTIVATIONS, NORMS, Norm, pick
 from fwp.nn.convolution import ShortConvolution, borders
@@ -108,16 +108,17 @@ class FavorPlusFeatures(nn.Module):
         super().__init__()
         self.redraw = pick("redraw", redraw, {name: name for name in ("training", "always", "never")})
         self.size = (head_dim, m)
-        self.register_buffer("R", FavorPlus.draw(*self.size).R.to(torch.get_default_dtype()))
+        self.register_buffer("R", feature_maps.directions(*self.size).to(torch.get_default_dtype()))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] → [..., 2m], in float32 or float64."""
-        return FavorPlus(self.R)(x.to(torch.promote_types(x.dtype, torch.float32)))
+        return feature_maps.positive_features(x.to(torch.promote_types(x.dtype, torch.float32)), self.R)
 
     def begin(self) -> None:
         """A sequence begins: draws a new R if `redraw` says so."""
         if self.redraw == "always" or (self.redraw == "training" and self.training):
-            self.R = FavorPlus.draw(*self.size).R.to(self.R)  # a new tensor: a backward pass may need the old one
+            # a new tensor: a backward pass may need the old one
+            self.R = feature_maps.directions(*self.size).to(self.R)
 
 
 class FastWeightAttention(nn.Module):
