@@ -65,7 +65,8 @@ def gated_sum_lower(core: Core, beta: Tensor) -> Core:
 
 def fwm_step(S: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
     """The delta rule's S, divided by max(‖S‖, 1)."""
-    S = reference.delta(S, k, v, beta)
+    old = (k.unsqueeze(-2) @ S).squeeze(-2)
+    S = S + reference.outer(k, beta[..., None] * (v - old))
     return S / S.flatten(-2).norm(dim=-1).clamp(min=1)[..., None, None]
 
 
@@ -180,7 +181,7 @@ class Retrieval(nn.Module):
             return F.scaled_dot_product_attention(q, k, F.one_hot(values, self.S).to(k.dtype))
         update, phi = self.memory.update, self.memory.features(self.d_key)
         gates = {} if self.W_beta is None else {"beta": self.written(self.W_beta, keys, values).sigmoid()}
-        if few and self.rule.lower is not None:
+        if few:
             answers = self.answer(phi, q, k, values, gates)
         else:
             v = F.one_hot(values, self.S).to(k.dtype).unsqueeze(2)  # [B, L, one head, S]
@@ -197,10 +198,16 @@ class Retrieval(nn.Module):
         """W φ(q) for one query [B, 1, d_key] a sequence without making W, S times cheaper: y = Σ c_i v_i.
 
         A rule that erases multiplies W by I − e φ(k) φ(k)ᵀ at each later pair, which may as well act on the query: from
-        the last block of pairs to the first, c solves the transpose of the chunk form's triangular system.
+        the last block of pairs to the first, c solves the transpose of the chunk form's triangular system. A rule that
+        isn't linear steps through its equation.
         """
         options = self.memory.update.options
         q, k = (feature_maps.norm(feature_maps.get(phi)(x), options.get("feature_norm")) for x in (q, k))
+        if self.rule.lower is None:
+            W = k.new_zeros(len(k), k.shape[2], self.S)
+            for key, value, beta in zip(k.unbind(1), values.unbind(1), gates["beta"].squeeze(2).unbind(1)):
+                W = self.rule.step(W, key, F.one_hot(value, self.S).to(k.dtype), beta)
+            return q @ W
         one_head = k.unsqueeze(2)
         core = self.rule.lower(Core(one_head, one_head, one_head), **gates)
         if core.e is None:
@@ -400,7 +407,7 @@ def over_seeds(rows: Rows, model: str, x: Callable[[Any], float]) -> tuple[list[
 
 
 def lines(axes: Axes, rows: Rows, memories: Mapping[str, Memory], theirs: Rows) -> None:
-    """A line a model: ours with the range over seeds, the authors' as crosses where d_key is the same."""
+    """A line a model: ours with the range over seeds, dotted the authors' where d_key is the same."""
     d_key = rows[0]["d_key"]
     for name, memory in memories.items():
         xs, middle, low, high = over_seeds(rows, name, lambda row: row["keys"])
@@ -410,12 +417,10 @@ def lines(axes: Axes, rows: Rows, memories: Mapping[str, Memory], theirs: Rows) 
         axes.plot(xs, middle, marker=marker, markersize=3.5, lw=1.2, color=memory.colour, label=memory.label)
         axes.fill_between(xs, low, high, color=memory.colour, alpha=0.25, lw=0)
         if d_key == 64:
-            xs, middle, *_ = over_seeds(
-                [row for row in theirs if row["keys"] <= max(xs)], name, lambda row: row["keys"]
-            )
-            axes.plot(xs, middle, "x", markersize=5, color=memory.colour, alpha=0.8)
+            xs, middle, *_ = over_seeds(theirs, name, lambda row: row["keys"])
+            axes.plot(xs, middle, "x:", markersize=4, lw=0.8, color=memory.colour, alpha=0.8)
     if d_key == 64:
-        axes.plot([], [], "kx", markersize=5, label="the authors' logs")
+        axes.plot([], [], "kx:", markersize=4, lw=0.8, label="the authors' logs")
     axes.set(xlabel=f"number of keys S, at d_key = {d_key}", ylabel="best evaluation loss (0.5: the answer 0)")
 
 

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 # S as far as the paper’s appendix goes. fwm has no form but token by token, and only loses more with S.
 TO_200 = range(20, 201, 20)
-REDUCED = dict.fromkeys(MEMORIES_2, TO_200) | {"dpfp-1-fwm": (20, 40), "tanh-fwm": (20,)}
-REDUCED |= dict.fromkeys(("favor-1-delta", "favor-2-delta"), (20, 40, 60))
+REDUCED = dict.fromkeys(MEMORIES_2, TO_200) | {"dpfp-1-fwm": (20,), "tanh-fwm": (20,)}
+REDUCED |= {"dpfp-1-gated": (20, 60, 120, 200)} | dict.fromkeys(("favor-1-delta", "favor-2-delta"), (20, 60))
 SCALES = {
     "smoke": Scale(
         runs(16, dict.fromkeys(MEMORIES_2, (5,)), 1, True, max_steps=100), "seconds; shows that the code runs", False
