@@ -143,6 +143,13 @@ def test_wrong_arguments_of_states(wrong, message):
         states("delta", **(sample("delta", T=T) | wrong))
 
 
+def test_packed_borders_are_checked_before_the_first_step():
+    with pytest.raises(
+        ValueError, match=rf"cu_seqlens: must start at 0, not decrease, and end at T = {T}; got \[0, 9\]"
+    ):
+        states("delta", **sample("delta", B=1, T=T), steps=[2], cu_seqlens=torch.tensor([0, 9]))
+
+
 # ---- attention ----
 
 
@@ -411,7 +418,7 @@ def test_recording_changes_and_keeps_nothing():
         not leaf.requires_grad for leaf in torch.utils._pytree.tree_leaves(calls) if isinstance(leaf, torch.Tensor)
     )
     recorded.sum().backward()  # what was recorded is detached, what runs is not
-    assert net.q_proj.weight.grad is not None
+    assert all(p.grad.abs().sum() > 0 for p in net.parameters())
 
 
 def test_recording_ends_with_an_error():
