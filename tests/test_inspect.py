@@ -1,6 +1,7 @@
 """Looking into fast weights: states over time, implied attention matrices, spectra, recorded calls, plots."""
 
-import inspect as standard
+import subprocess
+import sys
 from itertools import pairwise
 from unittest import mock
 
@@ -509,6 +510,13 @@ def test_wrong_arguments_of_plots(S, plot, message):
         plot(S)
 
 
-def test_the_standard_library_s_inspect_is_another():
-    assert fwp.inspect is not standard
-    assert "fwp" not in standard.__file__
+def test_a_fresh_import():
+    """`fwp.inspect` by its name alone, beside the standard library's inspect, and without the plotting library."""
+    code = """
+import sys, fwp, inspect
+assert fwp.inspect.states.__module__ == 'fwp.inspect'
+assert inspect.signature(fwp.inspect.spectrum).parameters.keys() == {'S', 'rtol'}
+assert not {'matplotlib', 'triton', 'transformers'} & sys.modules.keys()
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
