@@ -12,9 +12,10 @@ A rule *lowers* onto it by choosing the decay g, the erase strength e and the wr
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,6 +83,11 @@ class Core:
         if not self.denominator:
             return State(S)
         return State(S, self.v.new_zeros(shape[:3], dtype=self.dtype) if self.z is None else self.z)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which autocast is off on the device of x; meta tensors know none."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fwp import feature_maps, rules, validate
-from fwp.core import Core, Form, Read, State, state_dtype
+from fwp.core import Core, Form, Read, State, state_dtype, without_autocast
 from fwp.feature_maps import FeatureMap
 from fwp.rules import Rule
 
@@ -54,21 +55,24 @@ def fast_weights(
         causal: False lets every query read the final state; for rules that neither decay nor erase.
         read: "after" the update of its own token, or "before" it (1991).
         scale: factor of the queries.
-        feature_map: φ, a name of `fwp.FEATURE_MAPS`, "dpfp-ν", or a callable [..., K] → [..., K'].
+        feature_map: φ, a name of `fwp.FEATURE_MAPS`, "dpfp-ν", or a callable [..., K] → [..., K']. It and its norm are
+            computed in the state's dtype, then rounded to q's: exp of 12 is infinite in float16, which `check` finds.
         feature_norm: "sum" divides φ by the sum of its features, "l2" makes it unit length.
         denominator: attention normalisation, o_t = Sᵀq / (zᵀq + eps) with z the (decayed) sum of keys, 0 where
             zᵀq = 0. Rules that erase divide the retrieved value by zᵀk likewise, as in the 2021 paper.
-        eps: added to the denominator of the output.
+        eps: ≥ 0, added to the denominator of the output.
         state: what an earlier call returned; for rules on one matrix `State(S [N, H, K', V], z [N, H, K'] or None)`.
-        cu_seqlens: [N + 1] int32 or int64; B = 1 and N sequences lie end to end, n from cu_seqlens[n] on.
+        cu_seqlens: [N + 1] int32 or int64 on v's device; B = 1 and N sequences lie end to end, n from cu_seqlens[n] on.
         backend: "auto" takes the fastest that serves; an explicit one that can't raises.
         form: "recurrent" token by token, "chunk" by matrix products; "auto" is recurrent for one token.
-        check: look at values too (synchronises a GPU): gates in range, no NaN, unit keys for rules that erase.
+        check: look at values too (synchronises a GPU): q, k (after φ), v and state finite, gates in range, and unit
+            keys for rules that erase.
         gates: what the rule asks for (`fwp list`), [B, T, H] or [B, T, H, K'] or [B, T, H, V], computed in the state's
             dtype. Decays g are in log space.
 
     Returns:
-        out [B, T, max(Hq, H), V] in v's dtype, and the final state, float32 (float64 for float64 inputs).
+        out [B, T, max(Hq, H), V] in v's dtype, and the final state, float32 (float64 for float64 inputs), of tensors of
+        its own.
 
     Raises:
         TypeError: a missing or unknown gate, or a wrong dtype.
@@ -79,10 +83,20 @@ def fast_weights(
     row = rules.get(rule)
     q, k, v = _under_autocast(q, k, v)
     validate.tensors(row, q, k, v)
-    validate.options(row, causal=causal, read=read, denominator=denominator, backend=backend, form=form)
+    validate.options(
+        row,
+        causal=causal,
+        read=read,
+        scale=scale,
+        denominator=denominator,
+        eps=eps,
+        backend=backend,
+        form=form,
+        check=check,
+    )
     B, T, H = *k.shape[:2], max(k.shape[2], v.shape[2])
     if cu_seqlens is not None:
-        validate.packing(cu_seqlens, B, T, check)
+        validate.packing(cu_seqlens, B, T, check, device=v.device)
     if mask is not None:
         validate.tensor("mask", mask, (B, T), torch.bool, v.device)
         q, k, v = (x.masked_fill(~mask[:, :, None, None], 0) for x in (q, k, v))
@@ -94,15 +108,15 @@ def fast_weights(
         for name, gate in given.items():
             hidden = ~mask.view(B, T, *[1] * (gate.dim() - 2))
             given[name] = gate.masked_fill(hidden, row.gates[name].neutral)
-    if check:
-        validate.values(row, q, k, v, given)
     core = Core(q, k, v, cu_seqlens=cu_seqlens, read=read, denominator=denominator, eps=eps, causal=causal)
     if row.plain:
         core = validate.with_state(core, state)
     else:
         validate.own_state(row, core, state)
+    if check:
+        validate.values(row, q, k, v, given, state)
 
-    with torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v):
         lowered = None if row.lower is None else row.lower(core, **given)
     if not causal and (lowered is None or lowered.g is not None or lowered.e is not None):
         raise ValueError(f"causal: False needs a rule that neither decays nor erases, got {row.name!r}")
@@ -110,13 +124,20 @@ def fast_weights(
     if lowered is None or name == "reference":
         from fwp.backends import reference
 
-        with torch.autocast(v.device.type, enabled=False):
+        with without_autocast(v):
             out, end = reference.run(row, core, given, mask, core.initial() if row.plain else state)
     else:
         out, end = _module(name).run(lowered, form)
     if mask is not None:
         out = out.masked_fill(~mask[:, :, None, None], 0)
-    return out.to(v.dtype), end
+    given_before = tree_leaves(state)
+
+    def own(x: Any) -> Any:  # not what was given (T = 0), nor a view that keeps a larger buffer alive
+        if not isinstance(x, Tensor):
+            return x
+        return x.clone() if any(x is y for y in given_before) else x.contiguous()
+
+    return out.to(v.dtype), tree_map(own, end)
 
 
 def read(
@@ -133,8 +154,11 @@ def read(
 
     state: `State(S [N, H, K', V], z)`; q [N, T, Hq, K], or [1, T, Hq, K] with cu_seqlens [N + 1]; the rest as in
     `fast_weights`, with the feature map the state was written with. Returns [N or 1, T, max(Hq, H), V] in q's dtype.
-    For cross attention and inspection. TypeError and ValueError as in `fast_weights`.
+    Under autocast q is cast as there. For cross attention and inspection. Errors as in `fast_weights`.
     """
+    validate.number("scale", scale)
+    validate.number("eps", eps, 0)
+    (q,) = _under_autocast(q)
     validate.tensor("q", q, (None, None, None, None))
     x = _features(q, feature_map, feature_norm, scale)
     validate.readable(state, x, cu_seqlens)
@@ -197,20 +221,28 @@ def _refusal(name: str, core: Core, form: Form) -> str | None:
 
 def _under_autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
     """q, k and v in autocast's dtype where it is on; gates and state stay in float32."""
-    kind = inputs[0].device.type if isinstance(inputs[0], Tensor) else "cpu"
+    kind = inputs[0].device.type if isinstance(inputs[0], Tensor) else "meta"
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return inputs
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(x.to(dtype) if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x for x in inputs)
+    dtype, cast = torch.get_autocast_dtype(kind), (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in cast else x for x in inputs)
 
 
 def _features(x: Tensor, feature_map: str | FeatureMap | None, norm: str | None, scale: float) -> Tensor:
     """scale · norm(φ(x)), computed in the state's dtype; a module is given x as it is, under autocast if that is on."""
-    dtype = x.dtype
-    phi = feature_maps.get(feature_map)
+    dtype, phi = x.dtype, feature_maps.get(feature_map)
+    if isinstance(phi, torch.nn.Module):
+        x, phi = _mapped(phi, x), feature_maps.get(None)
     if feature_map is not None or norm is not None:
-        if isinstance(phi, torch.nn.Module):
-            x, phi = phi(x), feature_maps.get(None)
-        with torch.autocast(x.device.type, enabled=False):
-            x = feature_maps.norm(phi(x.to(state_dtype(dtype))), norm)
+        with without_autocast(x):
+            x = feature_maps.norm(_mapped(phi, x.to(state_dtype(dtype))), norm)
     return (x if scale == 1.0 else x * scale).to(dtype)
+
+
+def _mapped(phi: FeatureMap, x: Tensor) -> Tensor:
+    """φ(x), if it is what a feature map has to make of x."""
+    y = phi(x)
+    validate.tensor("feature_map", y, (*x.shape[:-1], None), device=x.device)
+    if y.shape[-1] == 0:
+        raise ValueError(f"feature_map: expected at least one feature, got {tuple(y.shape)}")
+    return y

@@ -19,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
+from torch.utils._pytree import tree_map
 
 from fwp import feature_maps, rules
 from fwp.core import State, state_dtype
 from fwp.feature_maps import FeatureMap
 from fwp.functional import fast_weights
 from fwp.rules import Rule
+from fwp.validate import named_tensors
 
 
 def sample(
@@ -106,12 +107,12 @@ def evaluate(
     """
     leaves = {name: _tensors(lambda x: x.detach().requires_grad_(gradients), x) for name, x in inputs.items()}
     out, end = call(rule, **leaves, **options)
-    results = {"out": out, **_named("state", end)}
+    results = {"out": out, **named_tensors("state", end)}
     found = {name: x.detach() for name, x in results.items()}
     if gradients:
         generator = torch.Generator().manual_seed(seed)
         weights = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in results.values()]
-        given = {name: x for key, value in leaves.items() for name, x in _named(key, value).items()}
+        given = {name: x for key, value in leaves.items() for name, x in named_tensors(key, value).items()}
         used = [(x, w) for x, w in zip(results.values(), weights) if x.requires_grad]
         grads = torch.autograd.grad(
             [x for x, _ in used], list(given.values()), [w for _, w in used], materialize_grads=True
@@ -200,8 +201,3 @@ def poisoned_empties() -> Iterator[None]:
 def _tensors(fn: Callable[[Tensor], Tensor], x: Any) -> Any:
     """fn over the tensors of x; what isn't one stays."""
     return tree_map(lambda leaf: fn(leaf) if isinstance(leaf, Tensor) else leaf, x)
-
-
-def _named(name: str, x: Any) -> dict[str, Tensor]:
-    """The tensors of x by their path, "state.S"."""
-    return {name + keystr(path): leaf for path, leaf in tree_flatten_with_path(x)[0] if isinstance(leaf, Tensor)}

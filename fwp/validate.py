@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,14 +13,12 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from fwp.core import Core, State, check_bounds, state_dtype
 from fwp.errors import suggest
-from fwp.rules import Gate, Rule
+from fwp.rules import Rule
+from fwp.rules.spec import OPTIONS
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 FORMS = ("auto", "recurrent", "chunk")
-OPTIONS = (
-    *("mask", "causal", "read", "scale", "feature_map", "feature_norm", "denominator", "eps"),
-    *("state", "cu_seqlens", "backend", "form", "check"),
-)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def tensor(
@@ -29,18 +28,32 @@ def tensor(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> None:
-    """x is a tensor of that shape (None: any size), dtype (None: any floating one) and device."""
+    """x is a tensor of that shape (None: any size), dtype (None: any of FLOATS) and device."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if dtype is None and not x.is_floating_point():
-        raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
+    if dtype is None and x.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a floating dtype of 16 to 64 bits, got {x.dtype}")
     if dtype is not None and x.dtype != dtype:
         raise TypeError(f"{name}: expected {dtype}, got {x.dtype}")
     if x.dim() != len(shape) or any(want is not None and want != got for want, got in zip(shape, x.shape)):
-        wanted = ", ".join("*" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name}: expected ({wanted}), got {tuple(x.shape)}")
+        wanted = str(tuple("*" if size is None else int(size) for size in shape)).replace("'", "")
+        raise ValueError(f"{name}: expected {wanted}, got {tuple(x.shape)}")
     if device is not None and x.device != device:
         raise ValueError(f"{name}: expected on {device}, got on {x.device}")
+
+
+def number(name: str, x: Any, low: float = -math.inf) -> None:
+    """x is a finite number from `low` on."""
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
+    if not (low <= x and -math.inf < x < math.inf):
+        raise ValueError(f"{name}: expected a finite number{'' if low == -math.inf else f' ≥ {low:g}'}, got {x}")
+
+
+def size(name: str, x: Any, low: int = 1) -> None:
+    """x is a whole number from `low` on."""
+    if isinstance(x, bool) or not isinstance(x, int) or x < low:
+        raise ValueError(f"{name}: expected a whole number ≥ {low}, got {x!r}")
 
 
 def tensors(rule: Rule, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -62,8 +75,24 @@ def tensors(rule: Rule, q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q: expected at most {H} heads, since {rule.name!r} has one output a state head, got {Hq}")
 
 
-def options(rule: Rule, *, causal: bool, read: str, denominator: bool, backend: str, form: str) -> None:
-    """Names are known and the rule has what is asked."""
+def options(
+    rule: Rule,
+    *,
+    causal: bool = True,
+    read: str = "after",
+    scale: float = 1.0,
+    denominator: bool = False,
+    eps: float = 1e-6,
+    backend: str = "auto",
+    form: str = "auto",
+    check: bool = False,
+) -> None:
+    """Names are known, numbers are such, and the rule has what is asked."""
+    for name, flag in (("causal", causal), ("denominator", denominator), ("check", check)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected True or False, got {flag!r}")
+    number("scale", scale)
+    number("eps", eps, 0)
     for name, value, known in (
         ("read", read, ("after", "before")),
         ("backend", backend, BACKENDS),
@@ -77,7 +106,7 @@ def options(rule: Rule, *, causal: bool, read: str, denominator: bool, backend: 
         raise ValueError(f"denominator: {rule.name!r} has no attention normalisation")
 
 
-def packing(cu_seqlens: Tensor, B: int, T: int, check: bool = False) -> None:
+def packing(cu_seqlens: Tensor, B: int, T: int, check: bool = False, *, device: torch.device | None = None) -> None:
     """cu_seqlens [N + 1] are the borders of N sequences in one row. check: look at values on a GPU too."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         kind = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
@@ -86,6 +115,8 @@ def packing(cu_seqlens: Tensor, B: int, T: int, check: bool = False) -> None:
         raise ValueError(f"cu_seqlens: expected (N + 1,) with N ≥ 1, got {tuple(cu_seqlens.shape)}")
     if B != 1:
         raise ValueError(f"q: expected a batch of 1 with cu_seqlens, got {B}")
+    if device is not None and cu_seqlens.device != device:
+        raise ValueError(f"cu_seqlens: expected on {device}, got on {cu_seqlens.device}")
     if (check or cu_seqlens.device.type == "cpu") and not torch.compiler.is_compiling():
         check_bounds(cu_seqlens, T)
 
@@ -93,25 +124,22 @@ def packing(cu_seqlens: Tensor, B: int, T: int, check: bool = False) -> None:
 def gates(
     rule: Rule, given: Mapping[str, Tensor | None], sizes: tuple[int, int, int, int, int], like: Tensor
 ) -> dict[str, Tensor]:
-    """The rule's gates in the state's dtype, those with a default left out where not given. sizes: B, T, H, K', V."""
+    """The rule's gates in the state's dtype, at their default where not given. sizes: B, T, H, K', V."""
     for name in given:
         if name not in rule.gates:
             raise TypeError(f"unexpected keyword {name!r}{suggest(name, [*rule.gates, *OPTIONS])}")
-    axes = dict(zip("BTHKV", sizes))
+    axes, dtype = dict(zip("BTHKV", sizes)), state_dtype(like.dtype)
     found = {}
     for name, gate in rule.gates.items():
-        x = given.get(name)
-        if x is None:
-            if gate.default is None:
-                raise TypeError(f"{name}: {rule.name!r} needs it, of shape {_shape(gate, axes)}")
-            continue
-        tensor(name, x, _shape(gate, axes), None, like.device)
-        found[name] = x.to(state_dtype(like.dtype))
+        x, shape = given.get(name), tuple(axes[letter] for letter in gate.shape)
+        if x is not None:
+            tensor(name, x, shape, None, like.device)
+            found[name] = x.to(dtype)
+        elif gate.default is not None:
+            found[name] = like.new_full((), gate.default, dtype=dtype).expand(shape)
+        else:
+            raise TypeError(f"{name}: {rule.name!r} needs it, of shape {shape}")
     return found
-
-
-def _shape(gate: Gate, axes: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(axes[letter] for letter in gate.shape)
 
 
 def with_state(core: Core, state: Any) -> Core:
@@ -142,30 +170,37 @@ def own_state(rule: Rule, core: Core, state: Any) -> None:
         tensor("state" + keystr(path), x, tuple(want.shape), want.dtype, core.v.device)
 
 
+def named_tensors(name: str, tree: Any) -> dict[str, Tensor]:
+    """The tensors of a tree by their path, "state.S"."""
+    return {name + keystr(path): leaf for path, leaf in tree_flatten_with_path(tree)[0] if isinstance(leaf, Tensor)}
+
+
 def readable(state: Any, q: Tensor, cu_seqlens: Tensor | None) -> None:
     """The state can be asked by q [B, T, Hq, K']."""
     if not isinstance(state, State):
         raise TypeError(f"state: expected fwp.State, got {type(state).__name__}")
     B, T, Hq, K = q.shape
     if cu_seqlens is not None:
-        packing(cu_seqlens, B, T)
+        packing(cu_seqlens, B, T, device=q.device)
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
     tensor("state", state.S, (N, None, K, None), state_dtype(q.dtype), q.device)
     H = state.S.shape[1]
+    for name, x, sizes in (("q", q, q.shape[2:]), ("state", state.S, state.S.shape[1:])):
+        if 0 in sizes:
+            raise ValueError(f"{name}: expected at least one head and one feature, got {tuple(x.shape)}")
     if state.z is not None:
         tensor("state.z", state.z, (N, H, K), state.S.dtype, q.device)
     if Hq % H and H % Hq:
         raise ValueError(f"q: expected a multiple or a divisor of {H} heads, got {Hq}")
 
 
-def values(rule: Rule, q: Tensor, k: Tensor, v: Tensor, given: Mapping[str, Tensor]) -> None:
-    """No NaN, gates within their range, and unit keys for rules that erase: the first offender with its index."""
-    for name, x in {"q": q, "k": k, "v": v, **given}.items():
-        _first(name, x, x.isnan(), "a number")
-    for name, gate in rule.gates.items():
-        if name in given:
-            x = given[name]
-            _first(name, x, (x < gate.low) | (x > gate.high), f"a value in [{gate.low:g}, {gate.high:g}]")
+def values(rule: Rule, q: Tensor, k: Tensor, v: Tensor, given: Mapping[str, Tensor], state: Any) -> None:
+    """Finite numbers, gates within their range, unit keys for rules that erase: the first offender with its index."""
+    for name, x in ({"q": q, "k": k, "v": v} | named_tensors("state", state)).items():
+        _first(name, x, ~x.isfinite(), "a finite number")
+    for name, x in given.items():
+        low, high = rule.gates[name].low, rule.gates[name].high
+        _first(name, x, ~((x >= low) & (x <= high)), f"a value in [{low:g}, {high:g}]")
     if rule.erases:
         length = k.float().norm(dim=-1)
         # masked keys are 0; beyond length 1 a step can overshoot and the state blow up

@@ -15,6 +15,7 @@ from fwp import State
 from fwp.testing import sample
 
 B, T, H, K, V = 2, 8, 4, 6, 5
+FLOAT = "a floating dtype of 16 to 64 bits"
 
 
 def arguments(like="gated_delta", **changed):
@@ -40,6 +41,7 @@ WRONG = [
         "did you mean 'gated_delta'?",
     ),
     ({"rule": 3}, ValueError, "rule: expected one of additive, decay, gla, delta, gated_delta, kda, got 3"),
+    ({"rule": [3]}, ValueError, "rule: expected one of additive, decay, gla, delta, gated_delta, kda, got [3]"),
     ({"read": "befor"}, ValueError, "read: expected one of after, before, got 'befor'; did you mean 'before'?"),
     (
         {"backend": "trition"},
@@ -57,12 +59,46 @@ WRONG = [
         "feature_map: expected one of relu, elu+1, exp, softmax, dpfp-1, dpfp-2, dpfp-3, favor+, taylor, 'dpfp-ν' or a "
         "callable, got 'rleu'; did you mean 'relu'?",
     ),
+    ({"feature_map": fwp.DPFP}, TypeError, "feature_map: expected an instance, got the class DPFP"),
+    ({"feature_map": lambda x: x.sum(-1)}, ValueError, "feature_map: expected (2, 8, 4, *), got (2, 8, 4)"),
+    ({"feature_map": lambda x: x.flatten(2)}, ValueError, "feature_map: expected (2, 8, 4, *), got (2, 8, 24)"),
+    (
+        {"feature_map": lambda x: x > 0},
+        TypeError,
+        f"feature_map: expected {FLOAT}, got torch.bool",
+    ),
+    ({"feature_map": lambda x: None}, TypeError, "feature_map: expected a tensor, got NoneType"),
+    (
+        {"feature_map": lambda x: x[..., :0]},
+        ValueError,
+        "feature_map: expected at least one feature, got (2, 8, 4, 0)",
+    ),
+    (
+        {"feature_map": torch.nn.Flatten(2).double()},
+        ValueError,
+        "feature_map: expected (2, 8, 4, *), got (2, 8, 24)",
+    ),
     ({"feature_norm": "L2"}, ValueError, "feature_norm: expected None, 'sum' or 'l2', got 'L2'"),
+    # numbers and switches
+    ({"scale": math.nan}, ValueError, "scale: expected a finite number, got nan"),
+    ({"scale": -math.inf}, ValueError, "scale: expected a finite number, got -inf"),
+    ({"scale": None}, TypeError, "scale: expected a number, got NoneType"),
+    ({"scale": torch.ones(())}, TypeError, "scale: expected a number, got Tensor"),
+    ({"eps": -1e-6}, ValueError, "eps: expected a finite number ≥ 0, got -1e-06"),
+    ({"eps": math.inf}, ValueError, "eps: expected a finite number ≥ 0, got inf"),
+    ({"causal": 1}, TypeError, "causal: expected True or False, got 1"),
+    ({"causal": "no"}, TypeError, "causal: expected True or False, got 'no'"),
+    ({"denominator": "sum"}, TypeError, "denominator: expected True or False, got 'sum'"),
+    ({"check": None}, TypeError, "check: expected True or False, got None"),
     # gates
     ({"beta": ...}, TypeError, "beta: 'gated_delta' needs it, of shape (2, 8, 4)"),
     ({"beta": None}, TypeError, "beta: 'gated_delta' needs it, of shape (2, 8, 4)"),
     ({"beta": 0.5}, TypeError, "beta: expected a tensor, got float"),
-    ({"beta": zeros(B, T, H, dtype=torch.int64)}, TypeError, "beta: expected a floating dtype, got torch.int64"),
+    (
+        {"beta": zeros(B, T, H, dtype=torch.int64)},
+        TypeError,
+        f"beta: expected {FLOAT}, got torch.int64",
+    ),
     ({"beta": zeros(B, T, 1)}, ValueError, "beta: expected (2, 8, 4), got (2, 8, 1)"),
     ({"g": zeros(B, T, H, K)}, ValueError, "g: expected (2, 8, 4), got (2, 8, 4, 6)"),
     ({"rule": "kda", "g": zeros(B, T, H)}, ValueError, "g: expected (2, 8, 4, 6), got (2, 8, 4)"),
@@ -74,8 +110,26 @@ WRONG = [
     ({"beta": zeros(B, T, H, device="meta")}, ValueError, "beta: expected on cpu, got on meta"),
     # q, k, v
     ({"q": [[1.0]]}, TypeError, "q: expected a tensor, got list"),
-    ({"q": zeros(B, T, H, K, dtype=torch.int32)}, TypeError, "q: expected a floating dtype, got torch.int32"),
-    ({"q": zeros(B, T, H, K, dtype=torch.complex64)}, TypeError, "q: expected a floating dtype, got torch.complex64"),
+    (
+        {"q": zeros(B, T, H, K, dtype=torch.int32)},
+        TypeError,
+        f"q: expected {FLOAT}, got torch.int32",
+    ),
+    (
+        {"q": zeros(B, T, H, K, dtype=torch.complex64)},
+        TypeError,
+        f"q: expected {FLOAT}, got torch.complex64",
+    ),
+    (
+        {"q": zeros(B, T, H, K).to(torch.float8_e4m3fn)},
+        TypeError,
+        f"q: expected {FLOAT}, got torch.float8_e4m3fn",
+    ),
+    (
+        {"beta": zeros(B, T, H).to(torch.float8_e5m2)},
+        TypeError,
+        f"beta: expected {FLOAT}, got torch.float8_e5m2",
+    ),
     ({"q": zeros(T, H, K)}, ValueError, "q: expected (*, *, *, *), got (8, 4, 6)"),
     ({"k": zeros(B, T, H, 7)}, ValueError, "k: expected (2, 8, *, 6), got (2, 8, 4, 7)"),
     ({"k": zeros(B, 9, H, K)}, ValueError, "k: expected (2, 8, *, 6), got (2, 9, 4, 6)"),
@@ -192,6 +246,12 @@ def test_borders_of_packed_sequences(rule, form, bounds, shown):
         fwp.fast_weights(rule, **sample(rule, 1, T), cu_seqlens=torch.tensor(bounds), **form)
 
 
+def test_borders_on_another_device():
+    bounds = torch.tensor([0, T], device="meta")
+    with pytest.raises(ValueError, match="^cu_seqlens: expected on cpu, got on meta$"):
+        fwp.fast_weights("delta", **sample("delta", 1, T), cu_seqlens=bounds)
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
@@ -200,6 +260,19 @@ def test_borders_of_packed_sequences(rule, form, bounds, shown):
         ({"q": zeros(B, T, H, 7)}, ValueError, "state: expected (2, *, 7, *), got (2, 4, 6, 5)"),
         ({"q": zeros(1, T, H, K)}, ValueError, "state: expected (1, *, 6, *), got (2, 4, 6, 5)"),
         ({"q": zeros(B, T, 3, K)}, ValueError, "q: expected a multiple or a divisor of 4 heads, got 3"),
+        ({"q": zeros(B, T, 0, K)}, ValueError, "q: expected at least one head and one feature, got (2, 8, 0, 6)"),
+        (
+            {"state": State(zeros(B, 0, K, V))},
+            ValueError,
+            "state: expected at least one head and one feature, got (2, 0, 6, 5)",
+        ),
+        ({"scale": math.inf}, ValueError, "scale: expected a finite number, got inf"),
+        ({"eps": -1}, ValueError, "eps: expected a finite number ≥ 0, got -1"),
+        (
+            {"q": zeros(1, T, H, K), "cu_seqlens": torch.zeros(2, dtype=torch.int32, device="meta")},
+            ValueError,
+            "cu_seqlens: expected on cpu, got on meta",
+        ),
         (
             {"q": zeros(B, T, H, K, dtype=torch.float32)},
             TypeError,
@@ -225,9 +298,11 @@ CHECKS = [
     ("beta", (1, 2, 3), 2.5, "beta[1, 2, 3]: expected a value in [0, 2], got 2.5"),
     ("beta", (0, 7, 0), -0.1, "beta[0, 7, 0]: expected a value in [0, 2], got -0.1"),
     ("g", (1, 0, 1), 0.1, "g[1, 0, 1]: expected a value in [-inf, 0], got 0.1"),
-    ("g", (1, 0, 1), math.nan, "g[1, 0, 1]: expected a number, got nan"),
-    ("v", (0, 3, 2, 4), math.nan, "v[0, 3, 2, 4]: expected a number, got nan"),
-    ("q", (1, 3, 2, 5), math.nan, "q[1, 3, 2, 5]: expected a number, got nan"),
+    ("g", (1, 0, 1), math.nan, "g[1, 0, 1]: expected a value in [-inf, 0], got nan"),
+    ("beta", (1, 0, 1), math.inf, "beta[1, 0, 1]: expected a value in [0, 2], got inf"),
+    ("v", (0, 3, 2, 4), math.nan, "v[0, 3, 2, 4]: expected a finite number, got nan"),
+    ("q", (1, 3, 2, 5), -math.inf, "q[1, 3, 2, 5]: expected a finite number, got -inf"),
+    ("k", (1, 3, 2, 5), math.inf, "k[1, 3, 2, 5]: expected a finite number, got inf"),
     ("k", (1, 4, 3), 2.0, "k[1, 4, 3]: expected keys of at most unit length for a rule that erases, got "),
 ]
 
@@ -240,6 +315,39 @@ def test_values_are_checked_when_asked(name, at, value, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         fwp.fast_weights(**given, check=True)
     fwp.fast_weights(**given)
+
+
+@pytest.mark.parametrize(
+    ("rule", "at", "message"),
+    [
+        ("delta", "S", "state.S[1, 3, 5, 4]: expected a finite number, got inf"),
+        ("delta", "z", "state.z[1, 3, 5]: expected a finite number, got inf"),
+        (DELTA_RNN, 2, "state[2][1, 3, 4]: expected a finite number, got inf"),
+    ],
+)
+def test_values_of_the_state_are_checked_when_asked(rule, at, message):
+    given = sample(rule, B, T, H, K, V, state=True, denominator=at == "z")
+    options = {"denominator": at == "z", "check": True}
+    fwp.fast_weights(rule, **given, **options)
+    part = given["state"][at] if isinstance(at, int) else getattr(given["state"], at)
+    part.flatten()[-1:].fill_(math.inf)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        fwp.fast_weights(rule, **given, **options)
+
+
+def test_features_beyond_float16_are_found():
+    given = sample("additive", B, T, H, K, V, dtype=torch.float16)
+    given["k"][1, 2, 3, 4] = 12  # exp(12) = 162755
+    out, _ = fwp.fast_weights("additive", **given, feature_map="exp")
+    assert not out.isfinite().all()
+    with pytest.raises(ValueError, match=re.escape("k[1, 2, 3, 4]: expected a finite number, got inf")):
+        fwp.fast_weights("additive", **given, feature_map="exp", check=True)
+
+
+def test_an_exact_reset_is_in_range():
+    given = arguments()
+    given["g"][1, 2, 3] = -math.inf
+    fwp.fast_weights(**given, check=True)
 
 
 def test_values_in_masked_tokens_are_not_checked():
@@ -266,6 +374,25 @@ def test_any_dpfp_is_known_by_name():
     for name in ("dpfp-0", "dpfp-", "dpfp-1.5", "dpfp1"):
         with pytest.raises(ValueError, match=r"^feature_map: expected one of"):
             fwp.fast_weights("additive", **sample("additive"), feature_map=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "gate", "error", "message"),
+    [
+        ("beta", ("BTX",), ValueError, "shape: expected one of BTH, BTHK, BTHV, got 'BTX'"),
+        ("beta", ("BHT",), ValueError, "shape: expected one of BTH, BTHK, BTHV, got 'BHT'"),
+        *(
+            (name, ("BTH",), ValueError, f"gates: expected a name that is no argument of fast_weights, got {name!r}")
+            for name in ("scale", "state", "q", "rule", "not a name")
+        ),
+        ("beta", None, TypeError, "gates: expected a Gate for 'beta', got NoneType"),
+    ],
+)
+def test_a_gate_that_could_not_be_given_makes_no_rule(name, gate, error, message):
+    beta = fwp.RULES["delta"].gates["beta"]
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        gates = {name: gate and dataclasses.replace(beta, shape=gate[0])}
+        dataclasses.replace(fwp.RULES["delta"], gates=gates)
 
 
 @pytest.mark.parametrize("own", ["init", "read"])

@@ -33,6 +33,7 @@ from fwp import verbs
 from fwp.backends import torch as chunked
 from fwp.core import State
 from fwp.functional import fast_weights
+from fwp.rules.spec import OPTIONS
 from fwp.testing import deviation, evaluate, sample
 
 TABLE = fwp.RULES.values()
@@ -293,6 +294,9 @@ def test_a_learning_rate_of_zero_writes_and_erases_nothing(rule, form):
 
 @each_form
 def test_a_gate_left_out_is_its_default(rule, form):
+    """Whatever the default is: `lower` is given it as `step` is."""
+    defaults = {"g": -0.25, "beta": 0.75, "b": 0.75, "w": 0.5}
+    rule = replace(rule, gates={key: replace(gate, default=defaults.get(key)) for key, gate in rule.gates.items()})
     inputs = sample(rule, T=19, K=6, V=5, state=True)
     optional = [key for key, gate in rule.gates.items() if gate.default is not None]
     given = inputs | {key: torch.full_like(inputs[key], rule.gates[key].default) for key in optional}
@@ -513,6 +517,18 @@ def test_inputs_are_left_alone_and_calls_repeat(rule, form, way):
         assert all(torch.equal(x, y) for x, y in zip(cat_leaves(value), before[key]))
 
 
+@pytest.mark.parametrize("T", [0, 1, 9])
+@each_way
+def test_the_state_is_one_s_own(rule, form, way, T):
+    """No tensor that was given, no two in one buffer, no part of a larger one."""
+    inputs = sample(rule, T=T, K=6, V=5, state=True, **normalised(way))
+    _, end = fast_weights(rule, **inputs, **way, **form)
+    given = {x.untyped_storage().data_ptr() for x in cat_leaves(inputs)}
+    kept = [x.untyped_storage() for x in cat_leaves(end)]
+    assert len({x.data_ptr() for x in kept} - given) == len(kept)
+    assert [x.nbytes() for x in kept] == [x.numel() * x.element_size() for x in cat_leaves(end)]
+
+
 def cat_leaves(x):
     return [leaf for leaf in torch.utils._pytree.tree_leaves(x) if leaf is not None]
 
@@ -562,10 +578,11 @@ def test_what_is_asked_for_is_what_runs(options, T, runs, monkeypatch):
     assert ran == {runs}
 
 
-def test_verbs_know_every_option():
+def test_verbs_and_gates_know_every_option():
     signature = inspect.signature(fast_weights).parameters
     options = {key for key, p in signature.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
     assert set(typing.get_type_hints(verbs.Options)) == options
+    assert set(OPTIONS) == options
 
 
 def test_a_rule_of_the_table_is_its_name():

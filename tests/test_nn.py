@@ -803,7 +803,7 @@ def test_errors_of_inputs():
     for error, message, arguments in (
         (TypeError, "x: expected a tensor, got list", {"x": [1.0]}),
         (ValueError, r"x: expected \(\*, \*, 8\), got \(2, 5, 7\)", {"x": x[..., :7]}),
-        (TypeError, "x: expected a floating dtype, got torch.int64", {"x": x.long()}),
+        (TypeError, "x: expected a floating dtype of 16 to 64 bits, got torch.int64", {"x": x.long()}),
         (ValueError, r"mask: expected \(2, 5\), got \(2, 4\)", {"mask": torch.ones(2, 4, dtype=torch.bool)}),
         (TypeError, "mask: expected torch.bool, got torch.float32", {"mask": torch.ones(2, 5)}),
         (TypeError, "state: expected LayerState, got State", {"state": state.memory}),

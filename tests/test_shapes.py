@@ -27,7 +27,7 @@ from laws import (
 )
 
 from fwp.core import state_dtype
-from fwp.functional import fast_weights
+from fwp.functional import fast_weights, read
 from fwp.rules import Rule
 from fwp.testing import budgets, cast, deviation, evaluate, row_error, sample
 
@@ -309,6 +309,17 @@ def test_autocast(rule, form):
         assert torch.equal(found[key], x.to(found[key])), key
         if key != "out":
             assert found[key].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_read_under_autocast(dtype):
+    """As the op: q in autocast's dtype, the state as it is, float64 left alone."""
+    inputs = sample("additive", state=True, dtype=dtype)
+    state, q = inputs["state"], inputs["q"]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = read(state, q)
+    assert out.dtype == (torch.bfloat16 if dtype == torch.float32 else dtype)
+    assert torch.equal(out, read(state, q.to(out.dtype)))
 
 
 def test_float64_is_left_alone_by_autocast():

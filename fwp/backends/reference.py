@@ -27,12 +27,6 @@ def run(rule: Rule, core: Core, gates: Mapping[str, Tensor], mask: Tensor | None
     Returns o [B, T, max(Hq, H), V] in the state's dtype and the final state.
     """
     H = core.heads
-    batch = core.k.shape[:2]
-    for name, gate in rule.gates.items():
-        if name not in gates:
-            assert gate.default is not None  # the op has asked for those without
-            features = {"BTH": (), "BTHK": core.k.shape[3:], "BTHV": core.v.shape[3:]}[gate.shape]
-            gates = {**gates, name: core.v.new_full((*batch, H, *features), gate.default, dtype=core.dtype)}
     if state is None:
         state = rule.init((core.sequences, H), core.k.shape[-1], core.v.shape[-1], core.initial().S)
     q = to_heads(core.q, max(core.q.shape[2], H)).to(core.dtype)

@@ -109,7 +109,7 @@ def get(rule: str | Rule) -> Rule:
     """The row of that name, or the `Rule` itself. ValueError for an unknown name, with the nearest one."""
     if isinstance(rule, Rule):
         return rule
-    if rule in RULES:
+    if isinstance(rule, str) and rule in RULES:
         return RULES[rule]
     from fwp.errors import suggest
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,18 @@ from fwp.core import Core
 
 Shape = Literal["BTH", "BTHK", "BTHV"]
 
+# The keyword arguments that `fwp.fast_weights` takes of every rule.
+OPTIONS = (
+    *("mask", "causal", "read", "scale", "feature_map", "feature_norm", "denominator", "eps"),
+    *("state", "cu_seqlens", "backend", "form", "check"),
+)
+
 
 @dataclass(frozen=True)
 class Gate:
     """One input of a rule beside q, k and v, given per token and state head.
 
-    shape: its axes, B batch, T time, H state heads, K key and V value features.
+    shape: its axes, B batch, T time, H state heads, K key and V value features: "BTH", "BTHK" or "BTHV".
     low, high: the values it may take.
     activation: how a layer makes it from a linear projection of its input.
     sample: (size, generator) → float64 values that a test or benchmark uses.
@@ -35,6 +41,10 @@ class Gate:
     sample: Callable[[tuple[int, ...], torch.Generator], Tensor]
     neutral: float = 0.0
     default: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.shape not in get_args(Shape):
+            raise ValueError(f"shape: expected one of {', '.join(get_args(Shape))}, got {self.shape!r}")
 
 
 def uniform(low: float, high: float) -> Callable[[tuple[int, ...], torch.Generator], Tensor]:
@@ -67,9 +77,10 @@ class Rule:
     """A fast weight update rule.
 
     step: (state, k [..., K], v [..., V], **gates) → state, the paper's equation for one token. The specification.
-    gates: name → `Gate`, in the order of the typed function's arguments.
+    gates: name → `Gate`, in the order of the typed function's arguments; none called like an option of the op.
     lower: (core, **gates) → core: sets g, e and w (or k, v) of the recurrence in `fwp.core`, by plain differentiable
-        torch on [B, T, H, …]. None: the rule has no such form and runs token by token through `step`.
+        torch on [B, T, H, …]. A gate that wasn't given arrives at its default, as in `step`. None: the rule has no such
+        form and runs token by token through `step`.
     normalised: (state, z, k, v, **gates) → (state, z), `step` under attention normalisation. None: z is what `step`
         makes of v = 1, which is right for rules that erase nothing.
     init: (batch, K, V, like) → state before the first token; any pytree of tensors [*batch, …].
@@ -94,6 +105,11 @@ class Rule:
     bibtex: str = ""
 
     def __post_init__(self) -> None:
+        for name, gate in self.gates.items():
+            if not isinstance(gate, Gate):
+                raise TypeError(f"gates: expected a Gate for {name!r}, got {type(gate).__name__}")
+            if not name.isidentifier() or name in ("rule", "q", "k", "v", *OPTIONS):
+                raise ValueError(f"gates: expected a name that is no argument of fast_weights, got {name!r}")
         own_init, own_read = self.init is not init_zero, self.read is not read_linear
         if self.lower is not None and (own_init or own_read):
             # the recurrence starts from S = 0 and reads Sᵀq
