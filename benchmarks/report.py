@@ -7,7 +7,7 @@ import datetime
 import html
 import json
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,21 +127,34 @@ def claim_table(verdicts: Sequence[dict[str, Any]]) -> str:
     return f"<table><thead>{head}</thead><tbody>{''.join(lines)}</tbody></table>"
 
 
+def tally(claims: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """For each paper how many of its claims held, were run, and are listed."""
+    counts: dict[str, list[int]] = {}
+    for claim in claims:
+        found = counts.setdefault(claim["paper"], [0, 0, 0])
+        for i, counted in enumerate((claim["holds"] is True, claim["holds"] is not None, True)):
+            found[i] += counted
+    return counts
+
+
 def page(
     sections: Sequence[str], claims: Sequence[dict[str, Any]], scale: str, asked: Sequence[str], seconds: float
 ) -> str:
     """The whole report."""
-    count = {verdict: sum(claim["holds"] is verdict for claim in claims) for verdict in VERDICTS}
+    papers = "".join(
+        f"<tr><td>{html.escape(paper)}</td>{''.join(f'<td>{n}</td>' for n in counts)}</tr>"
+        for paper, counts in tally(claims).items()
+    )
+    summary = f"<table><tr><th>Paper</th><th>Claims held</th><th>run</th><th>listed</th></tr>{papers}</table>"
     command = " ".join(["fwp", "reproduce", *asked, "--scale", scale])
     made = (
         f"fwp {fwp.__version__}, torch {torch.__version__}, Python {platform.python_version()} on {platform.machine()} "
         f"{platform.system()} with {reproduce.cores()} cores, {datetime.date.today()}; this call took {seconds:.0f} s."
     )
-    summary = f"{count[True]} claims hold, {count[False]} do not hold, {count[None]} were not run."
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Reproductions by fwp</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
-        f"<h1>Papers on fast weights, reproduced</h1><p>{summary}</p>{''.join(sections)}"
+        f"<h1>Papers on fast weights, reproduced</h1>{summary}{''.join(sections)}"
         f'<h2>Made by</h2><pre>{html.escape(command)}</pre><p class="small">{html.escape(made)}</p></body></html>\n'
     )
 
