@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fwp import validate
 from fwp.errors import suggest
 from fwp.rules.reference import ratio
 
@@ -62,6 +63,8 @@ class FavorPlus:
 def directions(d: int, m: int | None = None, generator: torch.Generator | None = None) -> Tensor:
     """R [m, d] of `FavorPlus.draw`, in float64."""
     m = d if m is None else m
+    validate.size("d", d)
+    validate.size("m", m)
     blocks = [
         torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))[0].T
         for _ in range(math.ceil(m / d))
@@ -155,6 +158,15 @@ def get(feature_map: str | FeatureMap | None) -> FeatureMap:
         f"feature_map: expected one of {', '.join(FEATURE_MAPS)}, 'dpfp-ν' or a callable, "
         f"got {feature_map!r}{suggest(str(feature_map), FEATURE_MAPS)}"
     )
+
+
+def apply(phi: FeatureMap, x: Tensor) -> Tensor:
+    """φ(x), if it is what a feature map has to make of x."""
+    y = phi(x)
+    validate.tensor("feature_map", y, (*x.shape[:-1], None), device=x.device)
+    if y.shape[-1] == 0:
+        raise ValueError(f"feature_map: expected at least one feature, got {tuple(y.shape)}")
+    return y
 
 
 def norm(x: Tensor, kind: str | None) -> Tensor:

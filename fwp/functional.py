@@ -232,17 +232,8 @@ def _features(x: Tensor, feature_map: str | FeatureMap | None, norm: str | None,
     """scale · norm(φ(x)), computed in the state's dtype; a module is given x as it is, under autocast if that is on."""
     dtype, phi = x.dtype, feature_maps.get(feature_map)
     if isinstance(phi, torch.nn.Module):
-        x, phi = _mapped(phi, x), feature_maps.get(None)
+        x, phi = feature_maps.apply(phi, x), feature_maps.get(None)
     if feature_map is not None or norm is not None:
         with without_autocast(x):
-            x = feature_maps.norm(_mapped(phi, x.to(state_dtype(dtype))), norm)
+            x = feature_maps.norm(feature_maps.apply(phi, x.to(state_dtype(dtype))), norm)
     return (x if scale == 1.0 else x * scale).to(dtype)
-
-
-def _mapped(phi: FeatureMap, x: Tensor) -> Tensor:
-    """φ(x), if it is what a feature map has to make of x."""
-    y = phi(x)
-    validate.tensor("feature_map", y, (*x.shape[:-1], None), device=x.device)
-    if y.shape[-1] == 0:
-        raise ValueError(f"feature_map: expected at least one feature, got {tuple(y.shape)}")
-    return y

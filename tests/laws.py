@@ -1,4 +1,4 @@
-"""What the generic tests run over: every rule of the table and two from outside it, in every form that serves them."""
+"""What several tests share: every rule of the table and two from outside it, in every form, and how results agree."""
 
 from contextlib import contextmanager
 from functools import partial
@@ -89,3 +89,16 @@ def cat_states(states):
 def sequence(state, n):
     """The state of sequence n."""
     return torch.utils._pytree.tree_map(lambda x: None if x is None else x[n : n + 1], state)
+
+
+def leaves(*trees):
+    """All tensors of results and states."""
+    return [x for x in torch.utils._pytree.tree_leaves(list(trees)) if x is not None]
+
+
+def close(found, truth, bound=1e-10):
+    """All tensors of two trees."""
+    found, truth = leaves(found), leaves(truth)
+    assert len(found) == len(truth)
+    for a, b in zip(found, truth):
+        torch.testing.assert_close(a, b, rtol=bound, atol=bound)

@@ -41,6 +41,11 @@ class DecoderConfig:
     dropout: float = 0.0
     tied: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "ff_dim"):
+            if getattr(self, name) is not None:
+                validate.size(name, getattr(self, name))
+
     def block(self) -> Block:
         """One of the blocks."""
         E = self.embed_dim
@@ -108,22 +113,28 @@ class Decoder(nn.Module):
 
         temperature: divides the logits; 0 takes the likeliest token. top_k: only the k likeliest are drawn from.
         generator: of the draws. mask: [B, T] bool, False for padding; each row needs a True.
-        Dropout is active in training mode, as anywhere.
+        Dropout is active in training mode, as anywhere. ValueError and TypeError for options that can't be.
         """
-        if tokens.dim() != 2 or tokens.shape[1] == 0:
+        validate.tensor("tokens", tokens, (None, None), torch.int64)
+        B, T = tokens.shape
+        if T == 0:
             raise ValueError(f"tokens: expected (B, T) with T ≥ 1, got {tuple(tokens.shape)}")
-        logits, state = self(tokens, mask=mask)
-        last = tokens.new_full(tokens.shape[:1], tokens.shape[1] - 1)
+        validate.size("max_new_tokens", max_new_tokens, 0)
+        validate.number("temperature", temperature, 0)
+        if top_k is not None:
+            validate.size("top_k", top_k)
+        last = tokens.new_full((B,), T - 1)  # the last real token of each row
         if mask is not None:
-            last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
-        logits = logits[
-            torch.arange(len(tokens), device=tokens.device), last
-        ]  # [B, vocab_size], of the last real token
-        made = [tokens]
+            validate.tensor("mask", mask, (B, T), torch.bool, tokens.device)
+            if not mask.any(1).all():
+                raise ValueError("mask: expected a True in each row, got a row without")
+            last = (mask * torch.arange(1, T + 1, device=mask.device)).argmax(1)
+        made, state = [tokens], None
         for _ in range(max_new_tokens):
+            logits, state = self(made[-1], state, mask)
+            logits = logits[torch.arange(B, device=tokens.device), last]  # [B, vocab_size]
             made.append(_draw(logits, temperature, top_k, generator))
-            logits, state = self(made[-1], state)
-            logits = logits[:, -1]
+            mask, last = None, torch.zeros_like(last)
         return torch.cat(made, 1)
 
 

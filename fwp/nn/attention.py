@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fwp import feature_maps, rules, validate
-from fwp.core import Read
+from fwp.core import Read, without_autocast
 from fwp.feature_maps import FeatureMap
 from fwp.functional import Backend, fast_weights
 from fwp.nn.block import ACTIVATIONS, NORMS, Norm, pick
@@ -37,6 +37,7 @@ def projection(embed_dim: int, width: int, rank: int | None = None, bias: bool =
     """A linear map of [..., embed_dim] to [..., width], through `rank` features if given."""
     if rank is None:
         return nn.Linear(embed_dim, width, bias=bias)
+    validate.size("rank", rank)
     return nn.Sequential(nn.Linear(embed_dim, rank, bias=False), nn.Linear(rank, width, bias=bias))
 
 
@@ -65,7 +66,7 @@ class GateProjection(nn.Module):
         """x [B, T, E] → [B, T, H] or [B, T, H, D]."""
         y = self.proj(x)
         y = y.to(torch.promote_types(y.dtype, torch.float32)).unflatten(-1, self.shape)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return self.activate(y)
 
     def activate(self, y: Tensor) -> Tensor:
@@ -180,8 +181,17 @@ class FastWeightAttention(nn.Module):
     ) -> None:
         super().__init__()
         row = rules.get(rule)
-        validate.options(row, causal=True, read=read, denominator=denominator, backend=backend, form="auto")
-        if head_dim is None and (num_heads < 1 or embed_dim % num_heads):
+        factor = 1.0 if scale is None else scale
+        validate.options(row, read=read, scale=factor, denominator=denominator, backend=backend)
+        validate.number("norm_eps", norm_eps, 0)
+        feature_maps.norm(torch.zeros(1), feature_norm)
+        validate.size("short_conv", short_conv, 0)
+        widths = {"embed_dim": embed_dim, "num_heads": num_heads, "head_dim": head_dim, "value_dim": value_dim}
+        widths |= {"num_key_heads": num_key_heads, "num_value_heads": num_value_heads, "out_gate_rank": out_gate_rank}
+        for name, width in widths.items():
+            if width is not None:
+                validate.size(name, width)
+        if head_dim is None and embed_dim % num_heads:
             raise ValueError(
                 f"num_heads: expected a divisor of embed_dim = {embed_dim} without head_dim, got {num_heads}"
             )
@@ -191,8 +201,6 @@ class FastWeightAttention(nn.Module):
         Hv = num_heads if num_value_heads is None else num_value_heads
         sizes = ((num_heads, K), (Hk, K), (Hv, V))
         validate.tensors(row, *(torch.empty(0, 0, *size, device="meta") for size in sizes))
-        if short_conv < 0:
-            raise ValueError(f"short_conv: expected a width, or 0 for none, got {short_conv}")
 
         self.rule, self.feature_norm, self.denominator = rule, feature_norm, denominator
         self.read, self.backend = read, backend
@@ -273,11 +281,10 @@ class FastWeightAttention(nn.Module):
 
     def step(self, x: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
         """One token: x [B, E] or [B, 1, E] → y of that shape and the state after it."""
-        if x.dim() == 3 and x.shape[1] != 1:
-            raise ValueError(
-                f"x: expected one token, (*, {self.embed_dim}) or (*, 1, {self.embed_dim}), got {tuple(x.shape)}"
-            )
-        if x.dim() == 3:
+        E = self.embed_dim
+        if isinstance(x, Tensor) and tuple(x.shape[1:]) not in ((E,), (1, E)):
+            raise ValueError(f"x: expected one token, (*, {E}) or (*, 1, {E}), got {tuple(x.shape)}")
+        if not isinstance(x, Tensor) or x.dim() == 3:
             return self(x, state)
         y, state = self(x.unsqueeze(1), state)
         return y.squeeze(1), state
@@ -285,12 +292,16 @@ class FastWeightAttention(nn.Module):
     def _check(self, x: Tensor, state: Any, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
         """What the convolution needs before the op looks at the rest."""
         validate.tensor("x", x, (None, None, self.embed_dim))
+        weights = next((p.dtype for p in self.q_proj.parameters() if p.dtype in validate.FLOATS), x.dtype)
+        cast = not x.is_meta and torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weights)
+        if x.dtype != weights and not cast:
+            raise TypeError(f"x: expected {weights}, as the weights, got {x.dtype}")
         B, T, _ = x.shape
         N = B
         if mask is not None:
             validate.tensor("mask", mask, (B, T), torch.bool, x.device)
         if cu_seqlens is not None:
-            validate.packing(cu_seqlens, 1, T)
+            validate.packing(cu_seqlens, 1, T, device=x.device)
             if B != 1:
                 raise ValueError(f"x: expected a batch of 1 with cu_seqlens, got {B}")
             N = len(cu_seqlens) - 1
@@ -317,7 +328,9 @@ def _function(argument: str, given: str | Callable[[Tensor], Tensor] | None) -> 
 
 def _width(phi: FeatureMap, heads: int, K: int) -> int:
     """K', how many features φ makes of K."""
-    return phi(torch.zeros(1, 1, heads, K)).shape[-1]
+    like = next(phi.parameters(), torch.zeros(())) if isinstance(phi, nn.Module) else torch.zeros(())
+    with torch.no_grad():
+        return feature_maps.apply(phi, like.new_zeros(1, 1, heads, K)).shape[-1]
 
 
 def _lengths(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

@@ -25,8 +25,9 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 def pick(argument: str, name: Any, table: Mapping[str, Option]) -> Option:
     """table[name]; ValueError with the known names for another."""
-    if name not in table:
-        raise ValueError(f"{argument}: expected one of {', '.join(table)}, got {name!r}{suggest(str(name), table)}")
+    if not isinstance(name, str) or name not in table:
+        known = f"one of {', '.join(table)}" if table else "none"
+        raise ValueError(f"{argument}: expected {known}, got {name!r}{suggest(str(name), table)}")
     return table[name]
 
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fwp import validate
+
 
 def borders(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """[N + 1] int64: where each sequence of x [B, T, …] starts and ends when the rows are laid end to end."""
@@ -25,6 +27,8 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
+        validate.size("channels", channels)
+        validate.size("width", width)
         self.weight = nn.Parameter(torch.empty(channels, 1, width).uniform_(-(width**-0.5), width**-0.5))
 
     def forward(
@@ -40,7 +44,7 @@ class ShortConvolution(nn.Module):
         N = len(at) - 1
         tail = x.new_zeros(N, past, C) if tail is None else tail.to(x.dtype)
         if T == 0:
-            return x, tail
+            return x, tail.clone()
         if mask is None and cu_seqlens is None:
             stream = torch.cat([tail, x], 1)  # [B, W − 1 + T, C]
             return self._slide(stream), stream[:, T:].clone()  # a view would keep the whole stream alive
