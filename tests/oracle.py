@@ -41,7 +41,7 @@ def favor_plus(R):
 
 def taylor(x):
     """[1, x, x⊗x/√2], so that φ(q)·φ(k) = 1 + q·k + (q·k)²/2."""
-    xx = (x[..., :, None] * x[..., None, :]).reshape(*x.shape[:-1], -1)  # [..., d²]
+    xx = (x[..., :, None] * x[..., None, :]).reshape(*x.shape[:-1], x.shape[-1] ** 2)
     return np.concatenate([np.ones_like(x[..., :1]), x, xx / np.sqrt(2)], -1)
 
 

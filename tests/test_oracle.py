@@ -195,6 +195,8 @@ def test_feature_maps_by_hand():
     favor_plus = oracle.favor_plus(np.array([[1.0, 0.0]]))
     assert_allclose(favor_plus(x), (np.exp(-6.5 + 2) / r, np.exp(-6.5 - 2) / r))
     assert_allclose(oracle.taylor(x), (1, 2, -3, 4 / r, -6 / r, -6 / r, 9 / r))
+    for name, phi in oracle.FEATURE_MAPS.items():
+        assert phi(np.ones((0, 3))).shape == (0, {"taylor": 13, "dpfp": 6}.get(name, 3))
 
 
 def test_norms_by_hand():
