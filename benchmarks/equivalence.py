@@ -38,6 +38,7 @@ from .reproduce import cores, for_workers, start_worker
 
 Row = dict[str, Any]
 BOUNDS = {torch.float64: 1e-10, torch.float32: 3e-4}
+FORMS: tuple[tuple[Any, Any], ...] = (("reference", "recurrent"), ("torch", "recurrent"), ("torch", "chunk"))
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def against_reference(rule: Rule, backend: str, device: str, interpreted: bool) 
             continue
         exact, options = case.inputs(rule, **shape)
         truth = testing.evaluate(rule, exact, backend="reference", **options)
-        there = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
+        there: dict[str, Any] = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
         dtypes = all_dtypes[:1] if interpreted and case is not CASES[0] else all_dtypes  # the interpreter is slow
         for dtype in dtypes:
             inputs = testing.cast(exact, dtype)
@@ -127,10 +128,10 @@ def against_reference(rule: Rule, backend: str, device: str, interpreted: bool) 
             for form in ("recurrent", "chunk"):
                 try:
                     found = testing.evaluate(rule, moved(inputs, device), backend=backend, form=form, **there)
-                except ValueError as error:
-                    if not str(error).startswith("backend:"):
+                except ValueError as refusal:
+                    if not str(refusal).startswith("backend:"):
                         raise
-                    yield skipped(rule.name, case.name, backend, str(error))  # the backend says that it can't
+                    yield skipped(rule.name, case.name, backend, str(refusal))  # the backend says that it can't
                     return
                 for name, x in found.items():
                     error, bound = testing.row_error(x.cpu(), expected[name]), BOUNDS.get(dtype, budgets.get(name, 0.0))
@@ -199,7 +200,7 @@ def against_quadratic(rule: Rule) -> Iterator[Row]:
         phi = fwp.feature_maps.get("elu+1" if denominator else None)
         truth = quadratic(rule.lower(Core(phi(q), phi(k), v, denominator=denominator), **x))
         name = "quadratic, normalised" if denominator else "quadratic masked"
-        for backend, form in (("reference", "recurrent"), ("torch", "recurrent"), ("torch", "chunk")):
+        for backend, form in FORMS:
             out, _ = fwp.fast_weights(rule, q, k, v, **x, **case.options, backend=backend, form=form)
             yield row(rule.name, name, backend, form, torch.float64, "out", testing.row_error(out, truth), 1e-10)
 
@@ -210,29 +211,19 @@ def against_simpler(rule: Rule) -> Iterator[Row]:
         x = testing.sample(name, T=70, K=16, seed=2)
         q, k, v = x.pop("q"), x.pop("k"), x.pop("v")
         truth, end = fwp.fast_weights(name, q, k, v, **x, backend="reference")
-        for backend in ("reference", "torch") if rule.lower else ("reference",):
-            out, found = fwp.fast_weights(rule, q, k, v, **mapping(k, v, **x), backend=backend)
-            form = "recurrent" if backend == "reference" else "chunk"
-            yield row(
-                rule.name, f"extends {name}", backend, form, torch.float64, "out", testing.row_error(out, truth), 1e-10
-            )
-            yield row(
-                rule.name,
-                f"extends {name}",
-                backend,
-                form,
-                torch.float64,
-                "S",
-                testing.row_error(found.S, end.S),
-                1e-10,
-            )
+        gates: dict[str, Any] = mapping(k, v, **x)
+        for backend, form in (FORMS[0], FORMS[2]) if rule.lower else FORMS[:1]:
+            out, found = fwp.fast_weights(rule, q, k, v, **gates, backend=backend, form=form)
+            for quantity, a, b in (("out", out, truth), ("state.S", found.S, end.S)):
+                error = testing.row_error(a, b)
+                yield row(rule.name, f"extends {name}", backend, form, torch.float64, quantity, error, 1e-10)
 
 
 def carried(rule: Rule) -> Iterator[Row]:
     """A sequence in two parts with the state carried over is the sequence."""
     inputs = testing.sample(rule, T=70, K=16, seed=6, state=True)
     state = inputs.pop("state")
-    for backend, form in (("reference", "recurrent"), ("torch", "recurrent"), ("torch", "chunk")):
+    for backend, form in FORMS:
         if rule.lower is None and backend == "torch":
             continue
         truth, _ = fwp.fast_weights(rule, **inputs, state=state, backend="reference")
@@ -255,8 +246,9 @@ def recall(rule: Rule) -> Iterator[Row]:
     rounds = 2 if rule.erases else 1
     k = keys.repeat(rounds, 1)[None, :, None]  # [1, T, 1, K]
     v = torch.randn(1, rounds * K, 1, V, generator=generator, dtype=torch.float64)
-    gates = {"beta": torch.ones(1, rounds * K, 1, dtype=torch.float64)} if "beta" in rule.gates else {}
-    for backend, form in (("reference", "recurrent"), ("torch", "recurrent"), ("torch", "chunk")):
+    ones = torch.ones(1, rounds * K, 1, dtype=torch.float64)
+    gates: dict[str, Any] = {"beta": ones} if "beta" in rule.gates else {}
+    for backend, form in FORMS:
         _, state = fwp.fast_weights(rule, k, k, v, **gates, backend=backend, form=form)
         error = testing.row_error(fwp.read(state, k[:, -K:]), v[:, -K:])
         yield row(rule.name, "orthonormal recall", backend, form, torch.float64, "out", error, 1e-12)
@@ -282,10 +274,9 @@ def against_oracle(rule: Rule) -> Iterator[Row]:
     if oracle() is None:
         yield skipped(rule.name, "oracle", "reference", "tests/oracle.py is in the checkout only")
         return
-    for name, options in (
-        ("oracle", {}),
-        ("oracle, normalised", {"denominator": True, "feature_map": "elu+1", "feature_norm": "sum"}),
-    ):
+    normalised = {"denominator": True, "feature_map": "elu+1", "feature_norm": "sum"}
+    ways: dict[str, dict[str, Any]] = {"oracle": {}, "oracle, normalised": normalised}
+    for name, options in ways.items():
         x = testing.sample(rule, T=20, Hq=4, Hk=1, V=5, seed=4)
         expected = oracle().fast_weights(rule.name, **{n: t.numpy() for n, t in x.items()}, **options)
         found, end = fwp.fast_weights(rule, x.pop("q"), x.pop("k"), x.pop("v"), **x, **options, backend="reference")

@@ -84,14 +84,19 @@ def rows(device: str, peers: bool) -> Iterator[dict[str, Any]]:
                 }
 
 
-def ours(name: str, x: dict[str, Tensor]) -> Callable[[], Tensor]:
+def ours(name: str, x: dict[str, Any]) -> Callable[[], Tensor]:
     """The rule as `fast_weights` runs it."""
     return lambda: fwp.fast_weights(name, **x)[0]
 
 
 def softmax_attention(x: dict[str, Tensor]) -> Callable[[], Tensor]:
     """PyTorch's own attention on the same q, k, v."""
-    return lambda: F.scaled_dot_product_attention(*(x[name].transpose(1, 2) for name in "qkv"), is_causal=True)
+
+    def run() -> Tensor:
+        q, k, v = (x[name].transpose(1, 2) for name in "qkv")
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return run
 
 
 def transformers_fallback(x: dict[str, Tensor]) -> Callable[[], Tensor] | None:

@@ -37,11 +37,22 @@ if TYPE_CHECKING:
     from fwp import models as models
     from fwp import nn as nn
     from fwp import testing as testing
-    from fwp.core import State
-    from fwp.feature_maps import DPFP, FEATURE_MAPS, FavorPlus, Taylor
-    from fwp.functional import fast_weights, read
-    from fwp.rules import RULES, Gate, Rule
-    from fwp.verbs import additive, decay, delta, gated_delta, gla, kda
+    from fwp.core import State as State
+    from fwp.feature_maps import DPFP as DPFP
+    from fwp.feature_maps import FEATURE_MAPS as FEATURE_MAPS
+    from fwp.feature_maps import FavorPlus as FavorPlus
+    from fwp.feature_maps import Taylor as Taylor
+    from fwp.functional import fast_weights as fast_weights
+    from fwp.functional import read as read
+    from fwp.rules import RULES as RULES
+    from fwp.rules import Gate as Gate
+    from fwp.rules import Rule as Rule
+    from fwp.verbs import additive as additive
+    from fwp.verbs import decay as decay
+    from fwp.verbs import delta as delta
+    from fwp.verbs import gated_delta as gated_delta
+    from fwp.verbs import gla as gla
+    from fwp.verbs import kda as kda
 
 
 def __getattr__(name: str) -> Any:
