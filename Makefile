@@ -21,6 +21,7 @@ test: $(VENV)/.installed
 
 # On the Python, PyTorch and Triton that the machine has, from a bare checkout.
 test-gpu:
+	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "test-gpu: PyTorch finds no GPU here")'
 	PYTHONPATH=. $(PYTHON) -m pytest tests -m gpu
 
 lint: $(VENV)/.installed

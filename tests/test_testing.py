@@ -1,8 +1,11 @@
 """What the tests measure with: the errors by hand, budgets that say no, inputs that are what they promise."""
 
 import math
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,3 +126,13 @@ def test_evaluate_names_every_result():
 def test_the_op_is_imported_without_the_compiler():
     code = "import fwp, sys; fwp.fast_weights, fwp.delta; print('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_tests_for_a_gpu_say_that_there_is_none():
+    command = ["make", "--silent", "test-gpu", f"PYTHON={sys.executable}"]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, cwd=Path(__file__).parents[1], env=env, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert run.stderr.splitlines()[0] == "test-gpu: PyTorch finds no GPU here"
+    assert run.stdout == ""
