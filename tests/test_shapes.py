@@ -311,6 +311,26 @@ def test_autocast(rule, form):
             assert found[key].dtype == torch.float32
 
 
+@each_way
+def test_meta_tensors(rule, form, way):
+    """Shapes and dtypes without numbers, whatever autocast does elsewhere; read and gradients too."""
+    heads = 4 if rule.plain else 2
+    inputs = sample(rule, Hq=heads, T=5, K=6, V=5, state=True, dtype=torch.bfloat16, **normalised(way))
+
+    def shapes(device):
+        there = torch.utils._pytree.tree_map(lambda x: x if x is None else x.to(device), inputs)
+        mask = torch.ones(2, 5, dtype=torch.bool, device=device)
+        found = evaluate(rule, there, mask=mask, feature_map="elu+1", **way, **form)
+        if rule.plain:
+            found["read"] = read(there["state"], there["q"])
+        return {key: (x.shape, x.dtype) for key, x in found.items()}
+
+    expected = shapes("cpu")
+    assert shapes("meta") == expected
+    with torch.autocast("cpu", torch.float16):
+        assert shapes("meta") == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_read_under_autocast(dtype):
     """As the op: q in autocast's dtype, the state as it is, float64 left alone."""

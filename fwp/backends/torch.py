@@ -20,7 +20,17 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 from torch.nn.functional import pad
 
-from fwp.core import Core, Form, Read, State, check_bounds, opaque, refuse_forward_derivatives, to_heads
+from fwp.core import (
+    Core,
+    Form,
+    Read,
+    State,
+    check_bounds,
+    opaque,
+    refuse_forward_derivatives,
+    to_heads,
+    without_autocast,
+)
 from fwp.rules.reference import ratio
 
 CHUNK = 64
@@ -38,7 +48,7 @@ def run(core: Core, form: Form, chunk: int = CHUNK) -> tuple[Tensor, State]:
         walk = _opaque_walk if opaque() else _walk
     else:
         walk = _at_once
-    with torch.autocast(core.q.device.type, enabled=False):
+    with without_autocast(core.q):
         out, S = walk(core, 1 if form == "recurrent" else chunk)
         if not core.denominator:
             return out, State(S)
@@ -52,7 +62,7 @@ def read(core: Core) -> Tensor:
     core = _with_z(core)
     assert core.S is not None
     layout = Layout(core, max(core.q.shape[1], 1))
-    with torch.autocast(core.q.device.type, enabled=False):
+    with without_autocast(core.q):
         S = layout.sort(core.S)
         outs = [q @ S[: len(q)].unsqueeze(2) for q in layout.split(core.q)]
         out = layout.join(outs, core.q[..., :1].expand(*core.q.shape[:3], S.shape[-1]))
