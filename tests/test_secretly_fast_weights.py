@@ -132,6 +132,16 @@ def test_training_gives_up() -> None:
     assert paper.train(settings(learning_rate=0.0, max_steps=4, evaluate_every=2))["last_step"] == 4
 
 
+def test_divergence_ends_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([0.3, 0.2, math.nan])
+    monkeypatch.setattr(paper, "evaluate", lambda *_: next(found))
+    result = paper.train(settings(evaluate_every=1))
+    assert result == {"best_loss": 0.2, "best_step": 2, "last_step": 3, "diverged": True}
+    monkeypatch.setattr(paper, "evaluate", lambda *_: math.nan)
+    with pytest.raises(FloatingPointError, match="step 1 "):
+        paper.train(settings(evaluate_every=1))
+
+
 def test_settings_are_the_papers() -> None:
     assert settings() | {"batch": 32, "learning_rate": 1e-3, "max_steps": 100_000, "patience": 11} == settings()
     tanh = settings("tanh-fwm", True)

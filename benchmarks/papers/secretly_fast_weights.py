@@ -276,7 +276,7 @@ def evaluate(model: Retrieval, count: int, length: int, repeated: bool) -> float
 
 def train(settings: Settings) -> dict[str, Any]:
     """One run: the best evaluation loss, the step it was reached at, and the last step; of Setting 2 also the loss on
-    sequences of 2S pairs at the best step."""
+    sequences of 2S pairs at the best step; whether it diverged afterwards."""
     S, repeated = settings["keys"], settings["repeated"]
     how = Training(**{name: settings[name] for name in asdict(Training())})
     length = 2 * S if repeated else S
@@ -298,7 +298,10 @@ def train(settings: Settings) -> dict[str, Any]:
             if step % how.evaluate_every == 0:
                 now = evaluate(model, how.evaluation_sequences, S, repeated)
                 if not math.isfinite(now):
-                    raise FloatingPointError(f"the evaluation loss is {now} at step {step} of {dict(settings)}")
+                    if math.isinf(result["best_loss"]):
+                        raise FloatingPointError(f"the evaluation loss is {now} at step {step} of {dict(settings)}")
+                    result["diverged"] = True  # no later evaluation can be better
+                    break
                 if now < result["best_loss"]:
                     result = {"best_loss": now, "best_step": step}
                     if repeated:
@@ -345,7 +348,8 @@ def solved(row: Mapping[str, Any]) -> bool:
 
 
 def authors(memories: Mapping[str, Memory], repeated: bool) -> list[dict[str, Any]]:
-    """The authors' runs of a setting as rows like ours, but for eleven whose log ends before the protocol does."""
+    """The authors' runs of a setting as rows like ours, but for eleven whose log ends before the protocol does:
+    likely in NaN, as delta with FAVOR+ ends here too."""
     names = {f"{memory.logs}_{memory.update.logs}": name for name, memory in memories.items() if memory.update.logs}
     names["d64_softmax_cat"] = "softmax"
     with Path(__file__).with_name("associative_retrieval_2021.csv").open(encoding="utf-8", newline="") as file:
@@ -433,7 +437,8 @@ def describe(row: dict[str, Any]) -> str:
     """A finished run in one line."""
     return (
         f"{MEMORIES[row['model']].label}, S = {row['keys']}, seed {row['seed']}: best loss {row['best_loss']:.3g} "
-        f"at step {row['best_step']} of {row['last_step']}, {row['seconds']:.0f} s"
+        f"at step {row['best_step']} of {row['last_step']}{', then NaN' * row.get('diverged', False)}, "
+        f"{row['seconds']:.0f} s"
     )
 
 
