@@ -50,7 +50,8 @@ def fast_weights(
 
     Args:
         rule: a name of `fwp.RULES` or a `Rule`.
-        q, k, v: [B, T, Hq, K], [B, T, Hk, K], [B, T, Hv, V], one floating dtype. Never changed.
+        q, k, v: [B, T, Hq, K], [B, T, Hk, K], [B, T, Hv, V], one dtype: float16, bfloat16, float32 or float64. Under
+            autocast they are cast to its dtype, unless they are float64. Never changed.
         mask: [B, T] bool; a False token neither writes, erases nor decays, and its output is 0.
         causal: False lets every query read the final state; for rules that neither decay nor erase.
         read: "after" the update of its own token, or "before" it (1991).

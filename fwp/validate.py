@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def number(name: str, x: Any, low: float = -math.inf) -> None:
 
 def size(name: str, x: Any, low: int = 1) -> None:
     """x is a whole number from `low` on."""
-    if isinstance(x, bool) or not isinstance(x, int) or x < low:
+    if isinstance(x, bool) or not isinstance(x, Integral) or x < low:
         raise ValueError(f"{name}: expected a whole number ≥ {low}, got {x!r}")
 
 

@@ -31,6 +31,7 @@ CASES = [
     ("kda", {}, NORMALISED | {"mask": MASK}),
     ("gated_delta", {"B": 1, "sequences": 4}, {"cu_seqlens": torch.tensor([0, 3, 3, 69, 70])}),
     ("additive", {}, {"causal": False, "feature_norm": "l2"}),
+    ("additive", {"B": 1, "sequences": 4}, {"causal": False, "cu_seqlens": torch.tensor([0, 3, 3, 69, 70])}),
 ]
 
 MUTANTS = {

@@ -6,8 +6,9 @@ import json
 from importlib import import_module
 
 import pytest
+import torch
 
-from fwp import rules
+from fwp import rules, testing
 from fwp.cli import main
 
 speed = import_module("fwp.benchmarks.speed")
@@ -38,6 +39,18 @@ def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch):
     red = [row for row in json.loads(file.read_text()) if row["seconds"] is None]
     assert [row["rule"] for row in red] == ["decay"]
     assert "it is wrong by" in red[0]["note"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fault_of_one_percent_is_wrong_in_every_dtype(dtype, monkeypatch):
+    assert speed.wrong("delta", "cpu", dtype) is None
+    right = testing.evaluate
+
+    def faulty(*inputs, **options):  # what "auto" takes, not the reference and the budgets
+        return {name: x * (1 if options else 1.01) for name, x in right(*inputs, **options).items()}
+
+    monkeypatch.setattr(testing, "evaluate", faulty)
+    assert speed.wrong("delta", "cpu", dtype) > 0.005
 
 
 @pytest.mark.parametrize(

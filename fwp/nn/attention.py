@@ -98,7 +98,8 @@ class FavorPlusFeatures(nn.Module):
 
     redraw: "training" draws in every forward pass of a module in training mode that starts without a state,
         "always" in evaluation too (as the experiments of arXiv 2102.11174 do), "never" keeps the first R.
-    A state was written with an R, so a call that continues one keeps it. Draws come from torch's CPU generator.
+    A state was written with an R, so a call that continues one keeps it; what was begun before the last draw can't be
+    continued. Draws come from torch's CPU generator.
     """
 
     R: Tensor
