@@ -179,17 +179,21 @@ def test_files_that_can_be_written_are_left_as_they_were(tmp_path, monkeypatch):
 
 
 def test_correct_rules_of_ones_own_are_green(one_case, tmp_path):
-    """One without a lowered form; one named like a row of the table; one whose β = 1 doesn't replace the old value."""
+    """One without a lowered form; one named like a row of the table; one whose β = 1 doesn't replace the old value; one
+    with a state of its own that extends a rule without."""
     (tmp_path / "mine.py").write_text(
         "from fwp.rules import Rule, lowering, reference, spec\n"
         "plain = Rule('plain', step=reference.delta, gates={'beta': spec.beta()}, erases=True)\n"
         "namesake = Rule('delta', step=reference.additive, lower=lowering.additive)\n"
         "half = Rule('half', step=lambda S, k, v, beta: reference.delta(S, k, v, beta / 2),\n"
         "    gates={'beta': spec.beta()}, lower=lambda core, beta: lowering.delta(core, beta / 2), erases=True)\n"
+        "own = Rule('own', step=lambda S, k, v: (reference.additive(S[0], k, v),),\n"
+        "    init=lambda *a: (spec.init_zero(*a),), read=lambda S, q: (spec.read_linear(S[0], q)[0], S),\n"
+        "    extends={'additive': lambda k, v: {}})\n"
     )
-    for name in ("plain", "namesake", "half"):
+    for name in ("plain", "namesake", "half", "own"):
         assert equivalence.main(f"{tmp_path / 'mine.py'}:{name}", "reference") == 0
-        assert name == "plain" or equivalence.main(f"{tmp_path / 'mine.py'}:{name}", "torch") == 0
+        assert name in ("plain", "own") or equivalence.main(f"{tmp_path / 'mine.py'}:{name}", "torch") == 0
 
 
 def test_the_quadratic_form_by_hand():

@@ -272,6 +272,13 @@ def test_a_learned_feature_map_is_trained_with_the_layer(dtype):
     assert layer.feature_map[0].weight.grad.any()
 
 
+def test_random_features_under_autocast_compute_in_float32():
+    phi, x = FavorPlusFeatures(4), torch.randn(3, 4)
+    truth = phi(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(phi(x), truth)
+
+
 def test_an_activation_under_autocast_computes_in_float32():
     gate = GateProjection(E, H, 4, activation=lambda y: y @ torch.eye(4))
     with torch.autocast("cpu", torch.bfloat16):

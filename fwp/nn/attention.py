@@ -114,7 +114,8 @@ class FavorPlusFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] → [..., 2m], in float32 or float64."""
-        return feature_maps.positive_features(x.to(torch.promote_types(x.dtype, torch.float32)), self.R)
+        with without_autocast(x):
+            return feature_maps.positive_features(x.to(torch.promote_types(x.dtype, torch.float32)), self.R)
 
     def begin(self) -> None:
         """A sequence begins: draws a new R if `redraw` says so."""
