@@ -274,11 +274,13 @@ def _numbers(steps: Sequence[int] | None, count: int) -> Sequence[int]:
 def _heatmaps(panels: Mapping[str, Tensor], across: str, down: str, value: str, cell: float) -> Figure:
     """Matrices [rows, columns] by title, in rows of at most six, white being 0 and the colour scale symmetric."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     columns = min(len(panels), 6)
     rows = -(-len(panels) // columns)
     most = max(x.detach().abs().max().item() for x in panels.values()) or 1.0
-    figure = Figure(figsize=(columns * cell + 1.6, rows * (cell + 0.5) + 0.6), layout="constrained")
+    height = cell * min(max(x.shape[0] / x.shape[1] for x in panels.values()), 3)
+    figure = Figure(figsize=(columns * (cell + 0.2) + 1.4, rows * (height + 0.4) + 0.3), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for unused in grid.flat[len(panels) :]:
         unused.remove()
@@ -288,6 +290,8 @@ def _heatmaps(panels: Mapping[str, Tensor], across: str, down: str, value: str, 
         shown = axes.imshow(picture, cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest")
         axes.set_title(title, fontsize=9)
         axes.tick_params(labelsize=7)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     figure.supxlabel(across, fontsize=9)
     figure.supylabel(down, fontsize=9)
     figure.colorbar(shown, ax=used, label=value)
