@@ -1,0 +1,509 @@
+"""How much recall does a state of constant size buy? Multi-query associative recall (MQAR) of Arora et al.
+
+"Zoology: Measuring and Improving Recall in Efficient Language Models", ICLR 2024, arXiv 2312.04927 (the task and its
+Figure 2), and "Simple linear attention language models balance the recall-throughput tradeoff", ICML 2024,
+arXiv 2402.18668 (accuracy against state size). Softmax attention keeps all the past; fast weights keep a matrix.
+
+Data. A sequence of L tokens begins with `pairs` keys, each followed by its value. Later every key comes once more, and
+the token to be predicted there is its value. Keys are drawn from the lower half of the vocabulary (token 0 is kept as
+filler), values from the upper, both without replacement. A key is asked for at the n-th even place after the context
+with p ∝ n^(0.01 − 1), no two keys at the same place. All other tokens are 0, as in the configuration of Figure 2.
+Model. Embedding, dropout 0.1, two blocks x + mixer(norm x), then x + norm x (their blocks without a feed-forward net),
+norm, and the embedding's transpose as head. LayerNorm. All weights start as N(0, 0.02²).
+Mixers, one head each. Softmax: learned positions are added to the embeddings, as in their Figure 2, since attention by
+content alone cannot find the token before; with a short convolution there are none, as in the second paper's figure.
+Linear: φ = elu + 1 and the denominator, as in the second paper's comparison of feature maps. Delta and gated delta: the
+layers of arXiv 2406.06484 and 2412.06464. A short convolution of width 4 acts on q, k and v, or there is none.
+Training. Cross entropy at the answers, over the whole vocabulary; AdamW with weight decay 0.1, cosine to 0; stop above
+99 % of the test answers, looked at after each pass over the training sequences.
+
+Differences from their configuration: one learning rate (they take the best of four), the cosine falls with each step,
+not each pass, no dropout of attention weights, their convolution is a gated layer in front of the mixer. At the scale
+"quick" the vocabulary is smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fwp.nn import PRESETS, Block, LayerState, ShortConvolution
+
+from ..claims import Claim, Family, Outcome, Rows, Scale, Settings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# ------------------------------------------------------------------------------------------------------------ the data
+
+
+def distinct(rows: int, count: int, start: int, stop: int) -> Tensor:
+    """Each row `count` different numbers of start … stop − 1 in random order, all equally likely (Floyd's sampling)."""
+    chosen = torch.empty(rows, 0, dtype=torch.int64)
+    for last in range(stop - count, stop):
+        drawn = torch.randint(start, last + 1, (rows, 1))
+        chosen = torch.cat([chosen, torch.where((chosen == drawn).any(1, keepdim=True), last, drawn)], 1)
+    return chosen.gather(1, torch.rand(rows, count).argsort(1))
+
+
+def sequences(rows: int, L: int, pairs: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens [rows, L], where the keys are asked for [rows, pairs], and the values that answer [rows, pairs]."""
+    keys = distinct(rows, pairs, 1, vocabulary // 2)
+    values = distinct(rows, pairs, vocabulary // 2, vocabulary)
+    tokens = torch.zeros(rows, L, dtype=torch.int64)
+    tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
+    places = (L - 2 * pairs) // 2
+    odds = torch.arange(1, places + 1).double() ** (0.01 - 1)
+    asked = 2 * pairs + 2 * torch.multinomial(odds.expand(rows, -1), pairs)
+    return tokens.scatter_(1, asked, keys), asked, values
+
+
+# ----------------------------------------------------------------------------------------------------------- the model
+
+
+class SoftmaxAttention(nn.Module):
+    """softmax(q kᵀ / √E) v over the past, one head. Its state: all keys and values, and the convolution's tail."""
+
+    def __init__(self, embed_dim: int, num_heads: int = 1, short_conv: int = 0) -> None:
+        super().__init__()
+        assert num_heads == 1
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.conv = ShortConvolution(3 * embed_dim, short_conv) if short_conv else None
+        self.o = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, x: Tensor, *_: Any) -> tuple[Tensor, LayerState]:
+        """x [B, T, E] → [B, T, E] and the state."""
+        qkv, tail = self.qkv(x), None
+        if self.conv is not None:
+            qkv, tail = self.conv(qkv)
+        q, k, v = qkv.chunk(3, -1)
+        y = self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        return y, LayerState((k, v), tail, torch.full((len(x),), x.shape[1]))
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """One line of the figure. make: (embed_dim, heads, short_conv) → the layer."""
+
+    label: str
+    colour: str
+    make: Callable[..., nn.Module]
+
+
+MIXERS = {
+    "softmax": Mixer("Softmax attention", "#2a9d4a", SoftmaxAttention),
+    "linear": Mixer("Linear attention", "#7a7a7a", PRESETS["linear_transformer"]),
+    "delta": Mixer("Delta rule", "#219ebc", PRESETS["delta_net"]),
+    "gated_delta": Mixer("Gated delta rule", "#e76f3c", PRESETS["gated_delta_net"]),
+}
+FAST_WEIGHTS = ("linear", "delta", "gated_delta")
+
+
+class Recall(nn.Module):
+    """Tokens → logits at the answers, see the top of this file."""
+
+    def __init__(self, model: str, conv: int, L: int, d: int, vocabulary: int, layers: int, dropout: float) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, d)
+        self.positions = nn.Embedding(L, d) if model == "softmax" and not conv else None
+        self.dropout = nn.Dropout(dropout)
+        make = MIXERS[model].make
+        self.blocks = nn.ModuleList(
+            Block(d, make(d, 1, short_conv=conv), nn.Identity(), norm="layer") for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(d)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def hidden(self, tokens: Tensor) -> tuple[Tensor, list[LayerState]]:
+        """tokens [B, L] → [B, L, d] and each block's state."""
+        x = self.embedding(tokens)
+        if self.positions is not None:
+            x = x + self.positions.weight
+        x, states = self.dropout(x), []
+        for block in self.blocks:
+            x, state = block(x)
+            states.append(state)
+        return x, states
+
+    def forward(self, tokens: Tensor, asked: Tensor) -> Tensor:
+        """tokens [B, L], asked [B, Q] → logits [B, Q, vocabulary]; the head sees nothing but the answers."""
+        x, _ = self.hidden(tokens)
+        x = x.gather(1, asked.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        return self.norm(x) @ self.embedding.weight.T
+
+
+@torch.no_grad()
+def state_size(model: Recall, L: int) -> int:
+    """How many numbers a layer keeps of L tokens: S and z, or all keys and values; and the convolution's tail."""
+    _, states = model.hidden(torch.zeros(1, L, dtype=torch.int64))
+    return sum(kept.numel() for kept in (*states[0].memory, states[0].conv) if kept is not None)
+
+
+# -------------------------------------------------------------------------------------------------------- the training
+
+
+@dataclass(frozen=True)
+class Training:
+    """The paper's numbers, save the learning rate, of which they tried four from 1e-4 to 1e-2."""
+
+    vocabulary: int = 8192
+    sequences: int = 100_000
+    passes: int = 64
+    batch: int = 512
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.1
+    dropout: float = 0.1
+    layers: int = 2
+    test_sequences: int = 3000
+    solved: float = 0.99
+
+
+@torch.no_grad()
+def evaluate(model: Recall, test: tuple[Tensor, Tensor, Tensor], batch: int) -> float:
+    """The share of test answers whose value is the likeliest token."""
+    model.eval()
+    right = [
+        model(tokens, asked).argmax(-1) == values for tokens, asked, values in zip(*(x.split(batch) for x in test))
+    ]
+    model.train()
+    return torch.cat(right).double().mean().item()
+
+
+def train(settings: Settings) -> dict[str, Any]:
+    """One run: the accuracy it ended with, after how many passes, and the numbers in a layer's state."""
+    how = Training(**{name: settings[name] for name in asdict(Training())})
+    L, pairs = settings["L"], settings["pairs"]
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        torch.manual_seed(settings["seed"])
+        tokens, asked, values = sequences(how.sequences, L, pairs, how.vocabulary)
+        test = sequences(how.test_sequences, L, pairs, how.vocabulary)
+        model = Recall(settings["model"], settings["conv"], L, settings["d"], how.vocabulary, how.layers, how.dropout)
+        optimizer = torch.optim.AdamW(model.parameters(), how.learning_rate, weight_decay=how.weight_decay, fused=True)
+        steps = how.passes * -(-how.sequences // how.batch)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        accuracy, done = 0.0, 0
+        while accuracy <= how.solved and done < how.passes:
+            done += 1
+            for rows in torch.randperm(how.sequences).split(how.batch):
+                optimizer.zero_grad()
+                logits = model(tokens[rows], asked[rows])
+                F.cross_entropy(logits.flatten(0, 1), values[rows].flatten()).backward()
+                optimizer.step()
+                schedule.step()
+            accuracy = evaluate(model, test, how.batch)
+    return {"accuracy": round(accuracy, 5), "passes_done": done, "state": state_size(model.cpu(), L)}
+
+
+# ----------------------------------------------------------------------------------------------------------- the grids
+
+SIZES = ((64, 4), (128, 8), (256, 16))  # L, pairs
+
+
+def runs(
+    sizes: Iterable[tuple[int, int]],
+    widths: Iterable[int],
+    training: Training = Training(),
+    learning_rates: Iterable[float] = (1e-2,),
+    convolutions: Iterable[int] = (4, 0),
+    seeds: int = 1,
+) -> list[dict[str, Any]]:
+    """A run for each size, width, convolution (its width, 0 for none), mixer, learning rate and seed."""
+    return [
+        {"model": model, "conv": conv, "L": L, "pairs": pairs, "d": d, "seed": seed}
+        | asdict(training)
+        | {"learning_rate": learning_rate}
+        for L, pairs in sizes
+        for d in widths
+        for conv in convolutions
+        for model in MIXERS
+        for learning_rate in learning_rates
+        for seed in range(1, seeds + 1)
+    ]
+
+
+SMOKE = Training(vocabulary=64, sequences=64, passes=1, batch=32, test_sequences=32)
+QUICK = Training(vocabulary=1024, sequences=10_000, passes=3, batch=32, test_sequences=500)
+REDUCED = Training(sequences=20_000, passes=3, batch=64)
+SCALES = {
+    "smoke": Scale(runs(SIZES[:1], [16], SMOKE), "seconds; shows that the code runs", False),
+    "quick": Scale(
+        runs(SIZES[:1], [16, 32], QUICK, convolutions=[4]) + runs(SIZES[:1], [32], QUICK, convolutions=[0]),
+        "two minutes on 2 cores; L = 64, a vocabulary of 1,024",
+    ),
+    "reduced": Scale(
+        runs(SIZES[:2], [32, 64], REDUCED, convolutions=[4]) + runs(SIZES[:2], [64], REDUCED, convolutions=[0]),
+        "an hour on 2 cores; 20,000 sequences, one learning rate",
+    ),
+    "paper": Scale(runs(SIZES, [64, 128, 256, 512], learning_rates=(1e-4, 4.6e-4, 2.2e-3, 1e-2)), "days on a GPU"),
+}
+
+# ---------------------------------------------------------------------------------------------------------- the claims
+
+Point = tuple[str, bool, int, int]  # mixer, whether with a convolution, L, d
+
+
+def points(rows: Rows) -> dict[Point, float]:
+    """Accuracy at each point: the best learning rate of each seed, the median over seeds."""
+    best: dict[Point, dict[int, float]] = {}
+    for row in rows:
+        seeds = best.setdefault((row["model"], row["conv"] > 0, row["L"], row["d"]), {})
+        seeds[row["seed"]] = max(row["accuracy"], seeds.get(row["seed"], 0.0))
+    return {point: median(seeds.values()) for point, seeds in best.items()}
+
+
+def select(rows: Rows, models: Sequence[str], conv: bool) -> dict[Point, float]:
+    """The points of these mixers with a convolution or without."""
+    return {point: value for point, value in points(rows).items() if point[0] in models and point[1] is conv}
+
+
+def name(point: Point) -> str:
+    """A point in words."""
+    model, conv, L, d = point
+    return f"{MIXERS[model].label.lower()} {'with' if conv else 'without'} convolution at L = {L}, d = {d}"
+
+
+def solved(rows: Rows) -> float:
+    """Accuracy above which a run is stopped, so that differences there mean nothing."""
+    return float(rows[0]["solved"])
+
+
+def note(rows: Rows, why: str = "") -> str:
+    """What sets the rows apart from the paper's, and why a claim doesn't hold."""
+    ours, paper = rows[0], Training()
+    names = {"vocabulary": "tokens", "sequences": "training sequences", "passes": "passes over them"}
+    fewer = [f"{ours[key]:,} {word}, not {getattr(paper, key):,}" for key, word in names.items()]
+    changed = [text for text, key in zip(fewer, names) if ours[key] != getattr(paper, key)]
+    return "; ".join(filter(None, (", ".join(changed), why)))
+
+
+def as_long(rows: Rows) -> bool:
+    """Whether the models saw as many sequences as the paper's; if not, an unsolved task may want no more than that."""
+    paper = Training()
+    return all(row["sequences"] * row["passes"] >= paper.sequences * paper.passes for row in rows)
+
+
+def solves(conv: bool) -> Callable[[Rows], Outcome]:
+    """The lowest accuracy of softmax attention over L and d, which is to be a solution."""
+
+    def measure(rows: Rows) -> Outcome:
+        found = select(rows, ["softmax"], conv)
+        worst = min(found, key=found.__getitem__)
+        lowest = round(found[worst], 3)
+        if found[worst] > solved(rows):
+            return Outcome(lowest, True, note=note(rows))
+        if as_long(rows):
+            return Outcome(lowest, False, note=note(rows, f"lowest: {name(worst)}"))
+        return Outcome(lowest, None, note=note(rows, f"undecided: too little training for {name(worst)}"))
+
+    return measure
+
+
+def measure_linear_alone(rows: Rows) -> Outcome:
+    """Judged where softmax attention shows that the training was long enough to do without a convolution."""
+    rivals, found = select(rows, ["softmax"], False), select(rows, ["linear"], False)
+    fair = {p: value for p, value in found.items() if rivals[("softmax", *p[1:])] > solved(rows)}
+    if not fair:
+        best = round(max(found.values()), 3)
+        return Outcome(best, None, note=note(rows, "undecided: no more did softmax attention with positions"))
+    return Outcome(round(max(fair.values()), 3), max(fair.values()) <= solved(rows), note=note(rows))
+
+
+def compare(rows: Rows, lower: Mapping[Point, float], higher: Callable[[Point], Point]) -> Outcome:
+    """Whether the higher of two points is nowhere less accurate and somewhere more, by 0.01 and up to a solution."""
+    found, top = points(rows), solved(rows)
+    gains = {p: min(found[higher(p)], top) - min(value, top) for p, value in lower.items() if higher(p) in found}
+    if not gains:
+        return Outcome(None, None, note="nothing to compare at this scale")
+    worst = min(gains, key=gains.__getitem__)
+    holds = gains[worst] >= -0.01 and max(gains.values()) > 0.01
+    why = f"least: {name(higher(worst))}, {found[higher(worst)]:.3f}, against {name(worst)}, {found[worst]:.3f}"
+    measured = f"{sum(gain > 0.01 for gain in gains.values())} of {len(gains)} higher"
+    span = [round(gains[worst], 3), round(max(gains.values()), 3)]
+    return Outcome(measured, holds, span, note(rows, "" if holds else why))
+
+
+def measure_convolution(rows: Rows) -> Outcome:
+    outcome = compare(rows, select(rows, FAST_WEIGHTS, False), lambda p: (p[0], True, *p[2:]))
+    everywhere = outcome.spread is not None and outcome.spread[0] > 0.01
+    return Outcome(outcome.measured, outcome.holds and everywhere, outcome.spread, outcome.note)
+
+
+def measure_delta(rows: Rows) -> Outcome:
+    return compare(rows, select(rows, ["linear"], True), lambda p: ("delta", *p[1:]))
+
+
+def measure_state(rows: Rows) -> Outcome:
+    widths = sorted({row["d"] for row in rows})
+    wider = dict(pairwise(widths))
+    return compare(rows, select(rows, FAST_WEIGHTS, True), lambda p: (*p[:3], wider.get(p[3], 0)))
+
+
+def measure_length(rows: Rows) -> Outcome:
+    lengths = sorted({row["L"] for row in rows})
+    shorter = {long: short for short, long in pairwise(lengths)}
+    return compare(rows, select(rows, FAST_WEIGHTS, True), lambda p: (*p[:2], shorter.get(p[2], 0), p[3]))
+
+
+# ---------------------------------------------------------------------------------------------------------- the figure
+
+
+def draw(rows: Rows) -> Figure:
+    """A panel for each length: accuracy against the numbers in a layer's state, a line a model, a point a width."""
+    from matplotlib.figure import Figure
+
+    sizes = sorted({(row["L"], row["pairs"]) for row in rows})
+    found, states = points(rows), {(row["model"], row["conv"] > 0, row["L"], row["d"]): row["state"] for row in rows}
+    figure = Figure(figsize=(1.6 + 4.2 * len(sizes), 4.4), layout="constrained")
+    for axes, (L, pairs) in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes):
+        for model, mixer in MIXERS.items():
+            for conv in (True, False):
+                line = sorted((states[p], found[p]) for p in found if p[:3] == (model, conv, L))
+                style = {
+                    "color": mixer.colour,
+                    "marker": "s" if model == "softmax" else "o",
+                    "markersize": 5,
+                    "lw": 1.3,
+                }
+                axes.plot(*zip(*line), **style, ls="-" if conv else "--", mfc=mixer.colour if conv else "white")
+        axes.axhline(1 / pairs, color="black", lw=0.7, ls=":")
+        axes.annotate(
+            "a guess among the values of the context",
+            (0.98, 1 / pairs),
+            (0, 3),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="right",
+            fontsize=7,
+        )
+        axes.set(ylim=(-0.02, 1.03), title=f"L = {L}, {pairs} pairs", ylabel="accuracy")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_xlabel("numbers in a layer's state after L tokens")
+    handles = [
+        axes.plot([], [], color=mixer.colour, marker="s" if model == "softmax" else "o", lw=1.3, label=mixer.label)[0]
+        for model, mixer in MIXERS.items()
+    ]
+    black = {"color": "black", "marker": "o", "lw": 1.3}
+    handles += axes.plot([], [], **black, label="short convolution")
+    handles += axes.plot([], [], **black, ls="--", mfc="white", label="none (softmax: learned positions)")
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------- the family
+
+
+def describe(row: Mapping[str, Any]) -> str:
+    """A finished run in one line."""
+    point = (row["model"], row["conv"] > 0, row["L"], row["d"])
+    return (
+        f"{name(point)}, seed {row['seed']}: {row['accuracy']:.1%}, {row['passes_done']} passes, {row['seconds']:.0f} s"
+    )
+
+
+ZOOLOGY, BASED = "arXiv 2312.04927", "arXiv 2402.18668"
+
+MQAR = Family(
+    id="arora2023-mqar",
+    title="How much recall does a state of constant size buy?",
+    paper="Arora et al. 2023, Zoology: Measuring and Improving Recall in Efficient Language Models, arXiv 2312.04927",
+    question="Softmax attention keeps every key and value; fast weights keep one matrix. A sequence shows some keys, "
+    "each followed by its value, then asks for each key once. Which update rule recalls how much from how large a "
+    "state, and what does a short convolution do, with which a layer sees a key and its value at once?",
+    protocol=(
+        "The first 2 · pairs of L tokens are keys, each followed by its value, without replacement from either half of "
+        "the vocabulary. Then each key comes once more, at the n-th even place with p ∝ n^(0.01 − 1); there its value "
+        "is to be predicted. Everything else is token 0.",
+        "Embedding, dropout 0.1, two blocks x + mixer(LN x), then x + LN x, LN, tied head: the paper’s, without a "
+        "feed-forward net. One head. All weights start as N(0, 0.02²).",
+        "Softmax attention: with learned positions, or with a short convolution and no positions. Linear attention: "
+        "φ = elu + 1, with its denominator. Delta rule and gated delta rule: the layers of arXiv 2406.06484 and "
+        "2412.06464. The short convolution mixes the last 4 tokens of q, k and v, each channel by itself.",
+        "Cross entropy at the answers over the whole vocabulary; AdamW, weight decay 0.1, cosine to 0; stop once more "
+        "than 99 % of the test answers are right, looked at after each pass. The result is the last accuracy.",
+        "The state counts the numbers that one layer keeps after L tokens: S, z and the convolution’s last 3 inputs; "
+        "for softmax attention 2 L d and these inputs, so it grows with L.",
+    ),
+    caption="Accuracy against the numbers in a layer’s state, a point a width d. Softmax attention’s state grows with "
+    "L, the others’ does not. A run ends above 99 %, so differences there mean nothing. At the dotted line a model "
+    "knows the values of the context, but not which belongs to the key.",
+    scales=SCALES,
+    train=train,
+    describe=describe,
+    draw=draw,
+    claims=(
+        Claim(
+            "attention-positions",
+            "Softmax attention with learned positions solves every length at every width.",
+            1.0,
+            f"{ZOOLOGY}, Figure 2, read off: L 64 to 512, d 64 to 512",
+            "lowest accuracy over L and d; holds above 0.99; below it decided only after as much training",
+            solves(False),
+        ),
+        Claim(
+            "attention-convolution",
+            "Softmax attention with a short convolution instead of positions solves every length at every width.",
+            None,
+            f"{BASED}, whose figures give attention such a convolution and no positions",
+            "lowest accuracy over L and d; holds above 0.99; below it decided only after as much training",
+            solves(True),
+        ),
+        Claim(
+            "linear-alone",
+            "Without a convolution linear attention solves no length at any width at which softmax attention with "
+            "positions does.",
+            None,
+            f"{BASED}, section 4: “linear attention alone struggles to solve associative recall”",
+            "highest accuracy of linear attention over such L and d (over all, where there is none); holds up to 0.99",
+            measure_linear_alone,
+        ),
+        Claim(
+            "convolution",
+            "With the same training a short convolution makes linear attention, the delta rule and the gated delta "
+            "rule more accurate, at every length and width.",
+            None,
+            f"{BASED}, section 4: without it “the precision to perform local token shifts” is missing, said of linear "
+            "attention",
+            "accuracy with minus without, both up to 0.99; holds if above 0.01 everywhere",
+            measure_convolution,
+        ),
+        Claim(
+            "delta-over-linear",
+            "With a short convolution the delta rule recalls more than linear attention of the same width, whose state "
+            "is as large.",
+            None,
+            "arXiv 2406.06484, abstract: the delta rule was found “more effective at associative recall”",
+            "accuracy of delta minus linear, both up to 0.99; holds if nowhere below −0.01 and somewhere above 0.01",
+            measure_delta,
+        ),
+        Claim(
+            "state",
+            "With a short convolution, a larger state recalls more: linear attention, delta rule, gated delta rule.",
+            None,
+            f"{BASED}, abstract: “a key tradeoff between a model’s state size and recall ability”",
+            "accuracy at a width minus the next smaller, both up to 0.99; holds if nowhere below −0.01 and somewhere "
+            "above 0.01",
+            measure_state,
+        ),
+        Claim(
+            "length",
+            "With a short convolution, more pairs in a longer sequence are harder for the same state.",
+            None,
+            f"{ZOOLOGY}, the authors’ code: “Increasing the sequence length correlates with increased task difficulty”",
+            "accuracy at a length minus the next longer, both up to 0.99; holds if nowhere below −0.01 and somewhere "
+            "above 0.01",
+            measure_length,
+        ),
+    ),
+)
