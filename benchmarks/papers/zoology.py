@@ -85,7 +85,7 @@ class SoftmaxAttention(nn.Module):
             qkv, tail = self.conv(qkv)
         q, k, v = qkv.chunk(3, -1)
         y = self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True))
-        return y, LayerState((k, v), tail, torch.full((len(x),), x.shape[1]))
+        return y, LayerState((k, v), tail, torch.full((len(x),), x.shape[1], device=x.device))
 
 
 @dataclass(frozen=True)
@@ -155,13 +155,13 @@ def state_size(model: Recall, L: int) -> int:
 
 @dataclass(frozen=True)
 class Training:
-    """The paper's numbers, save the learning rate, of which they tried four from 1e-4 to 1e-2."""
+    """The paper's numbers; of four learning rates it takes the best, 1e-2 is the highest of them."""
 
     vocabulary: int = 8192
     sequences: int = 100_000
     passes: int = 64
     batch: int = 512
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-2
     weight_decay: float = 0.1
     dropout: float = 0.1
     layers: int = 2
@@ -208,13 +208,14 @@ def train(settings: Settings) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------- the grids
 
 SIZES = ((64, 4), (128, 8), (256, 16))  # L, pairs
+RATES = (1e-4, 4.6e-4, 2.2e-3, 1e-2)
 
 
 def runs(
     sizes: Iterable[tuple[int, int]],
     widths: Iterable[int],
     training: Training = Training(),
-    learning_rates: Iterable[float] = (1e-2,),
+    learning_rates: Iterable[float] = RATES[-1:],
     convolutions: Iterable[int] = (4, 0),
     seeds: int = 1,
 ) -> list[dict[str, Any]]:
@@ -245,7 +246,11 @@ SCALES = {
         runs(SIZES[:2], [32, 64], REDUCED, convolutions=[4]) + runs(SIZES[:2], [64], REDUCED, convolutions=[0]),
         "an hour on 2 cores; 20,000 sequences, one learning rate",
     ),
-    "paper": Scale(runs(SIZES, [64, 128, 256, 512], learning_rates=(1e-4, 4.6e-4, 2.2e-3, 1e-2)), "days on a GPU"),
+    "paper": Scale(
+        runs(SIZES[:2], [64, 128, 256, 512], Training(), RATES)
+        + runs(SIZES[2:], [64, 128, 256, 512], Training(batch=256), RATES),
+        "days on a GPU; the best of four learning rates",
+    ),
 }
 
 # ---------------------------------------------------------------------------------------------------------- the claims
@@ -454,8 +459,8 @@ MQAR = Family(
         Claim(
             "attention-convolution",
             "Softmax attention with a short convolution instead of positions solves every length at every width.",
-            None,
-            f"{BASED}, whose figures give attention such a convolution and no positions",
+            1.0,
+            f"{BASED}, section 3.1: “Attention achieves perfect recall accuracy”, in that form, at other lengths",
             "lowest accuracy over L and d; holds above 0.99; below it decided only after as much training",
             solves(True),
         ),
@@ -464,7 +469,7 @@ MQAR = Family(
             "Without a convolution linear attention solves no length at any width at which softmax attention with "
             "positions does.",
             None,
-            f"{BASED}, section 4: “linear attention alone struggles to solve associative recall”",
+            f"{BASED}, introduction: “linear attention alone struggles to solve associative recall”",
             "highest accuracy of linear attention over such L and d (over all, where there is none); holds up to 0.99",
             measure_linear_alone,
         ),
@@ -473,8 +478,7 @@ MQAR = Family(
             "With the same training a short convolution makes linear attention, the delta rule and the gated delta "
             "rule more accurate, at every length and width.",
             None,
-            f"{BASED}, section 4: without it “the precision to perform local token shifts” is missing, said of linear "
-            "attention",
+            f"{BASED}, section 4: “Linear attention lacks the precision to perform local token shifts”",
             "accuracy with minus without, both up to 0.99; holds if above 0.01 everywhere",
             measure_convolution,
         ),
@@ -491,7 +495,8 @@ MQAR = Family(
             "state",
             "With a short convolution, a larger state recalls more: linear attention, delta rule, gated delta rule.",
             None,
-            f"{BASED}, abstract: “a key tradeoff between a model’s state size and recall ability”",
+            f"{BASED}, section 3.1: within a class of models “increasing the recurrent state size almost always leads "
+            "to an improvement in accuracy”",
             "accuracy at a width minus the next smaller, both up to 0.99; holds if nowhere below −0.01 and somewhere "
             "above 0.01",
             measure_state,
