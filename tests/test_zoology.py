@@ -175,7 +175,7 @@ PLANTED = {
     "attention-positions": planted(0.98, model="softmax", conv=0, L=128, d=64),
     "attention-convolution": planted(0.98, model="softmax", conv=4, L=64, d=512),
     "linear-alone": planted(0.991, model="linear", conv=0, L=64, d=64),
-    "convolution": planted(0.99, model="gated_delta", conv=0, L=64, d=64),
+    "convolution": planted(0.81, model="gated_delta", conv=0, L=64, d=64),  # as with one
     "delta-over-linear": planted(0.7, model="delta", conv=4, L=128, d=64),
     "state": planted(0.97, model="linear", conv=4, L=64, d=128),
     "length": planted(0.7, model="delta", conv=4, L=64, d=256),
