@@ -25,10 +25,14 @@ import torch
 import fwp
 
 from .claims import Family, Settings
+from .papers.fast_weight_memories import FLIP_FLOP_FAMILY, PARKING_FAMILY
 from .papers.secretly_fast_weights_1 import SETTING_1
 from .papers.secretly_fast_weights_2 import SETTING_2
+from .papers.zoology import MQAR
 
-FAMILIES: dict[str, Family] = {family.id: family for family in (SETTING_1, SETTING_2)}
+FAMILIES: dict[str, Family] = {
+    family.id: family for family in (FLIP_FLOP_FAMILY, PARKING_FAMILY, SETTING_1, SETTING_2, MQAR)
+}
 SCALES = ("smoke", "quick", "reduced", "paper")
 
 Progress = Callable[[int, int, str], None]  # finished runs, all runs, what was just finished

@@ -214,3 +214,52 @@ def slow_fast_1991(slow, slow_in, fast_in, w, *, version, steepness=10.0):
         if steepness is not None:
             w = 1 / (1 + np.exp(-steepness * (w - 0.5)))
     return out, w
+
+
+def slow_fast_1991_online(W, slow_in, fast_in, target, w, *, version, steepness=10.0, rate=1.0):
+    """The same net while a linear slow net W [outputs, d] learns, W −= rate · ∂E(t)/∂W, E(t) = ½ Σ (target − y)².
+
+    p[a, b] = ∂w_ab/∂W is carried forward from 0 (eq. 2, 3, 4 and 6). target [T, b]. Returns y [T, b] and the last W.
+    """
+    (T, A), B = fast_in.shape, w.shape[1]
+    out, p = np.zeros((T, B)), np.zeros((A, B, *W.shape))
+    for t in range(T):
+        out[t] = w.T @ fast_in[t]
+        s, d_E = W @ slow_in[t], np.zeros(W.shape)
+        w_new, p_new = np.zeros(w.shape), np.zeros(p.shape)
+        for a, b in np.ndindex(A, B):
+            d_E += (out[t, b] - target[t, b]) * fast_in[t, a] * p[a, b]
+            d_box = np.zeros(W.shape)
+            if version == 1:
+                box = s[a * B + b]
+                d_box[a * B + b] = slow_in[t]
+            else:
+                box = s[a] * s[A + b]
+                d_box[a] = s[A + b] * slow_in[t]
+                d_box[A + b] = s[a] * slow_in[t]
+            w_new[a, b], slope = w[a, b] + box, 1.0
+            if steepness is not None:
+                w_new[a, b] = 1 / (1 + np.exp(-steepness * (w_new[a, b] - 0.5)))
+                slope = steepness * w_new[a, b] * (1 - w_new[a, b])
+            p_new[a, b] = slope * (p[a, b] + d_box)
+        w, p, W = w_new, p_new, W - rate * d_E
+    return out, W
+
+
+# ---- Schmidhuber 1993 ----
+def recurrent_1993(x, w, y, *, f, g, h, steepness=10.0):
+    """y_i(t+1) = f(Σ_j w_ij(t) l_j(t)), l = [x, y], then w_ij(t+1) = σ(w_ij(t) + g(l_j(t)) h(y_i(t+1))) (eq. 3, 4).
+
+    One stream: x [T, d], w = w(1) [n, d + n], y = y(1) [n]. Returns y(2) … y(T + 1), [T, n], and the last w.
+    """
+    out = np.zeros((len(x), len(y)))
+    for t in range(len(x)):
+        seen = np.concatenate([x[t], y])
+        y = f(w @ seen)
+        w_new = np.zeros(w.shape)
+        for i, j in np.ndindex(w.shape):
+            w_new[i, j] = w[i, j] + g(seen[j]) * h(y[i])
+            if steepness is not None:
+                w_new[i, j] = 1 / (1 + np.exp(-steepness * (w_new[i, j] - 0.5)))
+        w, out[t] = w_new, y
+    return out, w
