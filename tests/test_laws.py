@@ -578,6 +578,18 @@ def test_what_is_asked_for_is_what_runs(options, T, runs, monkeypatch):
     assert ran == {runs}
 
 
+@each_lowered
+def test_the_reference_needs_no_lowering(rule):
+    """Whatever is wrong with it: the equation alone is what everything else is measured by."""
+
+    def broken(core, **gates):
+        raise AssertionError("lowered")
+
+    inputs = sample(rule, T=5, state=True)
+    found = evaluate(replace(rule, lower=broken), inputs, **REFERENCE)
+    assert all(torch.equal(found[key], x) for key, x in evaluate(rule, inputs, **REFERENCE).items())
+
+
 def test_verbs_and_gates_know_every_option():
     signature = inspect.signature(fast_weights).parameters
     options = {key for key, p in signature.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
