@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import fwp
 from fwp import rules, testing
 from fwp.core import Core, to_heads
 from fwp.functional import choose
+from fwp.nn import FastWeightAttention, SlowFastNet
 from fwp.rules import Rule
 
 from .reproduce import cores, for_workers, start_worker
@@ -310,6 +311,43 @@ def against_transformers(rule: Rule) -> Iterator[Row]:
             yield row(rule.name, case, "torch", form, torch.float32, quantity, testing.row_error(a, b), 3e-4)
 
 
+def against_1991(rule: Rule) -> Iterator[Row]:
+    """The additive slow and fast nets of 1991 are linear attention: FROM is the key, TO the value, F's input the query.
+
+    Version 2 with a linear slow net is the layer with the same weights, without normalisation; read "before" is the
+    same with each query a token late, and a fast net of two layers is two ops.
+    """
+    if rule is not rules.RULES["additive"]:
+        return
+    E, K, M, T = 8, 16, 6, 20
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        slow, deep_slow = nn.Linear(E, K + E, bias=False).double(), nn.Linear(E, K + 2 * M + E).double()
+        layer = FastWeightAttention(E, 1, head_dim=K, value_dim=E, scale=1.0).double()
+        x, d = torch.randn(2, T, E, dtype=torch.float64), torch.randn(2, T, K, dtype=torch.float64)
+    with torch.no_grad():
+        layer.o_proj.weight.copy_(torch.eye(E))
+        slow.weight.copy_(torch.cat([layer.k_proj.weight, layer.v_proj.weight]))
+        q, k, v = (project(x).unsqueeze(2) for project in (layer.q_proj, layer.k_proj, layer.v_proj))
+
+        def of(net: nn.Module, fast: nn.Module, read: str, seen: Tensor) -> Tensor:
+            return SlowFastNet(net, fast, update="additive", read=read)(x, fast_input=seen)[0]
+
+        flat = nn.Linear(K, E, bias=False)
+        late = fwp.additive(q.roll(-1, 1), k, v)[0].roll(1, 1).squeeze(2)
+        late[:, 0] = 0
+        FROM, TO, FROM_2, TO_2 = deep_slow(x).unsqueeze(2).split([K, M, M, E], -1)
+        hidden = fwp.additive(d.unsqueeze(2), FROM, TO)[0].tanh()
+        deep = nn.Sequential(nn.Linear(K, M, bias=False), nn.Tanh(), nn.Linear(M, E, bias=False))
+        pairs = {
+            "1991: linear attention": (of(slow, flat, "after", q.squeeze(2)), layer(x)[0]),
+            "1991: read before": (of(slow, flat, "before", q.squeeze(2)), late),
+            "1991: two layers": (of(deep_slow, deep, "after", d), fwp.additive(hidden, FROM_2, TO_2)[0].squeeze(2)),
+        }
+    for case, (found, truth) in pairs.items():
+        yield row(rule.name, case, "torch", "chunk", torch.float64, "out", testing.row_error(found, truth), 1e-12)
+
+
 IDENTITIES: tuple[Callable[[Rule], Iterator[Row]], ...] = (
     against_quadratic,
     against_simpler,
@@ -317,6 +355,7 @@ IDENTITIES: tuple[Callable[[Rule], Iterator[Row]], ...] = (
     recall,
     against_oracle,
     against_transformers,
+    against_1991,
 )
 
 
@@ -396,8 +435,8 @@ def main(rule: str | None = None, backend: str | None = None, json_file: Path | 
     failed, ran = sum(r["ok"] is False for r in found), sum(r["ok"] is not None for r in found)
     console.print(
         "The error of the worst row of output, state or gradient; * in Triton's interpreter. Bounds: float64 1e-10 "
-        "(recall and oracle 1e-12), float32 3e-4, 16 bits twice (gradients three times) what products of operands "
-        f"rounded to 16 bits err. backend='auto' takes here {automatic()}."
+        "(recall, oracle and 1991 1e-12), float32 3e-4, 16 bits twice (gradients three times) what products of "
+        f"operands rounded to 16 bits err. backend='auto' takes here {automatic()}."
     )
     bad = failed > 0 or not ran
     console.print(f"{ran} comparisons, {failed} failed, {len(found) - ran} not run.", style="red" if bad else "green")
