@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fwp import feature_maps, rules, validate
+from fwp import feature_maps, rules, trust, validate
 from fwp.core import Core, Form, Read, State, state_dtype, without_autocast
 from fwp.feature_maps import FeatureMap
 from fwp.rules import Rule
@@ -194,10 +194,15 @@ def choose(core: Core | None, backend: str, form: str, v: Tensor) -> tuple[str, 
     assert core is not None
     picked: Form = "recurrent" if form == "recurrent" or (form == "auto" and v.shape[1] == 1) else "chunk"
     if backend == "auto":
-        fast = v.is_cuda and v.dtype != torch.float64 and _refusal("triton", core, picked) is None
-        return ("triton" if fast else "torch"), picked
+        if v.is_cuda and v.dtype != torch.float64 and _refusal("triton", core, picked) is None:
+            if (doubt := trust.doubt(core, picked)) is None:
+                return "triton", picked
+            trust.warn(doubt)
+        return "torch", picked
     if why := _refusal(backend, core, picked):
         raise ValueError(f"backend: {backend!r} can't serve this: {why}")
+    if backend == "triton" and (doubt := trust.doubt(core, picked)):
+        raise RuntimeError(f"backend: 'triton' is not to be trusted here: {doubt}")
     return backend, picked
 
 

@@ -1,0 +1,258 @@
+"""Whether kernels that a compiler got wrong are found out before anybody relies on them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fwp import functional, trust
+from fwp.core import Core
+from fwp.functional import fast_weights
+from fwp.testing import deviation, sample
+
+pytest.importorskip("triton")
+import triton
+
+from fwp.kernels import launch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+NAMES = ("q", "k", "v", "g", "e", "w", "S")
+PAIR = f"Triton {triton.__version__} and torch {torch.__version__} on Some GPU 9000 (sm_99)"
+
+
+@pytest.fixture(autouse=True)
+def stranger(monkeypatch, tmp_path):
+    """A GPU that nobody knows, its user's cache empty; where there is none the interpreter stands for it."""
+    monkeypatch.setattr(trust, "describe", lambda device: ("Some GPU 9000", "sm_99"))
+    monkeypatch.setattr(trust, "runs_on_gpu", lambda x: True)
+    monkeypatch.setattr(trust, "T", 37)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    forget()
+    yield
+    forget()
+
+
+def forget():
+    trust._asked.clear()
+    trust._ask.cache_clear()
+
+
+@pytest.fixture
+def canaries(monkeypatch):
+    """The cases that a canary was run for."""
+    ran, run = [], trust.canary
+    monkeypatch.setattr(trust, "canary", lambda case: ran.append(case) or run(case))
+    return ran
+
+
+def arguments(rule="kda", **options):
+    inputs = sample(rule, B=1, T=5, H=1, K=4, V=3, dtype=torch.float32, device=DEVICE, **options)
+    return {name: x.requires_grad_() for name, x in inputs.items()}
+
+
+def some_core(dtype=torch.float32, **options):
+    x = torch.randn(1, 5, 1, 4, dtype=dtype, device=DEVICE)
+    gates = {"g": -torch.rand(1, 5, 1, 4), "e": torch.rand(1, 5, 1), "w": torch.rand(1, 5, 1)}
+    return Core(x.requires_grad_(), x, x, **{name: gate.to(DEVICE) for name, gate in gates.items()}, **options)
+
+
+def spoil(monkeypatch, name, change):
+    """`change` is made to what the launch layer returns."""
+    right = getattr(launch, name)
+
+    def wrong(*args):
+        results = list(right(*args))
+        change(results)
+        return results if name == "backward" else tuple(results)
+
+    monkeypatch.setattr(launch, name, wrong)
+
+
+def halve_a_row(i):
+    def change(results):
+        results[i].view(-1, results[i].shape[-1])[0] *= 0.5
+
+    return change
+
+
+OPTIONS = {
+    "chunk": {},
+    "before": {"read": "before"},
+    "normalised": {"denominator": True},
+    "packed": {"cu_seqlens": torch.tensor([0, 2, 5])},
+}
+
+
+@pytest.mark.parametrize("form", ["chunk", "recurrent"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_right_kernels_are_trusted(name, form, canaries):
+    options = {key: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for key, x in OPTIONS[name].items()}
+    assert trust.doubt(some_core(**options), form) is None
+    assert [case.form for case in canaries] == [form]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_right_kernels_are_trusted_in_other_precisions(dtype):
+    assert trust.doubt(some_core(dtype), "chunk") is None
+
+
+@pytest.mark.parametrize("i", range(7), ids=NAMES)
+def test_a_wrong_gradient_is_found(monkeypatch, i):
+    spoil(monkeypatch, "backward", halve_a_row(i))
+    assert f"{PAIR}: d{NAMES[i]} is off by " in trust.doubt(some_core(), "chunk")
+
+
+@pytest.mark.parametrize("i", range(2), ids="oS")
+def test_a_wrong_result_is_found(monkeypatch, i):
+    spoil(monkeypatch, "forward", halve_a_row(i))
+    assert f"{PAIR}: {'oS'[i]} is off by " in trust.doubt(some_core(), "recurrent")
+
+
+def test_what_is_not_finite_is_found(monkeypatch):
+    spoil(monkeypatch, "forward", lambda results: results[0][..., -1].fill_(torch.nan))
+    assert "o is off by inf" in trust.doubt(some_core(), "chunk")
+
+
+def test_what_does_not_compile_is_found(monkeypatch):
+    def fails(*args):
+        raise RuntimeError("no such instruction\nin line 3")
+
+    monkeypatch.setattr(launch, "backward", fails)
+    assert trust.doubt(some_core(), "chunk").endswith("(sm_99): RuntimeError: no such instruction")
+
+
+def test_without_gradients_only_the_forward_is_asked(monkeypatch):
+    spoil(monkeypatch, "backward", halve_a_row(0))
+    with torch.no_grad():
+        assert trust.doubt(some_core(), "chunk") is None
+    assert trust.doubt(some_core(), "chunk") is not None
+
+
+# ---- what follows ----
+
+
+def test_an_explicit_request_raises_and_names_the_versions(monkeypatch):
+    spoil(monkeypatch, "backward", halve_a_row(2))
+    with pytest.raises(RuntimeError, match="^backend: 'triton' is not to be trusted here: ") as error:
+        fast_weights("kda", **arguments(), backend="triton")
+    assert PAIR in str(error.value)
+
+
+def test_auto_warns_and_takes_torch(monkeypatch):
+    core, seen = some_core(), SimpleNamespace(is_cuda=True, dtype=torch.float32, shape=(1, 5, 1, 4))
+    assert functional.choose(core, "auto", "auto", seen) == ("triton", "chunk")
+    forget()
+    for folder in trust.cache_folder().iterdir():
+        for file in folder.iterdir():
+            file.unlink()
+    spoil(monkeypatch, "backward", halve_a_row(2))
+    with pytest.warns(RuntimeWarning, match="^backend: 'auto' takes 'torch', many times slower: ") as warned:
+        assert functional.choose(core, "auto", "auto", seen) == ("torch", "chunk")
+    assert PAIR in str(warned[0].message)
+
+
+# ---- what is remembered ----
+
+
+def test_asked_once_in_a_process_and_once_on_a_machine(canaries):
+    core = some_core()
+    for _ in range(3):
+        assert trust.doubt(core, "chunk") is None
+    assert len(canaries) == 1
+    forget()  # as a new process does
+    assert trust.doubt(core, "chunk") is None
+    assert len(canaries) == 1
+    assert trust.doubt(core, "recurrent") is None
+    assert len(canaries) == 2
+
+
+def test_another_gpu_or_version_is_asked_anew(monkeypatch, canaries):
+    def change(*_):
+        forget()
+        assert trust.doubt(some_core(), "chunk") is None
+
+    change()
+    for count, place, name, value in (
+        (2, trust, "describe", lambda device: ("Another GPU", "sm_99")),
+        (3, triton, "__version__", "9.9"),
+        (4, torch, "__version__", "9.9"),
+    ):
+        monkeypatch.setattr(place, name, value)
+        change()
+        assert len(canaries) == count
+
+
+def test_a_failure_is_forgotten_with_the_process(monkeypatch, canaries):
+    with monkeypatch.context() as wrong:
+        spoil(wrong, "forward", halve_a_row(0))
+        for _ in range(2):
+            assert trust.doubt(some_core(), "chunk") is not None
+    assert len(canaries) == 1
+    forget()
+    assert trust.doubt(some_core(), "chunk") is None
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path, canaries):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for _ in range(2):
+        assert trust.doubt(some_core(), "chunk") is None
+    assert len(canaries) == 1
+
+
+def test_pairs_known_to_be_good_are_not_asked(monkeypatch, canaries):
+    monkeypatch.setattr(trust, "KNOWN_GOOD", {("sm_99", triton.__version__)})
+    assert trust.doubt(some_core(), "chunk") is None
+    assert not canaries
+
+
+def test_the_interpreter_is_not_asked(monkeypatch, canaries):
+    monkeypatch.undo()
+    assert torch.cuda.is_available() or trust.doubt(some_core(), "chunk") is None
+    assert not canaries
+
+
+# ---- traced calls ----
+
+
+def plain(v, inputs):
+    return fast_weights("kda", v=v, **inputs, backend="triton")[0]
+
+
+CALLS = {
+    "compile": lambda f, v: torch.compile(f, fullgraph=True, backend="aot_eager")(v),
+    "compile any size": lambda f, v: torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=True)(v),
+    "grad": lambda f, v: torch.func.grad(lambda v: f(v).sum())(v) * 0 + f(v),
+    "autocast": lambda f, v: torch.autocast(DEVICE, torch.bfloat16, enabled=False)(f)(v),
+    "inference": lambda f, v: torch.inference_mode()(f)(v),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_traced_and_transformed_calls_ask_outside(name, canaries):
+    torch._dynamo.reset()
+    inputs = {key: x.detach() for key, x in arguments().items()}
+    v = inputs.pop("v")
+    truth = fast_weights("kda", v=v, **inputs, backend="torch")[0]
+    assert deviation(CALLS[name](lambda v: plain(v, inputs), v), truth) < 1e-5
+    assert len(canaries) in (1, 2)
+
+
+def test_a_compiled_call_is_refused_too(monkeypatch):
+    torch._dynamo.reset()
+    spoil(monkeypatch, "forward", halve_a_row(0))
+    inputs = {key: x.detach() for key, x in arguments().items()}
+    with pytest.raises(Exception, match="is not to be trusted here"):
+        torch.compile(lambda v: plain(v, inputs), fullgraph=True, backend="aot_eager")(inputs.pop("v"))
+
+
+def test_while_a_cuda_graph_is_captured_nothing_runs(monkeypatch, canaries):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with monkeypatch.context() as capture:
+        capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert "call it once before a CUDA graph is captured" in trust.doubt(some_core(), "chunk")
+        assert not canaries
+        trust._asked.add(trust.Case(*trust.constants(some_core(), "chunk")))
+        capture.setattr(trust, "_ask", lambda case: None)
+        assert trust.doubt(some_core(), "chunk") is None
