@@ -79,7 +79,7 @@ class SlowFastNet(nn.Module):
         """How many outputs S must have."""
         if self.version == 1:
             return sum(shape.numel() for shape in self.shapes.values())
-        return sum(sum(self.shapes[weight]) + (bias is not None) for weight, bias in self.layers.items())
+        return sum(sum(self.shapes[weight]) + int(bias is not None) for weight, bias in self.layers.items())
 
     def forward(
         self, x: Tensor, state: Weights | None = None, fast_input: Tensor | None = None
@@ -135,8 +135,8 @@ class SlowFastNet(nn.Module):
         loss: E(t) of y and target, by default ½ Σ (target − y)².
 
         With p = ∂w/∂W_S, of |w| |W_S| numbers: ∂E(t)/∂W_S = Σ ∂E(t)/∂w(t − 1) p(t − 1) (eq. 2), then
-        p(t) = σ'(w(t − 1) + □w(t)) (p(t − 1) + ∂□w(t)/∂W_S) (eq. 3). While W_S stays, the gradients of a sequence sum to
-        that of unfolding in time from the same w(0). A pure function: `torch.func.vmap` runs many nets at once.
+        p(t) = σ'(w(t − 1) + □w(t)) (p(t − 1) + ∂□w(t)/∂W_S) (eq. 3). While W_S stays, the gradients of a sequence sum
+        to that of unfolding in time from the same w(0). A pure function: `torch.func.vmap` runs many nets at once.
         """
 
         def change(slow: Weights) -> tuple[Weights, Weights]:
@@ -189,13 +189,12 @@ class SlowFastNet(nn.Module):
             return {name: part.reshape(-1, *shape) for part, (name, shape) in zip(parts, self.shapes.items())}
         found = {}
         for weight, bias in self.layers.items():
-            TO, FROM = self.shapes[weight]
-            source, always_on, target, s = s.split(
-                [FROM, bias is not None, TO, s.shape[1] - FROM - (bias is not None) - TO], 1
-            )
+            (TO, FROM), always = self.shapes[weight], int(bias is not None)
+            patterns, s = s.tensor_split([FROM + always + TO], 1)
+            source, on, target = patterns.split([FROM, always, TO], 1)
             found[weight] = target.unsqueeze(2) * source.unsqueeze(1)  # [N, out, in]
             if bias is not None:
-                found[bias] = target * always_on
+                found[bias] = target * on
         return found
 
     def _squash(self, w: Tensor) -> Tensor:
