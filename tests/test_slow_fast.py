@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 
 import numpy as np
 import oracle
@@ -307,3 +308,15 @@ def test_what_a_user_gets_wrong_is_one_line():
 def test_it_says_what_it_is():
     assert "version=2, update='bounded', steepness=10, read='before'" in repr(one_layer(2))
     assert "version=1, update='additive', read='after'" in repr(one_layer(1, update="additive", read="after"))
+
+
+def test_fwp_check_compares_it_with_linear_attention(monkeypatch):
+    torch.set_default_dtype(torch.float32)  # as where `fwp check` runs
+    equivalence = import_module("fwp.benchmarks.equivalence")
+    additive = equivalence.rules.RULES["additive"]
+    found = list(equivalence.against_1991(additive))
+    assert [row["case"] for row in found] == ["1991: linear attention", "1991: read before", "1991: two layers"]
+    assert all(row["ok"] and row["bound"] == 1e-12 and row["dtype"] == "float64" for row in found)
+    right = SlowFastNet._changes
+    monkeypatch.setattr(SlowFastNet, "_changes", lambda net, s: right(net, s * (1 + 1e-11)))
+    assert not any(row["ok"] for row in equivalence.against_1991(additive))

@@ -1,4 +1,4 @@
-"""Layers: fast weight attention for any rule, the published layers, the block around them; the nets of 1991 and 1993."""
+"""Layers: fast weight attention for any rule, published ones, the block around them; the nets of 1991 and 1993."""
 
 from fwp.nn.attention import FastWeightAttention, FavorPlusFeatures, GateProjection, LayerState, SoftplusDecay
 from fwp.nn.block import Block, FeedForward
