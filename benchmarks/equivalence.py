@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_map
 
 import fwp
 from fwp import rules, testing
-from fwp.core import Core, to_heads
+from fwp.core import Core, Read, to_heads
 from fwp.functional import choose
 from fwp.nn import FastWeightAttention, SlowFastNet
 from fwp.rules import Rule
@@ -330,7 +330,7 @@ def against_1991(rule: Rule) -> Iterator[Row]:
         slow.weight.copy_(torch.cat([layer.k_proj.weight, layer.v_proj.weight]))
         q, k, v = (project(x).unsqueeze(2) for project in (layer.q_proj, layer.k_proj, layer.v_proj))
 
-        def of(net: nn.Module, fast: nn.Module, read: str, seen: Tensor) -> Tensor:
+        def of(net: nn.Module, fast: nn.Module, read: Read, seen: Tensor) -> Tensor:
             return SlowFastNet(net, fast, update="additive", read=read)(x, fast_input=seen)[0]
 
         flat = nn.Linear(K, E, bias=False)

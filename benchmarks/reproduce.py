@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing, contextmanager
 from multiprocessing.connection import wait
@@ -114,7 +114,7 @@ def missing(family: Family, scale: str, out: Path) -> list[Settings]:
     return [settings for settings in family.scales[scale].settings if key(settings) not in rows]
 
 
-def train(todo: Sequence[tuple[Family, Settings]]) -> Iterator[tuple[Family, dict[str, Any]]]:
+def train(todo: Sequence[tuple[Family, Settings]]) -> Generator[tuple[Family, dict[str, Any]], None, None]:
     """Runs them side by side, a process a core, and yields each as it ends. Closing it ends the processes."""
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(min(len(todo), cores()), multiprocessing.get_context("spawn"), start_worker)

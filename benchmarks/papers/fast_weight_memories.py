@@ -149,8 +149,8 @@ def run(net: SlowFastNet, W: Tensor, stream: Stream, rate: float = 0.0) -> Run:
         rates[row["solved"] >= IN_A_ROW] = 0
     if not torch.isfinite(slow["weight"]).all():
         raise FloatingPointError(f"a weight of S isn't finite after {t} steps at rate {rate}")
-    kept = [torch.stack(values) if values else torch.empty(0) for values in (y, w)]
-    return Run(torch.stack(E), slow["weight"], *kept, **found)
+    kept_y, kept_w = (torch.stack(values) if values else torch.empty(0) for values in (y, w))
+    return Run(torch.stack(E), slow["weight"], kept_y, kept_w, **found)
 
 
 def judge_flip_flop(net: SlowFastNet, W: Tensor, test: Stream, tested: Run) -> dict[str, list[float]]:
@@ -243,7 +243,7 @@ def trace(test: Stream, tested: Run, n: int, steps: int = 80) -> dict[str, list[
 # ----------------------------------------------------------------------------------------------------------- the grids
 
 # what the paper states
-FLIP_FLOP = {
+FLIP_FLOP: dict[int, dict[str, Any]] = {
     1: {"task": "flip-flop", "version": 1, "steepness": 10.0, "rate": 1.0},
     2: {"task": "flip-flop", "version": 2, "steepness": 10.0, "rate": 0.5},
 }
@@ -439,7 +439,8 @@ def panels(nets: Sequence[str]) -> tuple[Figure, dict[str, Axes]]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.5, 7), layout="constrained")
-    axes = figure.subplot_mosaic([["solved", "curve"], *([net, net] for net in nets)], height_ratios=[1.5, 1, 1])
+    layout: list[Any] = [["solved", "curve"], *([net, net] for net in nets)]
+    axes = figure.subplot_mosaic(layout, height_ratios=[1.5, 1, 1])
     for net in nets:
         axes[net].set_ylabel(net)
     return figure, axes
@@ -482,7 +483,7 @@ def fast_weights(axes: Axes, trace: Mapping[str, Any], names: str, answers: Sequ
 # -------------------------------------------------------------------------------------------------------- the families
 
 
-def describe(row: dict[str, Any]) -> str:
+def describe(row: Mapping[str, Any]) -> str:
     """A finished run in one line."""
     done = [step for step in row["solved"] if step is not None]
     soonest = f", the first after {min(done)} steps" if done else ""

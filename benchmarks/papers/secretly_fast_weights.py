@@ -180,7 +180,9 @@ class Retrieval(nn.Module):
         if self.memory.phi is None:
             return F.scaled_dot_product_attention(q, k, F.one_hot(values, self.S).to(k.dtype))
         update, phi = self.memory.update, self.memory.features(self.d_key)
-        gates = {} if self.W_beta is None else {"beta": self.written(self.W_beta, keys, values).sigmoid()}
+        gates: dict[str, Any] = (
+            {} if self.W_beta is None else {"beta": self.written(self.W_beta, keys, values).sigmoid()}
+        )
         if few:
             answers = self.answer(phi, q, k, values, gates)
         else:
@@ -358,7 +360,13 @@ def authors(memories: Mapping[str, Memory], repeated: bool) -> list[dict[str, An
         ]
     rows = []
     for log in logs:
-        row = {"model": names[log["model"]], "d_key": 64, "keys": int(log["keys"]), "repeated": repeated, "seed": 1}
+        row: dict[str, Any] = {
+            "model": names[log["model"]],
+            "d_key": 64,
+            "keys": int(log["keys"]),
+            "repeated": repeated,
+            "seed": 1,
+        }
         row |= {name: int(log[name]) for name in ("best_step", "last_step")} | {"best_loss": float(log["best_loss"])}
         if solved(row) or row["last_step"] == row["best_step"] + 1100:
             rows.append(row)
@@ -429,11 +437,19 @@ def lines(axes: Axes, rows: Rows, memories: Mapping[str, Memory], theirs: Rows) 
 
 
 def legend(axes: Axes, columns: int) -> None:
-    above = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1), "ncols": columns}
-    axes.legend(**above, frameon=False, fontsize=8, columnspacing=1, handlelength=1.5)
+    above = (-0.02, 1)
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=above,
+        ncols=columns,
+        frameon=False,
+        fontsize=8,
+        columnspacing=1,
+        handlelength=1.5,
+    )
 
 
-def describe(row: dict[str, Any]) -> str:
+def describe(row: Mapping[str, Any]) -> str:
     """A finished run in one line."""
     return (
         f"{MEMORIES[row['model']].label}, S = {row['keys']}, seed {row['seed']}: best loss {row['best_loss']:.3g} "

@@ -317,7 +317,7 @@ def solves(conv: bool) -> Callable[[Rows], Outcome]:
 def measure_linear_alone(rows: Rows) -> Outcome:
     """Judged where softmax attention shows that the training was long enough to do without a convolution."""
     rivals, found = select(rows, ["softmax"], False), select(rows, ["linear"], False)
-    fair = {p: value for p, value in found.items() if rivals[("softmax", *p[1:])] > solved(rows)}
+    fair = {p: value for p, value in found.items() if rivals[("softmax",) + p[1:]] > solved(rows)}
     if not fair:
         best = round(max(found.values()), 3)
         return Outcome(best, None, note=note(rows, "undecided: no more did softmax attention with positions"))
