@@ -1,4 +1,4 @@
-"""The Triton kernels against the recurrence of `fwp.core`, written here once more token by token.
+"""The Triton kernels against the recurrence of `fwp.core`, written in `cells` once more token by token.
 
 In Triton's interpreter where there is no GPU: tiny sizes. Where there is one the same tests run on it.
 """
@@ -8,122 +8,29 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-
-from fwp.core import Core, State
-from fwp.testing import budgets, deviation, evaluate, poisoned_empties, row_error, sample
-
-pytest.importorskip("triton")
-from fwp.backends import triton as backend
-
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-pytestmark = [pytest.mark.gpu] if GPU else []
-C = 16 if GPU else 8  # matrix instructions take 16 rows at least
-
-ADDITIVE, KDA = (0, False), (2, True)
-CORNERS = pytest.mark.parametrize("cell", [ADDITIVE, KDA], ids=["additive", "kda"])
-CELLS = pytest.mark.parametrize(
-    "cell",
-    [(decay, erase) for decay in (0, 1, 2) for erase in (False, True)],
-    ids=lambda c: f"decay{c[0]}erase{c[1]:d}",
+from cells import (
+    ADDITIVE,
+    CELLS,
+    CORNERS,
+    DEVICE,
+    GPU,
+    KDA,
+    MARKS,
+    READS,
+    C,
+    agree,
+    kernels,
+    moved,
+    problem,
+    recurrence,
+    results,
 )
-READS = pytest.mark.parametrize("read", ["after", "before"])
-FIELDS = ("q", "k", "v", "g", "e", "w", "S", "z")
 
+from fwp.backends import triton as backend
+from fwp.core import Core, State
+from fwp.testing import budgets, deviation, evaluate, row_error, sample
 
-def problem(cell, B=1, T=9, H=(1, 1, 1), K=5, V=3, N=None, dtype=torch.float64, seed=0, **options):
-    """Random inputs of the core, every number different. H: query, key and value heads."""
-    decay, erase = cell
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*size):
-        return torch.randn(size, generator=generator, dtype=torch.float64)
-
-    def uniform(*size):
-        return torch.rand(size, generator=generator, dtype=torch.float64)
-
-    Hq, Hk, Hv = H
-    h, gates = max(Hk, Hv), torch.float64 if dtype == torch.float64 else torch.float32
-    core = Core(
-        normal(B, T, Hq, K).to(dtype),
-        F.normalize(normal(B, T, Hk, K), dim=-1).to(dtype),
-        normal(B, T, Hv, V).to(dtype),
-        g=-uniform(B, T, h, *([K] if decay == 2 else [])).to(gates) if decay else None,
-        e=uniform(B, T, h).to(gates) if erase else None,
-        w=uniform(B, T, h).to(gates) if erase else None,
-        S=normal(B if N is None else N, h, K, V).to(gates),
-        **options,
-    )
-    return moved(core, lambda x: x.to(DEVICE))
-
-
-def moved(core, fn):
-    return replace(core, **{name: fn(x) for name in FIELDS if (x := getattr(core, name)) is not None})
-
-
-def recurrence(core):
-    """The definition at the top of `fwp.core`, in the dtype of its inputs."""
-    H = core.heads
-    bounds = [0, core.k.shape[1]] if core.cu_seqlens is None else core.cu_seqlens.tolist()
-    outputs, ends = [], []
-    for n in range(core.sequences):
-        b, (first, last) = (n, bounds) if core.cu_seqlens is None else (0, bounds[n : n + 2])
-        rows, sums, finals = [], [], []
-        for h in range(H):
-            k, v = core.k[b, :, h // (H // core.k.shape[2])], core.v[b, :, h // (H // core.v.shape[2])]
-            S = v.new_zeros(k.shape[1], v.shape[1]) if core.S is None else core.S[n, h]
-            past = [S]
-            for t in range(first, last):
-                if core.g is not None:
-                    S = core.g[b, t, h].exp().reshape(-1, 1) * S
-                x = v[t] if core.w is None else core.w[b, t, h] * v[t]
-                if core.e is not None:
-                    x = x - core.e[b, t, h] * (k[t] @ S)
-                S = S + torch.outer(k[t], x)
-                past.append(S)
-            seen = past[1:] if core.read == "after" else past[:-1]
-            rows.append(torch.stack(seen if core.causal else [S] * len(seen)) if seen else S.new_zeros(0, *S.shape))
-            finals.append(S)
-        heads = max(core.q.shape[2], H)
-        sums = [
-            (core.q[b, first:last, i // (heads // core.q.shape[2])].unsqueeze(1) @ rows[i // (heads // H)]).squeeze(1)
-            for i in range(heads)
-        ]
-        outputs.append(torch.stack(sums, 1))
-        ends.append(torch.stack(finals))
-    out = torch.stack(outputs) if core.cu_seqlens is None else torch.cat(outputs).unsqueeze(0)
-    return out, State(torch.stack(ends))
-
-
-def results(run, core, outputs=("o", "S"), seed=1):
-    """o, the final state and the gradients of a weighed sum of `outputs`, by name."""
-    core = moved(core, lambda x: x.detach().requires_grad_())
-    o, (S, z) = run(core)
-    found = {"o": o, "S": S} | ({} if z is None else {"z": z})
-    generator = torch.Generator().manual_seed(seed)
-    weights = {name: torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for name, x in found.items()}
-    given = {name: x for name in FIELDS if (x := getattr(core, name)) is not None}
-    names = [name for name in found if name in outputs or name == "z"]
-    grads = torch.autograd.grad(
-        [found[name] for name in names], list(given.values()), [weights[name] for name in names], materialize_grads=True
-    )
-    return {name: x.detach() for name, x in found.items()} | {f"d{name}": x for name, x in zip(given, grads)}
-
-
-def kernels(core, form="chunk", chunk=C):
-    with poisoned_empties():
-        return backend.run(core, form, chunk)
-
-
-def agree(core, bound=1e-10, run=kernels, truth=recurrence, **how):
-    found, expected = results(run, core, **how), results(truth, core, **how)
-    assert found.keys() == expected.keys()
-    errors = {name: deviation(found[name], expected[name]) for name in found}
-    assert max(errors.values()) <= bound, errors
-    for name in FIELDS:
-        assert getattr(core, name) is None or found[f"d{name}"].dtype == getattr(core, name).dtype
-    return found
-
+pytestmark = MARKS
 
 # ---- one recurrence, two forms ----
 
@@ -424,59 +331,3 @@ def test_refusals():
         (moved(core, lambda x: x.to("meta")), "expected CUDA tensors, got meta"),
     ):
         assert backend.refuses(other, "chunk").startswith(reason)
-
-
-def test_no_second_derivative():
-    core = moved(problem(ADDITIVE, T=3), lambda x: x.requires_grad_())
-    o, _ = kernels(core)
-    (dq,) = torch.autograd.grad(o.sum(), core.q, create_graph=True)
-    message = "double backward is not supported by the triton backend; use backend='torch'"
-    with pytest.raises(RuntimeError, match=message):
-        torch.autograd.grad(dq.sum() + (core.k**3).sum(), core.k)  # beside a path that has one
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # PyTorch's own, at the first jvp
-def test_no_forward_derivative():
-    core = problem(ADDITIVE, T=3)
-
-    def f(q):
-        return kernels(replace(core, q=q))[0]
-
-    with pytest.raises(RuntimeError, match="forward derivatives are not supported by the triton backend"):
-        torch.func.jvp(f, (core.q,), (torch.ones_like(core.q),))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward derivatives"):
-        f(torch.autograd.forward_ad.make_dual(core.q, torch.ones_like(core.q)))
-
-
-def test_no_vmap():
-    core = problem(ADDITIVE, T=3)
-    with pytest.raises(RuntimeError, match="vmap"):
-        torch.func.vmap(lambda q: backend.run(replace(core, q=q), "chunk", C)[0])(torch.stack([core.q, core.q]))
-
-
-def test_func_grad():
-    core = problem(KDA, T=3)
-    found = torch.func.grad(lambda q: backend.run(replace(core, q=q), "chunk", C)[0].sum())(core.q)
-    truth = torch.func.grad(lambda q: recurrence(replace(core, q=q))[0].sum())(core.q)
-    assert deviation(found, truth) <= 1e-10
-
-
-def test_compiles_as_one_graph_for_any_length():
-    compiled = torch.compile(
-        lambda core: backend.run(core, "chunk", C), fullgraph=True, backend="aot_eager", dynamic=True
-    )
-    for T in (3, 5):
-        agree(problem(ADDITIVE, T=T), run=compiled)
-
-
-@CORNERS
-def test_the_ops_keep_their_promises_to_pytorch(cell):
-    core = moved(problem(cell, T=3), lambda x: x.requires_grad_())
-    tensors = (core.q, core.k, core.v, core.g, core.e, core.w, core.S, None)
-    torch.library.opcheck(backend._forward, (*tensors, False, "chunk", C, torch.float64))
-    o, (S, _) = kernels(core)
-    torch.library.opcheck(
-        backend._backward,
-        (*tensors, False, C, torch.ones_like(o), torch.ones_like(S)),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-    )

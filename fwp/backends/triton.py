@@ -31,6 +31,8 @@ def refuses(core: Core, form: Form) -> str | None:
     for name, gate in (("e", core.e), ("w", core.w)):
         if gate is not None and gate.dim() == 4:
             return f"{name}: expected one strength a head [B, T, H], got one a channel {tuple(gate.shape)}"
+    if torch.compiler.is_compiling() and _derives():
+        return "torch.func.grad and jvp inside a compiled function don't see into its ops"
     for name, size in (("K", core.k.shape[-1]), ("V", core.v.shape[-1])):
         if not 1 <= size <= MAX_FEATURES:
             return f"{name}: expected 1 to {MAX_FEATURES} features, got {size}"
@@ -44,11 +46,21 @@ def _interpreted() -> bool:
     return bool(INTERPRETED)
 
 
+def _derives() -> bool:
+    """Whether torch.func.grad or jvp is at work, asked while torch.compile traces."""
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    return any(level.key() != torch._C._functorch.TransformType.Vmap for level in levels)
+
+
+# All that torch.compiler.assume_constant_result does, which would import half of PyTorch for it.
+_derives._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def run(core: Core, form: Form, chunk: int | None = None) -> tuple[Tensor, State]:
     """o [B, T, max(Hq, H), V], and the final state.
 
     chunk: tokens at a time, a power of 2 up to 64 (on a GPU from 16); None chooses by K and dtype.
-    RuntimeError for a second derivative, a forward derivative and vmap, which the kernels don't have.
+    RuntimeError for a second derivative and a forward derivative, which the kernels don't have.
     """
     numerator, S = _walk(core, form, chunk, core.dtype if core.denominator else core.v.dtype)
     if not core.denominator:
@@ -63,21 +75,13 @@ def run(core: Core, form: Form, chunk: int | None = None) -> tuple[Tensor, State
 def _walk(core: Core, form: Form, chunk: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Outputs without denominator, in `dtype`, and the final S."""
     tensors = (core.q, core.k, core.v, core.g, core.e, core.w, core.S)
-    forward: Callable[..., tuple[Tensor, Tensor]] = _forward
-    if not torch.compiler.is_compiling():
-        if any(_has_tangent(x) for x in tensors):
-            raise RuntimeError("forward derivatives are not supported by the triton backend; use backend='torch'")
-        forward = _Forward.apply
+    forward: Callable[..., tuple[Tensor, Tensor]] = _forward if torch.compiler.is_compiling() else _Forward.apply
     before = core.read == "before"
     o, S = forward(*tensors, core.cu_seqlens, before and core.causal, form, chunk, dtype)
     if not core.causal:  # everybody reads the final state: a walk that writes nothing
         nothing = [x.new_zeros(()).expand(x.shape) for x in (core.k, core.v)]
         o, _ = forward(core.q, *nothing, None, None, None, S, core.cu_seqlens, False, form, chunk, dtype)
     return o, S
-
-
-def _has_tangent(x: Tensor | None) -> bool:
-    return x is not None and forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 @torch.library.custom_op("fwp::triton_forward", mutates_args=())
@@ -97,6 +101,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     from fwp.kernels.launch import Problem, forward
 
+    if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():  # it is off where a function brought us here
+        _no_forward_derivative(None)
     return forward(Problem(q, k, v, g, e, w, S, cu_seqlens, before, chunk), form, dtype)
 
 
@@ -146,13 +152,80 @@ def _gradients(ctx: Any, d_o: Tensor | None, d_S: Tensor | None) -> tuple[Tensor
     return *(None if x is None else grad for x, grad in zip(tensors, grads)), None, None, None, None, None
 
 
-def _second(ctx: Any, *_: Any) -> None:
+def _no_second_derivative(ctx: Any, *_: Any) -> Any:
     raise RuntimeError("double backward is not supported by the triton backend; use backend='torch'")
+
+
+def _no_forward_derivative(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError("forward derivatives are not supported by the triton backend; use backend='torch'")
+
+
+class _Axis:
+    """A new axis of vmap as more sequences: of size X it joins B, or T where sequences are packed, B being 1."""
+
+    def __init__(self, size: int, cu_seqlens: Tensor | None) -> None:
+        self.size, self.packed = size, cu_seqlens is not None
+
+    def first(self, x: Tensor, at: int | None) -> Tensor:
+        return x.expand(self.size, *x.shape) if at is None else x.movedim(at, 0)
+
+    def states(self, x: Tensor | None, at: int | None) -> Tensor | None:
+        return None if x is None else self.first(x, at).flatten(0, 1)
+
+    def tokens(self, x: Tensor | None, at: int | None) -> Tensor | None:
+        if x is None or not self.packed:
+            return self.states(x, at)
+        return self.first(x, at).flatten(0, 2).unsqueeze(0)
+
+    def bounds(self, x: Tensor | None, at: int | None, T: int) -> Tensor | None:
+        if x is None:
+            return None
+        starts = self.first(x, at)[:, :-1].long() + T * torch.arange(self.size, device=x.device).unsqueeze(1)
+        return torch.cat([starts.flatten(), starts.new_full((1,), T * self.size)])
+
+    def inputs(self, tensors: Sequence[Tensor | None], at: Sequence[int | None]) -> list[Tensor | None]:
+        """q, k, v, g, e, w, S, cu_seqlens."""
+        rows = [self.tokens(x, i) for x, i in zip(tensors[:6], at)]
+        assert rows[0] is not None
+        T = rows[0].shape[1] // self.size
+        return [*rows, self.states(tensors[6], at[6]), self.bounds(tensors[7], at[7], T)]
+
+    def split_states(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, (self.size, x.shape[0] // self.size))
+
+    def split_tokens(self, x: Tensor) -> Tensor:
+        if not self.packed:
+            return self.split_states(x)
+        return x.unflatten(1, (self.size, x.shape[1] // self.size)).transpose(0, 1)
+
+
+def _vmap_forward(call: Callable[..., Any]) -> Callable[..., Any]:
+    def rule(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        axis = _Axis(info.batch_size, inputs[7])
+        o, S = call(*axis.inputs(inputs[:8], in_dims[:8]), *inputs[8:])
+        return (axis.split_tokens(o), axis.split_states(S)), (0, 0)
+
+    return rule
+
+
+def _vmap_backward(call: Callable[..., Any]) -> Callable[..., Any]:
+    def rule(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        *given, before, chunk, d_o, d_S = inputs
+        axis = _Axis(info.batch_size, given[7])
+        d_o, d_S = axis.tokens(d_o, in_dims[-2]), axis.states(d_S, in_dims[-1])
+        grads = call(*axis.inputs(given, in_dims[:8]), before, chunk, d_o, d_S)
+        rows = [x if of is None else axis.split_tokens(x) for x, of in zip(grads, given[:6])]
+        found = [*rows, grads[6] if given[6] is None else axis.split_states(grads[6])]
+        return type(grads)(found), type(grads)(None if x is None else 0 for x in given[:7])
+
+    return rule
 
 
 # Traced graphs see the ops. In eager mode torch.func needs functions: an op's own gradient stands in its way.
 _forward.register_autograd(_gradients, setup_context=_save)
-_backward.register_autograd(_second)
+_backward.register_autograd(_no_second_derivative)
+_forward.register_vmap(_vmap_forward(_forward))
+_backward.register_vmap(_vmap_backward(_backward))
 
 
 class _Forward(torch.autograd.Function):
@@ -160,8 +233,13 @@ class _Forward(torch.autograd.Function):
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         return _forward(*inputs)
 
+    @staticmethod
+    def vmap(*args: Any) -> Any:
+        return _vmap_forward(_Forward.apply)(*args)
+
     setup_context = staticmethod(_save)
     backward = staticmethod(_gradients)
+    jvp = staticmethod(_no_forward_derivative)
 
 
 class _Backward(torch.autograd.Function):
@@ -170,7 +248,12 @@ class _Backward(torch.autograd.Function):
         return tuple(_backward(*inputs))
 
     @staticmethod
+    def vmap(*args: Any) -> Any:
+        return _vmap_backward(_Backward.apply)(*args)
+
+    @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
 
-    backward = staticmethod(_second)
+    backward = staticmethod(_no_second_derivative)
+    jvp = staticmethod(_no_forward_derivative)
