@@ -65,12 +65,17 @@ def judge(family: Family, claim: Claim, rows: Sequence[dict[str, Any]], scale: s
         "source": claim.source,
         "measured": outcome.measured,
         "spread": outcome.spread,
-        "seeds": len({row["seed"] for row in rows}),
+        "seeds": seeds(rows),
         "scale": scale,
         "holds": outcome.holds,
         "method": claim.method,
         "note": outcome.note,
     }
+
+
+def seeds(rows: Sequence[Mapping[str, Any]]) -> int:
+    """How many seeds there are; a run of many nets at once has one for each."""
+    return len({(row["seed"], n) for row in rows for n in range(row.get("nets", 1))})
 
 
 def picture(family: Family, rows: Sequence[dict[str, Any]], out: Path) -> str:
@@ -95,7 +100,6 @@ def section(
     """A family's part of the report."""
     wanted = family.scales[scale]
     protocol = "".join(f"<li>{html.escape(line)}</li>" for line in family.protocol)
-    seeds = len({row["seed"] for row in rows})
     spent = sum(row["seconds"] for row in rows)
     versions = sorted({f"torch {row['torch']} on {row['device']}" for row in rows})
     runs = f"{len(rows)} of {len(wanted.settings)} runs, {spent:.0f} s of training"
@@ -103,7 +107,8 @@ def section(
     return (
         f'<h2 id="{family.id}">{html.escape(family.title)}</h2><p class="small">{html.escape(family.paper)}</p>'
         f"<p>{html.escape(family.question)}</p><ol>{protocol}</ol>{image}"
-        f"<h3>Claims at the scale “{scale}” ({html.escape(wanted.cost)}; seeds: {seeds})</h3>{claim_table(verdicts)}"
+        f"<h3>Claims at the scale “{scale}” ({html.escape(wanted.cost)}; seeds: {seeds(rows)})</h3>"
+        f"{claim_table(verdicts)}"
         f'<p class="small">{html.escape(runs)} Every run: <code>{family.id}.jsonl</code>.</p>'
     )
 
