@@ -98,7 +98,8 @@ def wheel(dist: Path) -> Path:
 def test_wheel(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert held == files("fwp") | {f"fwp/{name}" for folder in FOLDERS for name in files(folder)}
+    kept = {name for name in files("benchmarks") if name.startswith("benchmarks/results/")}  # in the repository alone
+    assert held == files("fwp") | {f"fwp/{name}" for folder in FOLDERS for name in files(folder) - kept}
     assert "fwp/py.typed" in held
 
 
@@ -200,3 +201,20 @@ def test_readme_examples_run() -> None:
     assert examples
     for example in examples:
         exec(compile(example, "README.md", "exec"), {})
+
+
+def test_claims_in_readme_are_those_of_the_kept_results() -> None:
+    from fwp.benchmarks.report import tally
+
+    found = {}
+    for scale in ("quick", "reduced"):
+        claims = json.loads((ROOT / "benchmarks" / "results" / scale / "claims.json").read_text(encoding="utf-8"))
+        assert {claim["scale"] for claim in claims} == {scale}
+        found[scale] = tally(claims)
+    lines = ["| paper | listed | quick: held of run | reduced: held of run |", "| --- | --- | --- | --- |"]
+    for paper, (_, _, listed) in found["quick"].items():
+        held = [f"{found[scale][paper][0]} of {found[scale][paper][1]}" for scale in ("quick", "reduced")]
+        lines.append(f"| {paper} | {listed} | {held[0]} | {held[1]} |")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.split("<!-- claims -->")[1].split("<!-- /claims -->")[0].strip()
+    assert table == "\n".join(lines)

@@ -362,6 +362,8 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
 def test_list_of_experiments(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["reproduce", "--list"]) == 0
     printed = capsys.readouterr().out
+    claims = [claim.id for family in reproduce.FAMILIES.values() for claim in family.claims]
+    assert len(set(claims)) == len(claims)
     for family in reproduce.FAMILIES.values():
         assert family.id in printed
         assert set(family.scales) == set(reproduce.SCALES)

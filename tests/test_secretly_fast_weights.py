@@ -189,7 +189,7 @@ PLANTED = {
     "break-dpfp-2-delta": scaled(A2, "dpfp-2-delta", "best_loss", 100),
     "favor-delta": scaled(A2, "favor", "best_loss", 0.05),
     "tanh": scaled(A2, "tanh", "best_loss", 0.1),
-    "length": scaled(A2, "dpfp-1", "loss_2S", 0.5),
+    "length-2S": scaled(A2, "dpfp-1", "loss_2S", 0.5),
     "deviation-2": scaled(A2, "", "best_loss", 1.2),
 }
 FAMILIES = ((setting_1.SETTING_1, A1), (setting_2.SETTING_2, A2))

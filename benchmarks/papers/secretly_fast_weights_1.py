@@ -49,21 +49,21 @@ QUICK = {
 }
 EVERY_20 = range(20, 601, 20)
 REDUCED = {
-    "linear": [*range(20, 141, 20), 200, 400, 600],
-    "dpfp-1": [*range(20, 161, 20), 200, 300, 600],
-    "dpfp-2": [20, 100, *range(220, 281, 20), 320, 480, 600],
-    "dpfp-3": [20, 200, *range(320, 381, 20), 440, 600],
+    "linear": [*range(20, 141, 20), 200],
+    "dpfp-1": range(20, 161, 20),
+    "dpfp-2": [20, *range(220, 281, 20)],
+    "dpfp-3": [20, *range(320, 381, 20)],
     "favor-1": [20, 40, 60, 80],
-    "favor-2": [20, 40, 60, 80],
-    "favor-8": [20, 40, 60],
-    "softmax": [20, 100, *range(320, 401, 20), 500, 600],
+    "favor-2": [20, 40, 60],
+    "favor-8": [20],
+    "softmax": [20, 100, *range(320, 401, 20)],
 }
 SCALES = {
     "smoke": Scale(
         runs(16, dict.fromkeys(MEMORIES_1, (5,)), 1, max_steps=100), "seconds; shows that the code runs", False
     ),
     "quick": Scale(runs(16, QUICK, 2), "four minutes on 2 cores; d_key 16, 2 seeds"),
-    "reduced": Scale(runs(64, REDUCED, 1), "an hour on 2 cores; d_key 64, one seed"),
+    "reduced": Scale(runs(64, REDUCED, 1), "an hour on 2 cores; d_key 64, S around each break, one seed"),
     "paper": Scale(runs(64, dict.fromkeys(MEMORIES_1, EVERY_20), 3), "hours on 2 cores; d_key 64, 3 seeds"),
 }
 AUTHORS = authors(MEMORIES_1, False)
