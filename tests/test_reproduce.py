@@ -213,17 +213,20 @@ def test_unjudged_and_unfinished(family: Family, tmp_path: Path) -> None:
 
 
 def run(*arguments: str, **options: Any) -> subprocess.Popen[str]:
-    """`fwp` in a process group of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "fwp.cli", *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-        **options,
-    )
+    """`fwp` in a process group of its own, which Ctrl-C reaches even if we are a job that a shell made deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "fwp.cli", *arguments],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            **options,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def gone(group: int) -> bool:
