@@ -37,12 +37,14 @@ from .tiles import (
     load_last,
     product_gradients,
     products,
+    read_state,
     span,
     state_at,
     state_mask,
     store,
     through,
     to_end,
+    write_state,
 )
 
 
@@ -195,31 +197,25 @@ def walk_kernel(
             at = state_at(p_starts, (slot + c) * H + h, dk, dv, K, V)
             tl.store(at, S.to(p_starts.dtype.element_ty), mask=inside)
         if e is not None:
-            eraser = b_k
-            if DECAY > 0:
-                eraser = from_start(b_k, G, n, h, start, end, gates, KG, False)
             b_e = load(e, n, t, h, seen, one, 1).to(ACC)
-            x = x.to(ACC) - b_e * dot(eraser, S, DOT, ACC)
+            found = read_state(b_k, S, G, n, h, start, end, gates, KG, False, False, DECAY, DOT, ACC)
+            x = x.to(ACC) - b_e * found
             x = dot(load(I, n, t, h, seen, i, C), x, DOT, ACC)
         if X is not None:
             store(X, n, t, h, seen, dv, V, x)
         if o is not None:
             for r in range(R):
                 b_q = load(q, n, t, (h * R + r) // GQ, seen, dk, K)
-                reader = b_q
-                if DECAY > 0:
-                    reader = from_start(b_q, G, n, h, start, end, gates, KG, LAG)
+                b_o = read_state(b_q, S, G, n, h, start, end, gates, KG, LAG, False, DECAY, DOT, ACC)
                 if P is not None:
                     b_P = load(P, n, t, h * R + r, seen, i, C)
                 else:
                     b_P = products(b_q, b_k, G, n, h, start, end, dk, K, not LAG, LAG, DECAY, DOT, ACC)
-                b_o = dot(reader, S, DOT, ACC) + dot(b_P, x, DOT, ACC)
+                b_o += dot(b_P, x, DOT, ACC)
                 store(o, n, t, h * R + r, seen, dv, V, b_o)
-        writer = b_k
         if DECAY > 0:
-            writer = to_end(b_k, G, n, h, start, end, gates, KG)
             S = through(S, G, n, h, start, end, gates, KG, C)
-        S += dot(tl.trans(writer), x, DOT, ACC)
+        S += write_state(b_k, x, G, n, h, start, end, gates, KG, False, True, DECAY, DOT, ACC)
     if p_S is not None:
         tl.store(state_at(p_S, n * H + h, dk, dv, K, V), S, mask=inside)
 
@@ -286,10 +282,7 @@ def walk_back_kernel(
         seen = t < end
         b_k = load(k, n, t, h // GK, seen, dk, K)
         tl.store(state_at(p_ends, (slot + c) * H + h, dk, cols, K, V), dS.to(p_ends.dtype.element_ty), mask=inside)
-        writer = b_k
-        if DECAY > 0:
-            writer = to_end(b_k, G, n, h, start, end, gates, KG)
-        b_dR = dot(writer, dS, DOT, ACC)
+        b_dR = read_state(b_k, dS, G, n, h, start, end, gates, KG, False, True, DECAY, DOT, ACC)
         if DECAY > 0:
             dS = through(dS, G, n, h, start, end, gates, KG, C)
         if do is not None:
@@ -301,16 +294,11 @@ def walk_back_kernel(
                 else:
                     b_P = products(b_q, b_k, G, n, h, start, end, dk, K, not LAG, LAG, DECAY, DOT, ACC)
                 b_dR += dot(tl.trans(b_P), b_do, DOT, ACC)
-                reader = b_q
-                if DECAY > 0:
-                    reader = from_start(b_q, G, n, h, start, end, gates, KG, LAG)
-                dS += dot(tl.trans(reader), b_do, DOT, ACC)
+                dS += write_state(b_q, b_do, G, n, h, start, end, gates, KG, LAG, False, DECAY, DOT, ACC)
         if e is not None:
             b_dR = dot(tl.trans(load(I, n, t, h, seen, i, C)), b_dR, DOT, ACC)
-            eraser = b_k.to(ACC) * load(e, n, t, h, seen, one, 1).to(ACC)
-            if DECAY > 0:
-                eraser = from_start(eraser, G, n, h, start, end, gates, KG, False)
-            dS -= dot(tl.trans(eraser), b_dR, DOT, ACC)
+            b_e = load(e, n, t, h, seen, one, 1).to(ACC)
+            dS -= write_state(b_k, b_e * b_dR, G, n, h, start, end, gates, KG, False, False, DECAY, DOT, ACC)
             store(dR, n, t, h, seen, cols, V, b_dR)
         if w is not None:
             b_v = load(v, n, t, h // GV, seen, cols, V).to(ACC)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from .chunk import gradients_kernel, pairs_kernel, sums_kernel, walk_back_kernel
 from .recurrent import token_kernel
 
 INTERPRETED = isinstance(walk_kernel, InterpretedFunction)  # TRITON_INTERPRET=1 when Triton was imported
-AMD = torch.version.hip is not None
 TYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
@@ -39,7 +39,7 @@ class Tiles:
 # By bytes of a matrix product's operand: (K up to, tiles). Chosen so that registers and shared memory hold them.
 TABLE: dict[int, list[tuple[int, Tiles]]] = {
     2: [
-        (64, Tiles(64, 64, warps=4)),
+        (64, Tiles(64, 64)),
         (128, Tiles(64, 64)),
         (256, Tiles(32, 32)),
         (512, Tiles(16, 32)),
@@ -50,13 +50,27 @@ TABLE: dict[int, list[tuple[int, Tiles]]] = {
 }
 
 
-def tiles(K: int, dtype: torch.dtype, per_channel: bool) -> Tiles:
-    """The table's row for K key features and operands of `dtype`, narrower where a decay per channel needs room."""
+@cache
+def family(device: torch.device) -> str:
+    """Of GPUs that take the same tiles: "cdna" (AMD), "ampere" (NVIDIA's, and before it), "hopper" (and after it)."""
+    if torch.version.hip is not None:
+        return "cdna"
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
+    return "ampere" if old else "hopper"
+
+
+def tiles(K: int, dtype: torch.dtype, decay: int, erase: bool, family: str) -> Tiles:
+    """The table's row for K key features and operands of `dtype`, narrower where a cell needs room."""
     row = next(row for limit, row in TABLE[dtype.itemsize] if limit >= K)
-    if per_channel:
-        row = replace(row, walk=max(16, row.walk // 2 if K > 64 else row.walk), block=max(16, row.block // 2), warps=8)
-    if AMD:  # warps of 64 threads, twice the registers a thread, a quarter of the shared memory
-        row = replace(row, chunk=min(row.chunk, 32 if per_channel else 64), warps=4, stages=1)
+    if decay == 2:
+        row = replace(row, walk=max(16, row.walk // 2 if K > 64 else row.walk), block=max(16, row.block // 2))
+    if erase:
+        row = replace(row, walk=min(row.walk, 32), block=min(row.block, 32))
+    if family == "cdna":  # warps of 64 threads, twice the registers a thread, a quarter of the shared memory
+        row = replace(row, chunk=min(row.chunk, 32 if decay == 2 else 64), warps=4, stages=1)
+    if family == "ampere":  # operands of matrix products stand in registers
+        stages = 1 if K > 512 else row.stages
+        row = replace(row, chunk=min(row.chunk, 32), walk=min(row.walk, 32), block=16, stages=stages)
     return row
 
 
@@ -90,7 +104,7 @@ class Problem:
         # The interpreter's bfloat16 arithmetic is wrong, its loads and stores are right.
         self.dot = torch.float32 if INTERPRETED and self.v.dtype == torch.bfloat16 else self.v.dtype
         decay = 0 if self.g is None else self.g.dim() - 2
-        self.tiles = tiles(self.K, self.dot, decay == 2)
+        self.tiles = tiles(self.K, self.dot, decay, self.e is not None, family(self.v.device))
         self.C = self.chunk or self.tiles.chunk
         self.chunks = -(-self.T // self.C)
         self.slots, self.owners = None, None

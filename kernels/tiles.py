@@ -119,6 +119,67 @@ def through(S, G, n, h, start, end, d, D: tl.constexpr, C: tl.constexpr):
     return S * tl.trans(tl.exp(load_last(G, n, h, start, end, d, D, C)))
 
 
+@triton.jit
+def decayed(x, G, n, h, start, end, d, D: tl.constexpr, LAG: tl.constexpr, END: tl.constexpr):
+    """x [C, ·] decayed from the chunk's start to each token, or with END from each token to the chunk's end."""
+    if END:
+        return to_end(x, G, n, h, start, end, d, D)
+    else:
+        return from_start(x, G, n, h, start, end, d, D, LAG)
+
+
+@triton.jit
+def read_state(
+    x,
+    S,
+    G,
+    n,
+    h,
+    start,
+    end,
+    d,
+    D: tl.constexpr,
+    LAG: tl.constexpr,
+    END: tl.constexpr,
+    DECAY: tl.constexpr,
+    DOT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """decayed(x) S for x [C, K]. One gate a head scales the product's rows, so that x goes into it as it was loaded."""
+    if DECAY == 2:
+        y = dot(decayed(x, G, n, h, start, end, d, D, LAG, END), S, DOT, ACC)
+    else:
+        y = dot(x, S, DOT, ACC)
+        if DECAY == 1:
+            y = decayed(y, G, n, h, start, end, d, D, LAG, END)
+    return y
+
+
+@triton.jit
+def write_state(
+    x,
+    y,
+    G,
+    n,
+    h,
+    start,
+    end,
+    d,
+    D: tl.constexpr,
+    LAG: tl.constexpr,
+    END: tl.constexpr,
+    DECAY: tl.constexpr,
+    DOT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """decayed(x)ᵀ y for x [C, K] and y [C, V]. One gate a head scales the rows of y."""
+    if DECAY == 2:
+        x = decayed(x, G, n, h, start, end, d, D, LAG, END)
+    elif DECAY == 1:
+        y = decayed(y, G, n, h, start, end, d, D, LAG, END)
+    return dot(tl.trans(x), y, DOT, ACC)
+
+
 # Products of pairs of tokens: M_ij = Σ_d a_id b_jd exp(G_i − G_j)_d, with LAG (read "before") exp(G_{i−1} − G_j)_d.
 # A decay per channel can't be taken out of the sum over d. But where i and j lie in the later and earlier half of the
 # same block of tokens, it is the product of i's decay since the middle and j's until the middle: each pair is in one

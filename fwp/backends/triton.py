@@ -33,6 +33,8 @@ def refuses(core: Core, form: Form) -> str | None:
             return f"{name}: expected one strength a head [B, T, H], got one a channel {tuple(gate.shape)}"
     if torch.compiler.is_compiling() and _derives():
         return "torch.func.grad and jvp inside a compiled function don't see into its ops"
+    if torch.version.hip is not None and core.g is not None and core.g.dim() == 4 and core.k.shape[-1] > 512:
+        return f"K: expected at most 512 features with a decay per channel on AMD, got {core.k.shape[-1]}"
     for name, size in (("K", core.k.shape[-1]), ("V", core.v.shape[-1])):
         if not 1 <= size <= MAX_FEATURES:
             return f"{name}: expected 1 to {MAX_FEATURES} features, got {size}"

@@ -1,0 +1,181 @@
+"""What the kernels need of GPUs that need not be there: registers, spills, shared memory, matrix instructions.
+
+`make static` compiles all that ships into `benchmarks/results/static.csv`; a test compiles some of it and compares.
+What the launch layer would start is recorded, so block sizes and switches are the real ones. Triton must not interpret
+(TRITON_INTERPRET=0).
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from fwp.kernels import launch
+
+TABLE = Path(__file__).parent / "results" / "static.csv"
+LIMITS = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB of shared memory a program
+# The matrix instructions that a GPU is built for, and those it still takes.
+MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+OLDER = "mma.sync"
+FAMILIES = {"sm_80": "ampere", "sm_90": "hopper", "sm_100": "hopper", "gfx942": "cdna"}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class Case(NamedTuple):
+    """A cell and the sizes of its features."""
+
+    decay: int  # 0 none, 1 one a head, 2 one a key channel
+    erase: int
+    K: int
+    V: int
+    dtype: str = "bfloat16"
+
+
+SIZES = [(64, 64), (128, 128), (256, 256), (768, 128)]
+CELLS = [(decay, erase) for decay in (0, 1, 2) for erase in (0, 1)]
+CASES = [Case(*cell, *size) for size in SIZES for cell in CELLS]
+CASES += [Case(*cell, *size, "float32") for size in SIZES[:2] for cell in CELLS]
+
+
+def launches(case: Case) -> list[tuple[str, Any, dict[str, Any]]]:
+    """Name, kernel and arguments of what a forward in both forms and a backward start."""
+
+    def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(2, 128, 4, *size, dtype=dtype)
+
+    dtype = DTYPES[case.dtype]
+
+    def problem() -> Any:
+        q, k, v = (empty(D, dtype=dtype) for D in (case.K, case.K, case.V))
+        strength = empty() if case.erase else None
+        g = [None, empty(), empty(case.K)][case.decay]
+        return launch.Problem(q, k, v, g, strength, strength, torch.empty(2, 4, case.K, case.V), None, False)
+
+    started: dict[str, tuple[Any, dict[str, Any]]] = {}
+
+    def record(kernel: Any, *, grid: Any, warmup: bool, **arguments: Any) -> None:
+        name = kernel.__name__.removesuffix("_kernel")
+        if name == "walk" and arguments["o"] is None:
+            name = "walk_again"
+        started.setdefault(name, (kernel, arguments))
+
+    with mock.patch.object(JITFunction, "run", record):
+        launch.forward(problem(), "recurrent", dtype)
+        launch.forward(problem(), "chunk", dtype)
+        launch.backward(problem(), empty(case.V, dtype=dtype), torch.empty(2, 4, case.K, case.V))
+    return [(name, *what) for name, what in started.items()]
+
+
+def compiled(kernel: Any, arguments: dict[str, Any], target: GPUTarget) -> Any:
+    pointers = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+
+    def of(x: Any) -> str:
+        return pointers[x.dtype] if isinstance(x, torch.Tensor) else "i32"
+
+    def aligned(x: Any) -> bool:
+        return isinstance(x, torch.Tensor) or x % 16 == 0
+
+    signature: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for at, parameter in enumerate(kernel.params):
+        x = arguments[parameter.name]
+        if parameter.is_constexpr or x is None:
+            signature[parameter.name], constants[parameter.name] = "constexpr", x
+        elif isinstance(x, tuple):
+            signature[parameter.name] = tuple(map(of, x))
+            attributes |= {(at, i): [["tt.divisibility", 16]] for i, y in enumerate(x) if aligned(y)}
+        else:
+            signature[parameter.name] = of(x)
+            if isinstance(x, torch.Tensor):
+                attributes[(at,)] = [["tt.divisibility", 16]]
+    options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=target, options=options | {"enable_fp_fusion": True})
+
+
+def resources(binary: Any) -> tuple[int, int]:
+    """Registers of a thread, and bytes of it that they don't hold."""
+
+    def number(name: str, text: str) -> int:
+        found = re.search(rf"{name}: ?(\d+)", text)
+        assert found is not None, f"no {name} in {text}"
+        return int(found[1])
+
+    if "amdgcn" in binary.asm:
+        return number("TotalNumVgprs", binary.asm["amdgcn"]), number("ScratchSize", binary.asm["amdgcn"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True)
+    return number("REG", usage.stdout), number("STACK", usage.stdout)
+
+
+def rows(target: str, case: Case, only: str | None = None) -> Iterator[dict[str, Any]]:
+    """A row of the table for each kernel of a case, or for the kernel `only`."""
+    amd = target.startswith("gfx")
+    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    with mock.patch.object(launch, "family", lambda device: FAMILIES[target]):
+        started = [what for what in launches(case) if only in (None, what[0])]
+    for name, kernel, arguments in started:
+        binary = compiled(kernel, arguments, gpu)
+        registers, spilled = resources(binary)
+        text = binary.asm["amdgcn" if amd else "ptx"]
+        yield {
+            "target": target,
+            **case._asdict(),
+            "kernel": name,
+            "warps": binary.metadata.num_warps,
+            "registers": registers,
+            "spilled": spilled,
+            "shared": binary.metadata.shared,
+            "limit": LIMITS[target] * 1024,
+            "matrix": text.count(MATRIX[target]),
+            "older": 0 if MATRIX[target] == OLDER else text.count(OLDER),
+            "triton": triton.__version__,
+        }
+
+
+def cases(target: str) -> list[Case]:
+    """What the backend serves there; for sm_100, whose assembler is slow, only the sizes that matter most."""
+    if target == "sm_100":
+        return [case for case in CASES if case.K <= 128 and case.dtype == "bfloat16"]
+    return [case for case in CASES if target != "gfx942" or case.decay < 2 or case.K <= 512]
+
+
+def main(*targets: str) -> None:
+    """Compiles the cases for the targets named, default all, and replaces their rows in the table."""
+    targets = targets or tuple(LIMITS)
+    kept = [row for row in read() if row["target"] not in targets]
+    made = [row for target in targets for case in cases(target) for row in rows(target, case)]
+    table = sorted(kept + made, key=lambda row: list(LIMITS).index(row["target"]))
+    TABLE.parent.mkdir(exist_ok=True)
+    with TABLE.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, table[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+
+
+def read() -> list[dict[str, str]]:
+    if not TABLE.exists():
+        return []
+    with TABLE.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
