@@ -1,7 +1,8 @@
 """The comparisons can fail: faults planted in a copy of the sources turn them red, one by one.
 
-The comparisons are those of the op with the NumPy oracle, and of the token and chunk forms and the written gradient
-with the reference: output, state and every gradient in float64, at sizes that cross a border of chunks.
+The comparisons are those of the op with the NumPy oracle, of the token and chunk forms and the written gradient with
+the reference, and of the Triton kernels with the recurrence of the core: output, state and every gradient in float64,
+at sizes that cross a border of chunks.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,10 +70,60 @@ MUTANTS = {
 }  # fmt: skip
 
 
-def compare() -> str:
-    """What is wrong with the sources as they are now, "" if nothing is. fwp is imported anew."""
-    for name in [name for name in sys.modules if name.partition(".")[0] == "fwp"]:
+CHUNK, TILES, LAUNCH, TOKEN = "kernels/chunk.py", "kernels/tiles.py", "kernels/launch.py", "kernels/recurrent.py"
+KERNEL_MUTANTS = {
+    "gates that count below the floor": (CHUNK, "tl.where(x < FLOOR, FLOOR, x)", "x"),
+    "gates that aren't summed": (CHUNK, "KG, tl.cumsum(x, 0))", "KG, x)"),
+    "erasing without its strength": (CHUNK, "A *= load(e,", "A *= 1 + 0 * load(e,"),
+    "a reader that decays too much": (CHUNK, "gates, KG, LAG, False, DECAY", "gates, KG, False, False, DECAY"),
+    "an inverse that isn't transposed": (CHUNK, "dot(tl.trans(load(I, n", "dot((load(I, n"),
+    "a gradient that doesn't decay": (CHUNK, "dS = through(dS, G, n, h, start, end, gates, KG, C)", "dS = dS"),
+    "a gradient of the wrong head": (CHUNK, "b_v = load(v, n, t, h // GV", "b_v = load(v, n, t, h * 0"),
+    "a gate's gradient without the state's": (CHUNK, "kept += tl.sum(", "kept += 0 * tl.sum("),
+    "a gate's gradient of a later reader": (CHUNK, "b_dg -= per_gate(border, DECAY) + lagging", "b_dg -= 0"),
+    "an eraser's gradient that misses its keys": (CHUNK, "b_dk += d_writer + b_e * b_dek", "b_dk += d_writer"),
+    "gates from beyond the end": (TILES, "tl.minimum(start + i - LAG, end - 1)", "tl.minimum(start + i - LAG, end)"),
+    "pairs of the wrong blocks": (TILES, "(2 * half) + half - 1", "(2 * half) + half"),
+    "a diagonal left out of a gradient": (TILES, "db += own * a", "db += 0 * a"),
+    "the chunks of the first sequence": (TILES, "slot = tl.load(p_slots + n)", "slot = 0 * tl.load(p_slots + n)"),
+    "halves of an inverse that don't meet": (TILES, "X21 = -dot(", "X21 = 0 * dot("),
+    "chunks of the wrong sequence": (LAUNCH, "right=True", "right=False"),
+    "a key head's gradient of one head alone": (LAUNCH, "(heads, -1)).sum(3)", "(heads, -1))[:, :, :, 0]"),
+    "a token that doesn't erase": (TOKEN, "x -= b_e * tl.sum(S", "x -= 0 * tl.sum(S"),
+}  # fmt: skip
+
+
+def forget() -> None:
+    """fwp is to be imported anew."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("fwp", "cells")]:
         del sys.modules[name]
+
+
+def compare_kernels() -> str:
+    """What is wrong with the kernels as they are now, "" if nothing is."""
+    forget()
+    import cells
+
+    packed = {"T": 13, "N": 3, "cu_seqlens": torch.tensor([0, 11, 11, 13])}
+    cases = {
+        "kda": cells.problem(cells.KDA, H=(2, 1, 2), K=3, V=2, read="before", **packed),
+        "gated_delta": cells.problem((1, True), T=11, H=(2, 2, 1), K=3, V=2, read="before"),
+        "delta": cells.problem((0, True), T=40, K=3, V=2),
+        "gla": cells.problem((2, False), T=5, K=3, V=2),
+    }
+    cases["kda"].g[:, 10] = -torch.inf
+    try:
+        for core in cases.values():
+            cells.agree(core, run=lambda core: cells.kernels(core, chunk=64 if core.g is None else 8))
+        cells.agree(cases["gated_delta"], run=lambda core: cells.kernels(core, "recurrent", 8))
+    except AssertionError as error:
+        return str(error).partition("\n")[0] or "a difference"
+    return ""
+
+
+def compare() -> str:
+    """What is wrong with the sources as they are now, "" if nothing is."""
+    forget()
     import oracle
 
     testing, backend, lowering = (
@@ -105,10 +158,10 @@ def compare() -> str:
     return ""
 
 
-def plant_all(folder: Path) -> dict[str, str]:
+def plant_all(folder: Path, mutants: dict[str, tuple[str, str, str]], compare: Callable[[], str]) -> dict[str, str]:
     """What each fault turned red; under "" what was red without one."""
     red = {"": compare()}
-    for fault, (name, right, wrong) in MUTANTS.items():
+    for fault, (name, right, wrong) in mutants.items():
         text = (folder / name).read_text(encoding="utf-8")
         if right not in text:
             red[fault] = f"ERROR: {name} has changed, plant the fault anew"
@@ -122,18 +175,31 @@ def plant_all(folder: Path) -> dict[str, str]:
     return red
 
 
-def test_planted_faults_are_red(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "fwp", tmp_path / "fwp", ignore=shutil.ignore_patterns("__pycache__"))
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-B", __file__, str(tmp_path)]
-    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500)
+def check(folder: Path, mutants: dict[str, tuple[str, str, str]], which: str) -> None:
+    """In a process of its own, on a copy of the sources."""
+    for name in ("fwp", "kernels"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)  # by which fwp finds its kernels
+    env = {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-B", __file__, str(folder), which]
+    run = subprocess.run(command, cwd=folder, env=os.environ | env, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr
     red = json.loads(run.stdout)
     assert red.pop("") == "", "red without a fault"
-    assert [*red] == [*MUTANTS]
+    assert [*red] == [*mutants]
     wrong = {fault: said or "survived" for fault, said in red.items() if not said or said.startswith("ERROR")}
     assert not wrong
 
 
+def test_planted_faults_are_red(tmp_path: Path) -> None:
+    check(tmp_path, MUTANTS, "torch")
+
+
+def test_planted_faults_of_kernels_are_red(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    check(tmp_path, KERNEL_MUTANTS, "kernels")
+
+
 if __name__ == "__main__":
-    print(json.dumps(plant_all(Path(sys.argv[1]))))
+    which = (KERNEL_MUTANTS, compare_kernels) if sys.argv[2] == "kernels" else (MUTANTS, compare)
+    print(json.dumps(plant_all(Path(sys.argv[1]), *which)))
