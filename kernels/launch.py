@@ -69,7 +69,7 @@ def tiles(K: int, dtype: torch.dtype, decay: int, erase: bool, family: str) -> T
     if family == "cdna":  # warps of 64 threads, twice the registers a thread, a quarter of the shared memory
         row = replace(row, chunk=min(row.chunk, 32 if decay == 2 else 64), warps=4, stages=1)
     if family == "ampere":  # operands of matrix products stand in registers
-        stages = 1 if K > 512 else row.stages
+        stages = 1 if K > (128 if decay == 2 else 512) else row.stages  # some have 99 KiB of shared memory
         row = replace(row, chunk=min(row.chunk, 32), walk=min(row.walk, 32), block=16, stages=stages)
     return row
 
