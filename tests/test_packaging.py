@@ -30,8 +30,8 @@ def python(code: str, cwd: Path = ROOT, path: tuple[Path, ...] = (), executable:
 
 
 def files(folder: str) -> set[str]:
-    """The files of a folder of the checkout, as paths from the root; no caches."""
-    found = (path for path in (ROOT / folder).rglob("*") if path.is_file())
+    """The files of a folder of the checkout, as paths from the root; no caches, no reports, which git ignores."""
+    found = (path for path in (ROOT / folder).rglob("*") if path.is_file() and path.name != "report.html")
     return {path.relative_to(ROOT).as_posix() for path in found if "__pycache__" not in path.parts}
 
 
