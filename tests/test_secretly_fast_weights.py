@@ -221,6 +221,12 @@ def test_break_counts_each_seed() -> None:
     assert setting_1.breaks("linear").measure(unbroken).holds is None
 
 
+def test_no_break_is_known_of_what_was_not_run() -> None:
+    rows = [row for row in A2 if row["keys"] <= 80]
+    assert setting_2.breaks("dpfp-2-delta").measure(rows).holds is None
+    assert setting_2.breaks("linear-delta").measure(rows).measured == 80
+
+
 def test_law_is_least_squares() -> None:
     """Against the closed form on points whose slope and spread are known."""
     rows = [
