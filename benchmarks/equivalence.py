@@ -36,7 +36,7 @@ from fwp.functional import choose
 from fwp.nn import FastWeightAttention, SlowFastNet
 from fwp.rules import Rule
 
-from .reproduce import cores, for_workers, start_worker
+from .workers import cores, for_workers, start_worker
 
 Row = dict[str, Any]
 BOUNDS = {torch.float64: 1e-10, torch.float32: 3e-4}

@@ -19,6 +19,7 @@ import fwp
 
 from . import reproduce
 from .claims import Claim, Family, Outcome
+from .workers import cores
 
 STYLE = """
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #1c2126; }
@@ -154,7 +155,7 @@ def page(
     command = " ".join(["fwp", "reproduce", *asked, "--scale", scale])
     made = (
         f"fwp {fwp.__version__}, torch {torch.__version__}, Python {platform.python_version()} on {platform.machine()} "
-        f"{platform.system()} with {reproduce.cores()} cores, {datetime.date.today()}; this call took {seconds:.0f} s."
+        f"{platform.system()} with {cores()} cores, {datetime.date.today()}; this call took {seconds:.0f} s."
     )
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Reproductions by fwp</title>'

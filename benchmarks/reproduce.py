@@ -9,14 +9,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import closing, contextmanager
-from multiprocessing.connection import wait
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +25,7 @@ from .papers.fast_weight_memories import FLIP_FLOP_FAMILY, PARKING_FAMILY
 from .papers.secretly_fast_weights_1 import SETTING_1
 from .papers.secretly_fast_weights_2 import SETTING_2
 from .papers.zoology import MQAR
+from .workers import cores, for_workers, start_worker
 
 FAMILIES: dict[str, Family] = {
     family.id: family for family in (FLIP_FLOP_FAMILY, PARKING_FAMILY, SETTING_1, SETTING_2, MQAR)
@@ -36,14 +33,6 @@ FAMILIES: dict[str, Family] = {
 SCALES = ("smoke", "quick", "reduced", "paper")
 
 Progress = Callable[[int, int, str], None]  # finished runs, all runs, what was just finished
-
-# glibc would give the pages of every large tensor back to the kernel and take them anew at the next step: a third
-# of the time of a run.
-WORKER = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**32),
-    "MALLOC_TOP_PAD_": str(2**26),
-}
 
 
 def main(ids: Sequence[str], scale: str, out: Path, progress: Progress = lambda done, total, text: None) -> Path:
@@ -139,32 +128,3 @@ def timed(run: Callable[[Settings], Any], settings: Settings) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     seconds = round(time.perf_counter() - started, 2)
     return {**result, "seconds": seconds, "torch": torch.__version__, "device": device}
-
-
-def start_worker() -> None:
-    """One thread a worker, and no worker outlives its parent."""
-    torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-@contextmanager
-def for_workers() -> Iterator[None]:
-    """Processes started meanwhile get the environment above, where it isn't set already, and leave Ctrl-C to us."""
-    ours = {name: value for name, value in WORKER.items() if name not in os.environ}
-    os.environ.update(ours)
-    main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main_thread else None
-    try:
-        yield
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGINT, before)
-        for name in ours:
-            os.environ.pop(name, None)

@@ -19,7 +19,7 @@ import torch
 
 import fwp
 from fwp import cli
-from fwp.benchmarks import reproduce
+from fwp.benchmarks import reproduce, workers
 from fwp.benchmarks.claims import Claim, Family, Outcome, Scale
 from fwp.benchmarks.papers.secretly_fast_weights_1 import SETTING_1
 
@@ -123,7 +123,7 @@ def test_runs_once_and_resumes(family: Family, tmp_path: Path, monkeypatch: pyte
     assert [line[:2] for line in lines] == [(n, 5) for n in range(6)]
     rows = reproduce.finished(family, "quick", out)
     assert [row["square"] for row in rows] == [0, 1, 4, 9, 16]
-    assert all(row["worker"] == [1, reproduce.WORKER["MALLOC_TOP_PAD_"], True] for row in rows)
+    assert all(row["worker"] == [1, workers.WORKER["MALLOC_TOP_PAD_"], True] for row in rows)
 
     file = reproduce.results(family, out)
     kept = file.read_bytes().splitlines(keepends=True)
