@@ -8,7 +8,7 @@ OUT ?= fwp-results
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: reproduce test test-gpu lint bench notebooks wheel clean
+.PHONY: reproduce test test-gpu lint bench static notebooks wheel clean
 
 reproduce: $(VENV)/.installed
 	$(BIN)/fwp check
@@ -22,7 +22,7 @@ test: $(VENV)/.installed
 # On the Python, PyTorch and Triton that the machine has, from a bare checkout.
 test-gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "test-gpu: PyTorch finds no GPU here")'
-	PYTHONPATH=. $(PYTHON) -m pytest tests -m gpu
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(PYTHON) -m pytest tests -m gpu
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -35,6 +35,10 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/fwp bench --peers
+
+# Compiles the Triton kernels for GPUs that need not be there, into benchmarks/results/static.csv.
+static: $(VENV)/.installed
+	TRITON_INTERPRET=0 $(BIN)/python -m fwp.benchmarks.static
 
 # Takes over what was edited last, .ipynb or .py, and runs all of them anew, outputs kept.
 notebooks: $(VENV)/.installed
