@@ -62,7 +62,7 @@ def launches(case: Case) -> list[tuple[str, Any, dict[str, Any]]]:
         q, k, v = (empty(D, dtype=dtype) for D in (case.K, case.K, case.V))
         strength = empty() if case.erase else None
         g = [None, empty(), empty(case.K)][case.decay]
-        return launch.Problem(q, k, v, g, strength, strength, torch.empty(2, 4, case.K, case.V), None, False)
+        return launch.Problem(q, k, v, g, strength, strength, torch.empty(2, 4, case.K, case.V), None, None, False)
 
     started: dict[str, tuple[Any, dict[str, Any]]] = {}
 
@@ -73,9 +73,9 @@ def launches(case: Case) -> list[tuple[str, Any, dict[str, Any]]]:
         started.setdefault(name, (kernel, arguments))
 
     with mock.patch.object(JITFunction, "run", record):
-        launch.forward(problem(), "recurrent", dtype)
-        launch.forward(problem(), "chunk", dtype)
-        launch.backward(problem(), empty(case.V, dtype=dtype), torch.empty(2, 4, case.K, case.V))
+        launch.forward(problem(), "recurrent")
+        launch.forward(problem(), "chunk")
+        launch.backward(problem(), None, None, empty(case.V, dtype=dtype), torch.empty(2, 4, case.K, case.V), None)
     return [(name, *what) for name, what in started.items()]
 
 

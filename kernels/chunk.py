@@ -20,6 +20,9 @@ and then, all chunks at once, from dP = dO Xᵀ and dA = −dR Xᵀ (visible pai
     dg_s    = what passed the gate of s: from S₀ to readers and erasers i ≥ s, from writers j < s to the end, from S₀
               to the end, from j < s to i ≥ s in the chunk
 
+A denominator reads z, one more column of S in which X is 1. With O its output, kept with the denominators n, the
+gradient of what it divides is dO / n, and that of n, in the column of z, dn = −Σ_v dO ⊙ O / n.
+
 Source: 2006.16236, 2406.06484 (the delta rule by chunks), 2510.26692 (a decay per channel); the gradients follow from
 them by the chain rule.
 """
@@ -37,7 +40,10 @@ from .tiles import (
     load_last,
     product_gradients,
     products,
+    quotient,
     read_state,
+    read_sum,
+    row_at,
     span,
     state_at,
     state_mask,
@@ -45,6 +51,7 @@ from .tiles import (
     through,
     to_end,
     write_state,
+    write_sum,
 )
 
 
@@ -144,10 +151,14 @@ def walk_kernel(
     P,
     I,
     o,  # out [B, T, H·R, V] or None
+    den,  # out [B, T, H·R, 1], zᵀq + EPS, 0 where zᵀq = 0, or None
     X,  # out [B, T, H, V] or None
     p_S0,  # [N, H, K, V] or None
     p_S,  # out [N, H, K, V] or None
     p_starts,  # out [slots, H, K, V], the state before each chunk, or None
+    p_z0,  # [N, H, K] or None
+    p_z,  # out [N, H, K] or None
+    p_z_starts,  # out [slots, H, K], z before each chunk, or None
     p_cu,
     p_slots,
     T,
@@ -164,10 +175,11 @@ def walk_kernel(
     BV: tl.constexpr,
     DECAY: tl.constexpr,
     LAG: tl.constexpr,
+    EPS: tl.constexpr,  # None: no denominator
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """From the first chunk to the last, [K, BV] of S in registers. A program a sequence, head and V block."""
+    """From the first chunk to the last, [K, BV] of S and z in registers. A program a sequence, head and V block."""
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0).to(tl.int64)
     h = pid // NV % H
@@ -185,6 +197,11 @@ def walk_kernel(
     S = tl.zeros([BK, BV], ACC)
     if p_S0 is not None:
         S += tl.load(state_at(p_S0, n * H + h, dk, dv, K, V), mask=inside, other=0.0).to(ACC)
+    z = tl.zeros([1, BK], ACC)
+    z_inside = (dk < K)[None, :]
+    if p_z0 is not None:
+        z += tl.load(row_at(p_z0, n * H + h, dk, K), mask=z_inside, other=0.0)
+    first_block = pid % NV == 0  # the programs of the other V blocks find the same z
     for c in range(tl.cdiv(length, C).to(tl.int32)):
         start = first + c * C
         t = start + i
@@ -196,6 +213,8 @@ def walk_kernel(
         if p_starts is not None:
             at = state_at(p_starts, (slot + c) * H + h, dk, dv, K, V)
             tl.store(at, S.to(p_starts.dtype.element_ty), mask=inside)
+        if p_z_starts is not None:
+            tl.store(row_at(p_z_starts, (slot + c) * H + h, dk, K), z, mask=z_inside & first_block)
         if e is not None:
             b_e = load(e, n, t, h, seen, one, 1).to(ACC)
             found = read_state(b_k, S, G, n, h, start, end, gates, KG, False, False, DECAY, DOT, ACC)
@@ -212,12 +231,62 @@ def walk_kernel(
                 else:
                     b_P = products(b_q, b_k, G, n, h, start, end, dk, K, not LAG, LAG, DECAY, DOT, ACC)
                 b_o += dot(b_P, x, DOT, ACC)
+                if EPS is not None:
+                    found = read_sum(b_q, z, G, n, h, start, end, gates, KG, LAG, DECAY, ACC)
+                    found += tl.sum(b_P.to(ACC), 1)[:, None]
+                    b_den = tl.where(found == 0, 0.0, found + EPS)
+                    b_o = quotient(b_o, b_den)
+                    store(den, n, t, h * R + r, seen & first_block, one, 1, b_den)
                 store(o, n, t, h * R + r, seen, dv, V, b_o)
         if DECAY > 0:
             S = through(S, G, n, h, start, end, gates, KG, C)
         S += write_state(b_k, x, G, n, h, start, end, gates, KG, False, True, DECAY, DOT, ACC)
+        if EPS is not None:
+            if DECAY > 0:
+                z *= tl.exp(load_last(G, n, h, start, end, gates, KG, C))
+            ones = tl.full([C, 1], 1.0, ACC)
+            z += write_sum(b_k, ones, G, n, h, start, end, gates, KG, False, True, DECAY, ACC)
     if p_S is not None:
         tl.store(state_at(p_S, n * H + h, dk, dv, K, V), S, mask=inside)
+    if p_z is not None:
+        tl.store(row_at(p_z, n * H + h, dk, K), z, mask=z_inside & first_block)
+
+
+@triton.jit(do_not_specialize=["T"])
+def denominator_back_kernel(
+    do,  # [B, T, H·R, V]
+    o,  # [B, T, H·R, V]
+    den,  # [B, T, H·R, 1]
+    dden,  # out [B, T, H·R, 1]
+    T,
+    HO: tl.constexpr,  # readers: H·R
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BV: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Gradients of the denominators. A program BT tokens of a batch row and reader."""
+    blocks = tl.cdiv(T, BT)
+    pid = tl.program_id(0).to(tl.int64)
+    h = pid // blocks % HO
+    n = pid // blocks // HO
+    t = pid % blocks * BT + tl.arange(0, BT)
+    seen = t < T
+    one = tl.arange(0, 1)
+    total = tl.zeros([BT, 1], ACC)
+    for part in range(tl.cdiv(V, BV)):
+        d = part * BV + tl.arange(0, BV)
+        total += tl.sum(load(do, n, t, h, seen, d, V).to(ACC) * load(o, n, t, h, seen, d, V).to(ACC), 1)[:, None]
+    store(dden, n, t, h, seen, one, 1, -quotient(total, load(den, n, t, h, seen, one, 1)))
+
+
+@triton.jit
+def load_divided(do, den, n, t, h, seen, d, V: tl.constexpr, ACC: tl.constexpr):
+    """The gradient of what the denominators, if there are any, divide: [C, len(d)]."""
+    x = load(do, n, t, h, seen, d, V)
+    if den is not None:
+        x = quotient(x.to(ACC), load(den, n, t, h, seen, tl.arange(0, 1), 1))
+    return x
 
 
 @triton.jit(do_not_specialize=["T", "NC"])
@@ -231,12 +300,17 @@ def walk_back_kernel(
     P,
     I,
     do,  # [B, T, H·R, V] or None
+    den,  # [B, T, H·R, 1] or None
+    dden,  # [B, T, H·R, 1] or None
     dR,  # out [B, T, H, V] or None
     dv,  # out [B, T, H, V]
     dw,  # out [B, T, H, V blocks] or None: each V block's share
     p_dS,  # [N, H, K, V], gradient of the final state, or None
     p_dS0,  # out [N, H, K, V] or None
     p_ends,  # out [slots, H, K, V], gradient of the state after each chunk
+    p_dz,  # [N, H, K], gradient of the final z, or None
+    p_dz0,  # out [N, H, K] or None
+    p_z_ends,  # out [slots, H, K], gradient of z after each chunk, or None
     p_cu,
     p_slots,
     T,
@@ -256,7 +330,7 @@ def walk_back_kernel(
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """From the last chunk to the first with a [K, BV] part of dS in registers, as `walk_kernel`."""
+    """From the last chunk to the first with a [K, BV] part of dS and dz in registers, as `walk_kernel`."""
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0).to(tl.int64)
     h = pid // NV % H
@@ -274,6 +348,11 @@ def walk_back_kernel(
     dS = tl.zeros([BK, BV], ACC)
     if p_dS is not None:
         dS += tl.load(state_at(p_dS, n * H + h, dk, cols, K, V), mask=inside, other=0.0).to(ACC)
+    dz = tl.zeros([1, BK], ACC)
+    z_inside = (dk < K)[None, :]
+    if p_dz is not None:
+        dz += tl.load(row_at(p_dz, n * H + h, dk, K), mask=z_inside, other=0.0)
+    first_block = pid % NV == 0
     chunks = tl.cdiv(length, C).to(tl.int32)
     for step in range(chunks):
         c = chunks - 1 - step
@@ -285,10 +364,17 @@ def walk_back_kernel(
         b_dR = read_state(b_k, dS, G, n, h, start, end, gates, KG, False, True, DECAY, DOT, ACC)
         if DECAY > 0:
             dS = through(dS, G, n, h, start, end, gates, KG, C)
+        if p_z_ends is not None:
+            tl.store(row_at(p_z_ends, (slot + c) * H + h, dk, K), dz, mask=z_inside & first_block)
+            if DECAY > 0:
+                dz *= tl.exp(load_last(G, n, h, start, end, gates, KG, C))
         if do is not None:
             for r in range(R):
                 b_q = load(q, n, t, (h * R + r) // GQ, seen, dk, K)
-                b_do = load(do, n, t, h * R + r, seen, cols, V)
+                b_do = load_divided(do, den, n, t, h * R + r, seen, cols, V, ACC)
+                if den is not None:
+                    b_dden = load(dden, n, t, h * R + r, seen, one, 1)
+                    dz += write_sum(b_q, b_dden, G, n, h, start, end, gates, KG, LAG, False, DECAY, ACC)
                 if P is not None:
                     b_P = load(P, n, t, h * R + r, seen, i, C)
                 else:
@@ -307,6 +393,8 @@ def walk_back_kernel(
         store(dv, n, t, h, seen, cols, V, b_dR)
     if p_dS0 is not None:
         tl.store(state_at(p_dS0, n * H + h, dk, cols, K, V), dS, mask=inside)
+    if p_dz0 is not None:
+        tl.store(row_at(p_dz0, n * H + h, dk, K), dz, mask=z_inside & first_block)
 
 
 @triton.jit
@@ -340,6 +428,8 @@ def gradients_kernel(
     w,
     X,
     do,
+    den,
+    dden,
     dR,
     dq,  # out [B, T, H·R, K]
     dk,  # out [B, T, H, K]
@@ -347,6 +437,8 @@ def gradients_kernel(
     de,  # out [B, T, H, K blocks] or None
     p_starts,
     p_ends,
+    p_z_starts,
+    p_z_ends,
     p_cu,
     p_slots,
     p_owners,
@@ -403,6 +495,12 @@ def gradients_kernel(
                 b_dR = load(dR, n, t, h, seen, cols, V)
                 b_dek -= dot(b_dR, tl.trans(S), DOT, ACC)
                 dA -= dot(b_dR, tl.trans(x), DOT, ACC)
+    if p_z_ends is not None:
+        z_inside = (d < K)[None, :]
+        z = tl.load(row_at(p_z_starts, slot * H + h, d, K), mask=z_inside, other=0.0)
+        dz = tl.load(row_at(p_z_ends, slot * H + h, d, K), mask=z_inside, other=0.0)
+        b_dk += dz
+        kept += z * dz
     if DECAY > 0:
         b_dk = to_end(b_dk, G, n, h, start, end, gates, KG)
         # dG, and what the gates get beside its sum over the later tokens: all of what reaches the chunk's end
@@ -432,9 +530,13 @@ def gradients_kernel(
                 inside = state_mask(d, cols, K, V)
                 x = load_written(v, w, X, n, t, h, seen, cols, V, GV, ACC)
                 S = tl.load(state_at(p_starts, slot * H + h, d, cols, K, V), mask=inside, other=0.0)
-                b_do = load(do, n, t, h * R + r, seen, cols, V)
+                b_do = load_divided(do, den, n, t, h * R + r, seen, cols, V, ACC)
                 b_dq += dot(b_do, tl.trans(S), DOT, ACC)
                 dP += dot(b_do, tl.trans(x), DOT, ACC)
+            if den is not None:
+                b_dden = load(dden, n, t, h * R + r, seen, one, 1)
+                b_dq += b_dden * z
+                dP += b_dden
             d_reader, d_writer, dG, lagging = product_gradients(
                 dP, b_q, b_k, G, n, h, start, end, d, K, not LAG, LAG, DECAY, DOT, ACC
             )

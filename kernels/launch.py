@@ -13,7 +13,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from .chunk import gradients_kernel, pairs_kernel, sums_kernel, walk_back_kernel, walk_kernel
+from .chunk import (
+    denominator_back_kernel,
+    gradients_kernel,
+    pairs_kernel,
+    sums_kernel,
+    walk_back_kernel,
+    walk_kernel,
+)
 from .recurrent import token_kernel
 
 INTERPRETED = isinstance(walk_kernel, InterpretedFunction)  # TRITON_INTERPRET=1 when Triton was imported
@@ -90,8 +97,10 @@ class Problem:
     e: Tensor | None
     w: Tensor | None
     S: Tensor | None
+    z: Tensor | None
     cu_seqlens: Tensor | None
     before: bool  # read
+    eps: float | None = None  # None: no denominator
     chunk: int | None = None  # None: the table's
 
     def __post_init__(self) -> None:
@@ -138,6 +147,7 @@ class Problem:
         }
         self.inputs = {name: self.rows(getattr(self, name)) for name in ("q", "k", "v", "g", "e", "w")}
         self.ungated = {name: x for name, x in self.inputs.items() if name != "g"}
+        self.S, self.z = (None if x is None else x.contiguous() for x in (self.S, self.z))
 
     @property
     def empty(self) -> bool:
@@ -151,6 +161,10 @@ class Problem:
             x = x.contiguous()
         # packed: sequence n starts at cu_seqlens[n] of the one batch row
         return x, 0 if self.cu_seqlens is not None else x.stride(0), x.stride(1), x.stride(2)
+
+    def vectors(self, count: int) -> Tensor | None:
+        """For z, as many times: [count, H, K], None without denominator."""
+        return None if self.eps is None else self.q.new_empty(count, self.H, self.K, dtype=self.acc)
 
     def buffer(self, heads: int, features: int, dtype: torch.dtype) -> Tensor:
         return self.q.new_empty(self.B, self.T, heads, features, dtype=dtype)
@@ -191,26 +205,52 @@ class Problem:
         self,
         prepared: dict[str, Any],
         o: Tensor | None = None,
+        den: Tensor | None = None,
         X: Tensor | None = None,
         S: Tensor | None = None,
+        z: Tensor | None = None,
         starts: Tensor | None = None,
+        z_starts: Tensor | None = None,
     ) -> None:
-        """Fills what is given of: outputs o, writes X, the final state S, the states `starts` before each chunk."""
+        """Fills what is given of: outputs o, denominators, writes X, the final state, those before each chunk."""
         BV = power_of_2(self.V, self.tiles.walk)
         walk_kernel[(self.N * self.H * triton.cdiv(self.V, BV),)](
             **self.ungated,
             **prepared,
             o=self.rows(o),
+            den=self.rows(den),
             X=self.rows(X),
             p_S0=self.S,
             p_S=S,
             p_starts=starts,
+            p_z0=self.z,
+            p_z=z,
+            p_z_starts=z_starts,
             GV=self.H // self.Hv,
             V=self.V,
             BK=power_of_2(self.K),
             BV=BV,
+            EPS=self.eps,
             **self.chunked,
         )
+
+    def denominator_gradient(self, d_o: Tensor, o: Tensor, den: Tensor) -> Tensor:
+        """[B, T, Ho, 1] of the outputs' [B, T, Ho, V]."""
+        found = torch.empty_like(den)
+        block = 16
+        denominator_back_kernel[(self.B * self.Ho * triton.cdiv(self.T, block),)](
+            do=self.rows(d_o),
+            o=self.rows(o),
+            den=self.rows(den),
+            dden=self.rows(found),
+            T=self.T,
+            HO=self.Ho,
+            V=self.V,
+            BT=block,
+            BV=power_of_2(self.V, 64),
+            ACC=TYPES[self.acc],
+        )
+        return found
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
@@ -218,40 +258,58 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def forward(p: Problem, form: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """o [B, T, Ho, V] in `dtype` and the final state [N, H, K, V]."""
-    o = p.buffer(p.Ho, p.V, dtype)
+def forward(p: Problem, form: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """o [B, T, Ho, V] in v's dtype and the final S [N, H, K, V]; z [N, H, K] and denominators [B, T, Ho, 1] or None."""
+    o, den = p.buffer(p.Ho, p.V, p.v.dtype), None if p.eps is None else p.buffer(p.Ho, 1, p.acc)
+    S, z = p.q.new_empty(p.N, p.H, p.K, p.V, dtype=p.acc), p.vectors(p.N)
     if p.empty:
-        return o, p.q.new_zeros(p.N, p.H, p.K, p.V, dtype=p.acc) if p.S is None else p.S.clone()
-    S = p.q.new_empty(p.N, p.H, p.K, p.V, dtype=p.acc)
-    p.S = None if p.S is None else p.S.contiguous()
+        for x, start in ((S, p.S), (z, p.z)):
+            if x is not None:
+                x.zero_() if start is None else x.copy_(start)
+        return o, S, z, den
     with on_device(o):
         if form == "chunk":
-            p.walk(p.prepare(), o=o, S=S)
+            p.walk(p.prepare(), o=o, den=den, S=S, z=z)
         else:
             BK, BV = power_of_2(p.K), power_of_2(p.V, 32 if p.K <= 256 else 16)
             token_kernel[(p.N * p.H * triton.cdiv(p.V, BV),)](
                 **p.inputs,
                 o=p.rows(o),
+                den=p.rows(den),
                 p_S0=p.S,
                 p_S=S,
+                p_z0=p.z,
+                p_z=z,
                 GV=p.H // p.Hv,
                 V=p.V,
                 BK=BK,
                 BV=BV,
+                EPS=p.eps,
                 num_warps=max(1, BK * BV // 1024) if BK * BV < 8192 else 8,
                 **p.common,
             )
-    return o, S
+    return o, S, z, den
 
 
-def backward(p: Problem, d_o: Tensor | None, d_S: Tensor | None) -> list[Tensor | None]:
-    """Gradients of q, k, v, g, e, w, S, None for what is None. d_o or d_S None: nothing flows from there."""
+def backward(
+    p: Problem,
+    o: Tensor | None,
+    den: Tensor | None,
+    d_o: Tensor | None,
+    d_S: Tensor | None,
+    d_z: Tensor | None,
+) -> list[Tensor | None]:
+    """Gradients of q, k, v, g, e, w, S, z, None for what is None.
+
+    o, den: the outputs and their denominators, None without. d_o, d_S or d_z None: nothing flows from there.
+    """
     inputs = [p.q, p.k, p.v, p.g, p.e, p.w]
     if p.empty:
-        d_S0 = None if p.S is None else torch.zeros_like(p.S) if d_S is None else d_S.clone()
-        return [None if x is None else torch.zeros_like(x) for x in inputs] + [d_S0]
-    p.S = None if p.S is None else p.S.contiguous()
+        states = [
+            None if x is None else torch.zeros_like(x) if d_x is None else d_x.clone()
+            for x, d_x in ((p.S, d_S), (p.z, d_z))
+        ]
+        return [None if x is None else torch.zeros_like(x) for x in inputs] + states
 
     def head_buffer(heads: int, shared: int, like: Tensor) -> Tensor:
         """A gradient for each state head or reader: in the input's dtype, or for summing over those that share it."""
@@ -274,20 +332,30 @@ def backward(p: Problem, d_o: Tensor | None, d_S: Tensor | None) -> list[Tensor 
     dw = p.buffer(p.H, NV, p.acc) if p.w is not None else None
     de = p.buffer(p.H, NK, p.acc) if erases else None
     dg = p.buffer(p.H, p.K if p.common["DECAY"] == 2 else NK, p.acc) if decays else None
-    dS0 = None if p.S is None else torch.empty_like(p.S)
+    dS0, dz0 = (None if x is None else torch.empty_like(x) for x in (p.S, p.z))
+    z_starts, z_ends = p.vectors(p.count), p.vectors(p.count)
     with on_device(dq):
+        d_den = None
+        if d_o is None or o is None or den is None:
+            den = None
+        else:
+            d_den = p.denominator_gradient(d_o, o, den)
+        divided = {"do": p.rows(d_o), "den": p.rows(den), "dden": p.rows(d_den)}
         prepared = p.prepare()
-        p.walk(prepared, X=X, starts=starts)
+        p.walk(prepared, X=X, starts=starts, z_starts=z_starts)
         walk_back_kernel[(p.N * p.H * NV,)](
             **p.ungated,
             **prepared,
-            do=p.rows(d_o),
+            **divided,
             dR=p.rows(dR),
             dv=p.rows(dv),
             dw=p.rows(dw),
             p_dS=None if d_S is None else d_S.contiguous(),
             p_dS0=dS0,
             p_ends=ends,
+            p_dz=None if d_z is None else d_z.contiguous(),
+            p_dz0=dz0,
+            p_z_ends=z_ends,
             GV=p.H // p.Hv,
             V=p.V,
             BK=power_of_2(p.K),
@@ -298,7 +366,7 @@ def backward(p: Problem, d_o: Tensor | None, d_S: Tensor | None) -> list[Tensor 
             **p.ungated,
             G=prepared["G"],
             X=p.rows(X),
-            do=p.rows(d_o),
+            **divided,
             dR=p.rows(dR),
             dq=p.rows(dq),
             dk=p.rows(dk),
@@ -306,6 +374,8 @@ def backward(p: Problem, d_o: Tensor | None, d_S: Tensor | None) -> list[Tensor 
             de=p.rows(de),
             p_starts=starts,
             p_ends=ends,
+            p_z_starts=z_starts,
+            p_z_ends=z_ends,
             p_owners=p.owners,
             GV=p.H // p.Hv,
             V=p.V,
@@ -317,4 +387,4 @@ def backward(p: Problem, d_o: Tensor | None, d_S: Tensor | None) -> list[Tensor 
         dg = dg.sum(-1)
     gates = [dg, None if de is None else de.sum(-1), None if dw is None else dw.sum(-1)]
     gates = [None if x is None or like is None else x.to(like.dtype) for x, like in zip(gates, inputs[3:])]
-    return [summed(dq, p.Hq, p.q), summed(dk, p.Hk, p.k), summed(dv, p.Hv, p.v), *gates, dS0]
+    return [summed(dq, p.Hq, p.q), summed(dk, p.Hk, p.k), summed(dv, p.Hv, p.v), *gates, dS0, dz0]

@@ -6,7 +6,7 @@ For decoding and short inputs. Its gradient is that of the chunk form, which is 
 import triton
 import triton.language as tl
 
-from .tiles import span, state_at, state_mask
+from .tiles import quotient, span, state_at, state_mask
 
 
 @triton.jit
@@ -16,12 +16,35 @@ def load_token(x, n, t, h, d, D: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def read_token(q, o, n, t, h, S, dk, dv, GQ: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr):
-    """o = Sᵀ q for the R readers of state head h."""
+def read_token(
+    q,
+    o,
+    den,
+    n,
+    t,
+    h,
+    S,
+    z,
+    dk,
+    dv,
+    first_block,
+    GQ: tl.constexpr,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    """o = Sᵀ q for the R readers of state head h, divided by zᵀ q + EPS unless EPS is None."""
     for r in range(R):
         b_q = load_token(q, n, t, (h * R + r) // GQ, dk, K, S.dtype)
+        b_o = tl.sum(S * b_q[:, None], 0)
+        if EPS is not None:
+            found = tl.sum(z * b_q, 0)
+            b_den = tl.where(found == 0, 0.0, found + EPS)
+            b_o = quotient(b_o, b_den)
+            tl.store(den[0] + n * den[1] + t * den[2] + (h * R + r) * den[3], b_den, mask=first_block)
         at = o[0] + n * o[1] + t * o[2] + (h * R + r) * o[3] + dv
-        tl.store(at, tl.sum(S * b_q[:, None], 0).to(o[0].dtype.element_ty), mask=dv < V)
+        tl.store(at, b_o.to(o[0].dtype.element_ty), mask=dv < V)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -33,8 +56,11 @@ def token_kernel(
     e,  # [B, T, H, 1] or None
     w,  # [B, T, H, 1] or None
     o,  # out [B, T, H·R, V]
+    den,  # out [B, T, H·R, 1], zᵀq + EPS, 0 where zᵀq = 0, or None
     p_S0,  # [N, H, K, V] or None
     p_S,  # out [N, H, K, V]
+    p_z0,  # [N, H, K] or None
+    p_z,  # out [N, H, K] or None
     p_cu,
     T,
     H: tl.constexpr,
@@ -48,6 +74,7 @@ def token_kernel(
     BV: tl.constexpr,
     DECAY: tl.constexpr,
     LAG: tl.constexpr,
+    EPS: tl.constexpr,  # None: no denominator
     ACC: tl.constexpr,
 ):
     """S ← Diag(exp g) S;  S ← S + k (w v − e Sᵀ k)ᵀ;  o = Sᵀ q. A program a sequence, head and V block."""
@@ -62,22 +89,33 @@ def token_kernel(
     S = tl.zeros([BK, BV], ACC)
     if p_S0 is not None:
         S += tl.load(state_at(p_S0, n * H + h, dk, dv, K, V), mask=inside, other=0.0).to(ACC)
+    z = tl.zeros([BK], ACC)
+    if p_z0 is not None:
+        z += tl.load(p_z0 + (n * H + h) * K + dk, mask=dk < K, other=0.0)
+    first_block = pid % NV == 0  # the programs of the other V blocks find the same z
     for step in range(length.to(tl.int32)):
         t = first + step
         if LAG:
-            read_token(q, o, n, t, h, S, dk, dv, GQ, R, K, V)
+            read_token(q, o, den, n, t, h, S, z, dk, dv, first_block, GQ, R, K, V, EPS)
         b_k = load_token(k, n, t, h // GK, dk, K, ACC)
         x = load_token(v, n, t, h // GV, dv, V, ACC)
         if w is not None:
             x *= tl.load(w[0] + n * w[1] + t * w[2] + h * w[3]).to(ACC)
         if DECAY == 1:
-            S *= tl.exp(tl.load(g[0] + n * g[1] + t * g[2] + h * g[3]).to(ACC))
+            decay = tl.exp(tl.load(g[0] + n * g[1] + t * g[2] + h * g[3]).to(ACC))
+            S *= decay
+            z *= decay
         if DECAY == 2:
-            S *= tl.exp(load_token(g, n, t, h, dk, K, ACC))[:, None]
+            decay = tl.exp(load_token(g, n, t, h, dk, K, ACC))
+            S *= decay[:, None]
+            z *= decay
         if e is not None:
             b_e = tl.load(e[0] + n * e[1] + t * e[2] + h * e[3]).to(ACC)
             x -= b_e * tl.sum(S * b_k[:, None], 0)
         S += b_k[:, None] * x[None, :]
+        z += b_k
         if not LAG:
-            read_token(q, o, n, t, h, S, dk, dv, GQ, R, K, V)
+            read_token(q, o, den, n, t, h, S, z, dk, dv, first_block, GQ, R, K, V, EPS)
     tl.store(state_at(p_S, n * H + h, dk, dv, K, V), S, mask=inside)
+    if p_z is not None:
+        tl.store(p_z + (n * H + h) * K + dk, z, mask=(dk < K) & first_block)

@@ -180,6 +180,70 @@ def write_state(
     return dot(tl.trans(x), y, DOT, ACC)
 
 
+# The denominator: z is a column of S, of value 1, that nothing erases and no strength weighs. A row [1, K] in ACC, it
+# is read and written by sums, since a matrix product takes 16 columns at least.
+
+
+@triton.jit
+def row_at(p_z, index, d, K: tl.constexpr):
+    """Pointers to features d of vector `index` of a contiguous [..., K], as a row [1, len(d)]."""
+    return p_z + index * K + d[None, :]
+
+
+@triton.jit
+def read_sum(
+    x,
+    z,
+    G,
+    n,
+    h,
+    start,
+    end,
+    d,
+    D: tl.constexpr,
+    LAG: tl.constexpr,
+    DECAY: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """`read_state` of z from the chunk's start: [C, 1]."""
+    if DECAY == 2:
+        x = from_start(x, G, n, h, start, end, d, D, LAG)
+    y = tl.sum(x.to(ACC) * z, 1)[:, None]
+    if DECAY == 1:
+        y = from_start(y, G, n, h, start, end, d, D, LAG)
+    return y
+
+
+@triton.jit
+def write_sum(
+    x,
+    y,
+    G,
+    n,
+    h,
+    start,
+    end,
+    d,
+    D: tl.constexpr,
+    LAG: tl.constexpr,
+    END: tl.constexpr,
+    DECAY: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """`write_state` of y [C, 1] to z: [1, K]."""
+    if DECAY == 2:
+        x = decayed(x, G, n, h, start, end, d, D, LAG, END)
+    elif DECAY == 1:
+        y = decayed(y, G, n, h, start, end, d, D, LAG, END)
+    return tl.sum(x.to(ACC) * y, 0)[None, :]
+
+
+@triton.jit
+def quotient(x, den):
+    """x / den, 0 where den is 0."""
+    return tl.where(den == 0, 0.0, x / tl.where(den == 0, 1.0, den))
+
+
 # Products of pairs of tokens: M_ij = Σ_d a_id b_jd exp(G_i − G_j)_d, with LAG (read "before") exp(G_{i−1} − G_j)_d.
 # A decay per channel can't be taken out of the sum over d. But where i and j lie in the later and earlier half of the
 # same block of tokens, it is the product of i's decay since the middle and j's until the middle: each pair is in one

@@ -29,8 +29,8 @@ FIELDS = ("q", "k", "v", "g", "e", "w", "S", "z")
 
 
 def problem(cell, B=1, T=9, H=(1, 1, 1), K=5, V=3, N=None, dtype=torch.float64, seed=0, **options):
-    """Random inputs of the core, every number different. H: query, key and value heads."""
-    decay, erase = cell
+    """Random inputs of the core, every number different; with a denominator q and k > 0. H: query, key, value heads."""
+    (decay, erase), positive = cell, options.get("denominator", False)
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size):
@@ -41,14 +41,18 @@ def problem(cell, B=1, T=9, H=(1, 1, 1), K=5, V=3, N=None, dtype=torch.float64, 
 
     Hq, Hk, Hv = H
     h, gates = max(Hk, Hv), torch.float64 if dtype == torch.float64 else torch.float32
+    q, k = normal(B, T, Hq, K), normal(B, T, Hk, K)
+    if positive:
+        q, k = q.abs() + 0.1, k.abs() + 0.1
     core = Core(
-        normal(B, T, Hq, K).to(dtype),
-        F.normalize(normal(B, T, Hk, K), dim=-1).to(dtype),
+        q.to(dtype),
+        F.normalize(k, dim=-1).to(dtype),
         normal(B, T, Hv, V).to(dtype),
         g=-uniform(B, T, h, *([K] if decay == 2 else [])).to(gates) if decay else None,
         e=uniform(B, T, h).to(gates) if erase else None,
         w=uniform(B, T, h).to(gates) if erase else None,
         S=normal(B if N is None else N, h, K, V).to(gates),
+        z=uniform(B if N is None else N, h, K).to(gates) if positive else None,
         **options,
     )
     return moved(core, lambda x: x.to(DEVICE))
@@ -60,6 +64,17 @@ def moved(core, fn):
 
 def recurrence(core):
     """The definition at the top of `fwp.core`, in the dtype of its inputs."""
+    o, S = numerators(core)
+    if not core.denominator:
+        return o, State(S)
+    one = core.v.new_ones(*core.k.shape[:2], core.heads, 1)  # z is what v = 1 makes where nothing is erased
+    found, z = numerators(replace(core, v=one, e=None, w=None, S=None if core.z is None else core.z.unsqueeze(-1)))
+    o = torch.where(found == 0, 0, o / (found + core.eps).masked_fill(found == 0, 1))
+    return o, State(S, z.squeeze(-1))
+
+
+def numerators(core):
+    """Sᵀ q and the final S."""
     H = core.heads
     bounds = [0, core.k.shape[1]] if core.cu_seqlens is None else core.cu_seqlens.tolist()
     outputs, ends = [], []
@@ -89,10 +104,10 @@ def recurrence(core):
         outputs.append(torch.stack(sums, 1))
         ends.append(torch.stack(finals))
     out = torch.stack(outputs) if core.cu_seqlens is None else torch.cat(outputs).unsqueeze(0)
-    return out, State(torch.stack(ends))
+    return out, torch.stack(ends)
 
 
-def results(run, core, outputs=("o", "S"), seed=1):
+def results(run, core, outputs=("o", "S", "z"), seed=1):
     """o, the final state and the gradients of a weighed sum of `outputs`, by name."""
     core = moved(core, lambda x: x.detach().requires_grad_())
     o, (S, z) = run(core)
@@ -100,7 +115,7 @@ def results(run, core, outputs=("o", "S"), seed=1):
     generator = torch.Generator().manual_seed(seed)
     weights = {name: torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for name, x in found.items()}
     given = {name: x for name in FIELDS if (x := getattr(core, name)) is not None}
-    names = [name for name in found if name in outputs or name == "z"]
+    names = [name for name in found if name in outputs]
     grads = torch.autograd.grad(
         [found[name] for name in names], list(given.values()), [weights[name] for name in names], materialize_grads=True
     )

@@ -89,6 +89,15 @@ KERNEL_MUTANTS = {
     "halves of an inverse that don't meet": (TILES, "X21 = -dot(", "X21 = 0 * dot("),
     "chunks of the wrong sequence": (LAUNCH, "right=True", "right=False"),
     "a key head's gradient of one head alone": (LAUNCH, "(heads, -1)).sum(3)", "(heads, -1))[:, :, :, 0]"),
+    "a denominator that forgets the chunks before": (CHUNK, "found = read_sum(", "found = 0 * read_sum("),
+    "a denominator of the wrong tokens": (CHUNK, "found += tl.sum(b_P.to(ACC), 1)", "found += tl.sum(b_P.to(ACC), 0)"),
+    "a sum of keys that doesn't decay": (CHUNK, " z *= tl.exp(load_last(", " z *= 1 + 0 * tl.exp(load_last("),
+    "a gradient without the denominator's": (CHUNK, "dP += b_dden", "dP += 0 * b_dden"),
+    "a gradient without the denominator's past": (CHUNK, "b_dq += b_dden * z", "b_dq += 0 * z"),
+    "a gradient of z that doesn't decay": (CHUNK, " dz *= tl.exp(load_last(", " dz *= 1 + 0 * tl.exp(load_last("),
+    "a gradient of z without its readers": (CHUNK, " dz += write_sum(", " dz += 0 * write_sum("),
+    "a gradient of gates without z": (CHUNK, "kept += z * dz", "kept += 0 * z"),
+    "a token's sum of keys that doesn't decay": (TOKEN, "z *= decay", "z *= 1 + 0 * decay"),
     "a token that doesn't erase": (TOKEN, "x -= b_e * tl.sum(S", "x -= 0 * tl.sum(S"),
 }  # fmt: skip
 
@@ -106,8 +115,8 @@ def compare_kernels() -> str:
 
     packed = {"T": 13, "N": 3, "cu_seqlens": torch.tensor([0, 11, 11, 13])}
     cases = {
-        "kda": cells.problem(cells.KDA, H=(2, 1, 2), K=3, V=2, read="before", **packed),
-        "gated_delta": cells.problem((1, True), T=11, H=(2, 2, 1), K=3, V=2, read="before"),
+        "kda": cells.problem(cells.KDA, H=(2, 1, 2), K=3, V=2, read="before", denominator=True, **packed),
+        "gated_delta": cells.problem((1, True), T=11, H=(2, 2, 1), K=3, V=2, read="before", denominator=True),
         "delta": cells.problem((0, True), T=40, K=3, V=2),
         "gla": cells.problem((2, False), T=5, K=3, V=2),
     }

@@ -242,28 +242,42 @@ def test_addresses_beyond_32_bits():
 # ---- normalisation ----
 
 
-def normalised(core):
-    """o / (z·q + eps), from the recurrence with v = 1."""
-    o, state = recurrence(core)
-    ones = core.v.new_ones(*core.k.shape[:2], core.heads, 1)
-    found, z = recurrence(replace(core, v=ones, e=None, w=None, S=core.z.unsqueeze(-1)))
-    o = torch.where(found == 0, 0, o / (found + core.eps).masked_fill(found == 0, 1))
-    return o, State(state.S, z.S.squeeze(-1))
-
-
 @READS
-@CORNERS
+@CELLS
 def test_denominator(cell, read):
-    core = problem(cell, T=C + 2, H=(2, 1, 1), read=read, denominator=True)
-    positive = {"q": core.q.abs() + 0.1, "k": F.normalize(core.k.abs() + 0.1, dim=-1), "z": core.S[..., 0].abs()}
-    agree(replace(core, **positive), truth=normalised)
+    core = problem(cell, T=C + 2, H=(2, 1, 1), read=read, denominator=True, eps=0.1)
+    agree(core)
+    for name, x in zip("oSz", (recurrence(core)[0], *recurrence(core)[1])):
+        o, state = kernels(core, "recurrent")
+        assert deviation({"o": o, "S": state.S, "z": state.z}[name], x) <= 1e-10
+
+
+@pytest.mark.parametrize("present", ["o", "S", "z"])
+def test_a_loss_on_one_output_beside_a_denominator(present):
+    core = problem(KDA, T=C + 2, K=35, V=37, denominator=True)
+    agree(replace(core, z=None) if present == "o" else core, outputs=(present,))
+
+
+def test_denominators_of_packed_sequences():
+    bounds = torch.tensor([0, 0, C + 1, C + 1, C + 4], device=DEVICE)
+    core = problem(KDA, T=C + 4, N=4, H=(2, 1, 2), cu_seqlens=bounds, read="before", denominator=True)
+    agree(core)
+    agree(core, run=lambda core: kernels(core, "recurrent"))
 
 
 def test_denominator_of_zero():
     core = problem(ADDITIVE, denominator=True)
-    core = replace(core, k=torch.zeros_like(core.k), z=torch.zeros_like(core.S[..., 0]))
-    found = agree(core, truth=normalised)
+    core = replace(core, k=torch.zeros_like(core.k), z=torch.zeros_like(core.z))
+    found = agree(core)
     assert found["o"].count_nonzero() == 0
+
+
+def test_denominators_of_nothing():
+    given = problem(KDA, T=0, denominator=True)
+    for core in (given, replace(given, S=None, z=None)):
+        for form in ("chunk", "recurrent"):
+            found = results(lambda core, form=form: kernels(core, form), core)
+            assert torch.equal(found["z"], torch.zeros_like(found["z"]) if core.z is None else core.z)
 
 
 def test_the_sum_of_keys_stays_in_float32():
@@ -275,10 +289,9 @@ def test_the_sum_of_keys_stays_in_float32():
 
 @pytest.mark.parametrize("denominator", [False, True])
 def test_every_query_reads_the_end(denominator):
-    core = problem(ADDITIVE, T=7, H=(2, 1, 2), N=3, cu_seqlens=torch.tensor([0, 3, 3, 7], device=DEVICE), causal=False)
-    if denominator:
-        core = replace(core, q=core.q.abs(), k=core.k.abs(), z=core.S[..., 0].abs(), denominator=True)
-    agree(core, truth=normalised if denominator else recurrence)
+    bounds = torch.tensor([0, 3, 3, 7], device=DEVICE)
+    core = problem(ADDITIVE, T=7, H=(2, 1, 2), N=3, cu_seqlens=bounds, denominator=denominator)
+    agree(replace(core, causal=False))
 
 
 # ---- precision ----

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch._dynamo.testing
-from cells import ADDITIVE, CORNERS, DEVICE, GPU, KDA, MARKS, C, agree, kernels, moved, problem, recurrence
+from cells import ADDITIVE, CORNERS, DEVICE, FIELDS, GPU, KDA, MARKS, C, agree, kernels, moved, problem, recurrence
 from torch.func import grad, jacrev, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,34 +17,35 @@ from fwp.testing import deviation, evaluate, sample
 
 pytestmark = [*MARKS, pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")]  # PyTorch's, by jvp
 
-NAMES = ("q", "k", "v", "g", "e", "w", "S")
 NO_FORWARD = "forward derivatives are not supported by the triton backend; use backend='torch'"
 NO_SECOND = "double backward is not supported by the triton backend; use backend='torch'"
 PACKED = pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 
 
-def packed_or_not(cell, packed, seed=0, T=7):
-    options = {"N": 3, "cu_seqlens": torch.tensor([0, 1, 1, T], device=DEVICE)} if packed else {"B": 2}
+def packed_or_not(cell, packed, seed=0, T=7, **options):
+    options |= {"N": 3, "cu_seqlens": torch.tensor([0, 1, 1, T], device=DEVICE)} if packed else {"B": 2}
     return problem(cell, T=T, H=(2, 1, 1), seed=seed, **options)
 
 
 def tensors(core):
-    return {name: x for name in NAMES if (x := getattr(core, name)) is not None}
+    return {name: x for name in FIELDS if (x := getattr(core, name)) is not None}
 
 
 # ---- what PyTorch asks of an op ----
 
 
+@pytest.mark.parametrize("eps", [None, 0.5], ids=["plain", "denominator"])
 @PACKED
 @CORNERS
-def test_opcheck(cell, packed):
-    core = moved(packed_or_not(cell, packed), lambda x: x.requires_grad_())
-    given = (*(getattr(core, name) for name in NAMES), core.cu_seqlens, False)
-    torch.library.opcheck(backend._forward, (*given, "chunk", C, torch.float64))
+def test_opcheck(cell, packed, eps):
+    core = moved(packed_or_not(cell, packed, denominator=eps is not None), lambda x: x.requires_grad_())
+    given = (*(getattr(core, name) for name in FIELDS), core.cu_seqlens, False, eps)
+    torch.library.opcheck(backend._forward, (*given, "chunk", C))
     given = [x.detach() if isinstance(x, torch.Tensor) else x for x in given]
-    o, S = backend._forward(*given, "chunk", C, torch.float64)
+    o, S, z, den = backend._forward(*given, "chunk", C)
+    kept, d_z = ((None, None), None) if eps is None else ((o, den), torch.ones_like(z))
     for d_o, d_S in ((torch.ones_like(o), torch.ones_like(S)), (torch.ones_like(o), None)):
-        torch.library.opcheck(backend._backward, (*given, C, d_o, d_S))
+        torch.library.opcheck(backend._backward, (*given, C, *kept, d_o, d_S, d_z))
 
 
 # ---- torch.func ----
@@ -74,22 +75,22 @@ def on_each(fn, cores, names):
 @PACKED
 @CORNERS
 def test_vmap(cell, packed, which):
-    cores = [packed_or_not(cell, packed, seed, T=4) for seed in (1, 2, 3)]
+    cores = [packed_or_not(cell, packed, seed, T=4, denominator=which == "everything") for seed in (1, 2, 3)]
     names = {"everything": [*tensors(cores[0])], "queries": "q", "state": "S"}[which]
     form = "recurrent" if which == "queries" else "chunk"
 
     def results(core):
         o, state = backend.run(core, form, C)
-        return o, state.S
+        return o, *(x for x in state if x is not None)
 
     found, truth = on_each(results, cores, names)
-    assert torch.equal(found[0], truth[0]) and torch.equal(found[1], truth[1])
+    assert all(torch.equal(x, y) for x, y in zip(found, truth, strict=True))
 
 
 @PACKED
 @CORNERS
 def test_vmap_of_grad(cell, packed):
-    cores = [packed_or_not(cell, packed, seed, T=4) for seed in (1, 2)]
+    cores = [packed_or_not(cell, packed, seed, T=4, denominator=cell == KDA) for seed in (1, 2)]
     names = [*tensors(cores[0])] if packed else "q"
 
     def slopes(core):
@@ -192,7 +193,7 @@ def compiled():
 def test_one_graph_for_any_length(cell, packed, compiled):
     fast, counter = compiled(lambda core: backend.run(core, "chunk", C))
     for T in (7, 2, C + 1, 3):
-        core = packed_or_not(cell, packed, T=T)
+        core = packed_or_not(cell, packed, T=T, denominator=cell == KDA)
         agree(core, run=fast, truth=kernels, bound=0)
     assert counter.frame_count <= 2
 

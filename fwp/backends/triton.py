@@ -7,7 +7,6 @@ Triton is imported when the first kernel runs, so that the ops and their shapes 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fwp.core import Core, Form, State
-from fwp.rules.reference import ratio
 
 MAX_FEATURES = 1024
 
@@ -64,26 +62,15 @@ def run(core: Core, form: Form, chunk: int | None = None) -> tuple[Tensor, State
     chunk: tokens at a time, a power of 2 up to 64 (on a GPU from 16); None chooses by K and dtype.
     RuntimeError for a second derivative and a forward derivative, which the kernels don't have.
     """
-    numerator, S = _walk(core, form, chunk, core.dtype if core.denominator else core.v.dtype)
-    if not core.denominator:
-        return numerator, State(S)
-    # z is the state of the same recurrence with nothing erased and v = 1, in the state's dtype
-    one = core.v.new_ones((), dtype=core.dtype).expand(*core.k.shape[:2], core.heads, 1)
-    z = None if core.z is None else core.z.unsqueeze(-1)
-    found, z = _walk(replace(core, v=one, e=None, w=None, S=z), form, chunk, core.dtype)
-    return ratio(numerator, torch.where(found == 0, 0, found + core.eps)), State(S, z.squeeze(-1))
-
-
-def _walk(core: Core, form: Form, chunk: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Outputs without denominator, in `dtype`, and the final S."""
-    tensors = (core.q, core.k, core.v, core.g, core.e, core.w, core.S)
-    forward: Callable[..., tuple[Tensor, Tensor]] = _forward if torch.compiler.is_compiling() else _Forward.apply
-    before = core.read == "before"
-    o, S = forward(*tensors, core.cu_seqlens, before and core.causal, form, chunk, dtype)
+    forward: Callable[..., Sequence[Tensor]] = _forward if torch.compiler.is_compiling() else _Forward.apply
+    tensors = (core.q, core.k, core.v, core.g, core.e, core.w, core.S, core.z)
+    before, eps = core.causal and core.read == "before", core.eps if core.denominator else None
+    o, S, z, _ = forward(*tensors, core.cu_seqlens, before, eps, form, chunk)
     if not core.causal:  # everybody reads the final state: a walk that writes nothing
         nothing = [x.new_zeros(()).expand(x.shape) for x in (core.k, core.v)]
-        o, _ = forward(core.q, *nothing, None, None, None, S, core.cu_seqlens, False, form, chunk, dtype)
-    return o, S
+        end = S, z if core.denominator else None
+        o, *_ = forward(core.q, *nothing, None, None, None, *end, core.cu_seqlens, False, eps, form, chunk)
+    return o, State(S, z if core.denominator else None)
 
 
 @torch.library.custom_op("fwp::triton_forward", mutates_args=())
@@ -95,17 +82,20 @@ def _forward(
     e: Tensor | None,
     w: Tensor | None,
     S: Tensor | None,
+    z: Tensor | None,
     cu_seqlens: Tensor | None,
     before: bool,
+    eps: float | None,
     form: str,
     chunk: int | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o, S, z and the denominators; empty tensors stand for None."""
     from fwp.kernels.launch import Problem, forward
 
     if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():  # it is off where a function brought us here
         _no_forward_derivative(None)
-    return forward(Problem(q, k, v, g, e, w, S, cu_seqlens, before, chunk), form, dtype)
+    o, S, z, den = forward(Problem(q, k, v, g, e, w, S, z, cu_seqlens, before, eps, chunk), form)
+    return o, S, *(q.new_empty(0) if x is None else x for x in (z, den))
 
 
 @torch.library.custom_op("fwp::triton_backward", mutates_args=())
@@ -117,41 +107,53 @@ def _backward(
     e: Tensor | None,
     w: Tensor | None,
     S: Tensor | None,
+    z: Tensor | None,
     cu_seqlens: Tensor | None,
     before: bool,
+    eps: float | None,
     chunk: int | None,
+    o: Tensor | None,
+    den: Tensor | None,
     d_o: Tensor | None,
     d_S: Tensor | None,
+    d_z: Tensor | None,
 ) -> list[Tensor]:
     from fwp.kernels.launch import Problem, backward
 
-    grads = backward(Problem(q, k, v, g, e, w, S, cu_seqlens, before, chunk), d_o, d_S)
+    grads = backward(Problem(q, k, v, g, e, w, S, z, cu_seqlens, before, eps, chunk), o, den, d_o, d_S, d_z)
     return [q.new_empty(0) if x is None else x for x in grads]
 
 
 @_forward.register_fake
-def _(q, k, v, g, e, w, S, cu_seqlens, before, form, chunk, dtype):  # type: ignore[no-untyped-def]
+def _(q, k, v, g, e, w, S, z, cu_seqlens, before, eps, form, chunk):  # type: ignore[no-untyped-def]
     core = Core(q, k, v, cu_seqlens=cu_seqlens)
-    o = q.new_empty(*q.shape[:2], max(q.shape[2], core.heads), v.shape[-1], dtype=dtype)
-    return o, q.new_empty(core.sequences, core.heads, k.shape[-1], v.shape[-1], dtype=core.dtype)
+    rows = (*q.shape[:2], max(q.shape[2], core.heads))
+    o = q.new_empty(*rows, v.shape[-1])
+    S = q.new_empty(core.sequences, core.heads, k.shape[-1], v.shape[-1], dtype=core.dtype)
+    if eps is None:
+        return o, S, q.new_empty(0), q.new_empty(0)
+    return o, S, S.new_empty(S.shape[:3]), S.new_empty(*rows, 1)
 
 
 @_backward.register_fake
-def _(q, k, v, g, e, w, S, cu_seqlens, before, chunk, d_o, d_S):  # type: ignore[no-untyped-def]
-    return [q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, g, e, w, S)]
+def _(q, k, v, g, e, w, S, z, cu_seqlens, before, eps, chunk, o, den, d_o, d_S, d_z):  # type: ignore[no-untyped-def]
+    return [q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, g, e, w, S, z)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.before, _, ctx.chunk, _ = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.before, ctx.eps, _, ctx.chunk = inputs
+    o, _, _, den = output
+    ctx.save_for_backward(*tensors, *((None, None) if ctx.eps is None else (o, den)))
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, d_o: Tensor | None, d_S: Tensor | None) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
+def _gradients(
+    ctx: Any, d_o: Tensor | None, d_S: Tensor | None, d_z: Tensor | None, _: Any
+) -> tuple[Tensor | None, ...]:
+    *tensors, o, den = ctx.saved_tensors
     backward: Callable[..., Sequence[Tensor]] = _backward if torch.compiler.is_compiling() else _Backward.apply
-    grads = backward(*tensors, ctx.before, ctx.chunk, d_o, d_S)
-    return *(None if x is None else grad for x, grad in zip(tensors, grads)), None, None, None, None, None
+    grads = backward(*tensors, ctx.before, ctx.eps, ctx.chunk, o, den, d_o, d_S, None if ctx.eps is None else d_z)
+    return *(None if x is None else grad for x, grad in zip(tensors, grads)), *[None] * 5
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> Any:
@@ -186,11 +188,12 @@ class _Axis:
         return torch.cat([starts.flatten(), starts.new_full((1,), T * self.size)])
 
     def inputs(self, tensors: Sequence[Tensor | None], at: Sequence[int | None]) -> list[Tensor | None]:
-        """q, k, v, g, e, w, S, cu_seqlens."""
+        """q, k, v, g, e, w, S, z, cu_seqlens."""
         rows = [self.tokens(x, i) for x, i in zip(tensors[:6], at)]
         assert rows[0] is not None
         T = rows[0].shape[1] // self.size
-        return [*rows, self.states(tensors[6], at[6]), self.bounds(tensors[7], at[7], T)]
+        states = [self.states(x, i) for x, i in zip(tensors[6:8], at[6:8])]
+        return [*rows, *states, self.bounds(tensors[8], at[8], T)]
 
     def split_states(self, x: Tensor) -> Tensor:
         return x.unflatten(0, (self.size, x.shape[0] // self.size))
@@ -203,22 +206,26 @@ class _Axis:
 
 def _vmap_forward(call: Callable[..., Any]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        axis = _Axis(info.batch_size, inputs[7])
-        o, S = call(*axis.inputs(inputs[:8], in_dims[:8]), *inputs[8:])
-        return (axis.split_tokens(o), axis.split_states(S)), (0, 0)
+        axis, eps = _Axis(info.batch_size, inputs[8]), inputs[10]
+        o, S, z, den = call(*axis.inputs(inputs[:9], in_dims[:9]), *inputs[9:])
+        o, S = axis.split_tokens(o), axis.split_states(S)
+        if eps is None:
+            return (o, S, z, den), (0, 0, None, None)
+        return (o, S, axis.split_states(z), axis.split_tokens(den)), (0, 0, 0, 0)
 
     return rule
 
 
 def _vmap_backward(call: Callable[..., Any]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        *given, before, chunk, d_o, d_S = inputs
-        axis = _Axis(info.batch_size, given[7])
-        d_o, d_S = axis.tokens(d_o, in_dims[-2]), axis.states(d_S, in_dims[-1])
-        grads = call(*axis.inputs(given, in_dims[:8]), before, chunk, d_o, d_S)
-        rows = [x if of is None else axis.split_tokens(x) for x, of in zip(grads, given[:6])]
-        found = [*rows, grads[6] if given[6] is None else axis.split_states(grads[6])]
-        return type(grads)(found), type(grads)(None if x is None else 0 for x in given[:7])
+        given, options = inputs[:9], inputs[9:12]
+        axis = _Axis(info.batch_size, given[8])
+        rows = [axis.tokens(x, i) for x, i in zip(inputs[12:15], in_dims[12:15])]
+        states = [axis.states(x, i) for x, i in zip(inputs[15:], in_dims[15:])]
+        grads = call(*axis.inputs(given, in_dims[:9]), *options, *rows, *states)
+        split = [axis.split_tokens] * 6 + [axis.split_states] * 2
+        found = [x if of is None else back(x) for x, of, back in zip(grads, given, split)]
+        return type(grads)(found), type(grads)(None if x is None else 0 for x in given[:8])
 
     return rule
 
@@ -232,7 +239,7 @@ _backward.register_vmap(_vmap_backward(_backward))
 
 class _Forward(torch.autograd.Function):
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
         return _forward(*inputs)
 
     @staticmethod
