@@ -30,11 +30,11 @@ th, td { text-align: left; vertical-align: top; padding: .4rem .6rem; border-bot
 code, pre { font-family: ui-monospace, monospace; background: #f3f5f7; } pre { padding: .6rem; overflow-x: auto; }
 .yes { color: #17703a; font-weight: 600; } .no { color: #b3261e; font-weight: 600; } .open { color: #555e66; }
 """
-VERDICTS = {True: ("yes", "holds"), False: ("no", "does not hold"), None: ("open", "not run")}
+VERDICTS = {True: ("yes", "holds"), False: ("no", "does not hold"), None: ("open", "undecided")}
 
 
-def write(families: Iterable[Family], scale: str, out: Path, asked: Sequence[str], seconds: float) -> Path:
-    """Makes all of it from the finished runs; the path of report.html. asked, seconds: of this call, to be printed."""
+def write(families: Iterable[Family], scale: str, out: Path, asked: Sequence[str]) -> Path:
+    """Makes all of it from the finished runs; the path of report.html. asked: families of this call, to be printed."""
     sections, claims = [], []
     for family in families:
         rows = reproduce.finished(family, scale, out)
@@ -45,7 +45,7 @@ def write(families: Iterable[Family], scale: str, out: Path, asked: Sequence[str
         json.dumps(claims, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
     )
     path = out / "report.html"
-    path.write_text(page(sections, claims, scale, asked, seconds), encoding="utf-8")
+    path.write_text(page(sections, claims, scale, asked), encoding="utf-8")
     return path
 
 
@@ -120,7 +120,7 @@ def claim_table(verdicts: Sequence[dict[str, Any]]) -> str:
     for claim in verdicts:
         mark, word = VERDICTS[claim["holds"]]
         note = html.escape(claim["note"])
-        spread = "" if claim["spread"] is None else f"<br>range {html.escape(in_words(claim['spread']))}"
+        spread = "" if claim["spread"] is None else f"<br>{html.escape(in_words(claim['spread']))}"
         lines.append(
             f"<tr><td>{html.escape(claim['statement'])}"
             f'<br><span class="small"><code>{claim["id"]}</code>: {html.escape(claim["method"])}</span></td>'
@@ -134,7 +134,7 @@ def claim_table(verdicts: Sequence[dict[str, Any]]) -> str:
 
 
 def tally(claims: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
-    """For each paper how many of its claims held, were run, and are listed."""
+    """For each paper how many of its claims held, were decided, and are listed."""
     counts: dict[str, list[int]] = {}
     for claim in claims:
         found = counts.setdefault(claim["paper"], [0, 0, 0])
@@ -143,19 +143,17 @@ def tally(claims: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
     return counts
 
 
-def page(
-    sections: Sequence[str], claims: Sequence[dict[str, Any]], scale: str, asked: Sequence[str], seconds: float
-) -> str:
+def page(sections: Sequence[str], claims: Sequence[dict[str, Any]], scale: str, asked: Sequence[str]) -> str:
     """The whole report."""
     papers = "".join(
         f"<tr><td>{html.escape(paper)}</td>{''.join(f'<td>{n}</td>' for n in counts)}</tr>"
         for paper, counts in tally(claims).items()
     )
-    summary = f"<table><tr><th>Paper</th><th>Claims held</th><th>run</th><th>listed</th></tr>{papers}</table>"
+    summary = f"<table><tr><th>Paper</th><th>Claims held</th><th>decided</th><th>listed</th></tr>{papers}</table>"
     command = " ".join(["fwp", "reproduce", *asked, "--scale", scale])
     made = (
         f"fwp {fwp.__version__}, torch {torch.__version__}, Python {platform.python_version()} on {platform.machine()} "
-        f"{platform.system()} with {cores()} cores, {datetime.date.today()}; this call took {seconds:.0f} s."
+        f"{platform.system()} with {cores()} cores, {datetime.date.today()}."
     )
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Reproductions by fwp</title>'

@@ -42,7 +42,6 @@ def main(ids: Sequence[str], scale: str, out: Path, progress: Progress = lambda 
     """
     from . import report  # matplotlib missing is to be said before any work
 
-    started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     families = [FAMILIES[name] for name in dict.fromkeys(ids or FAMILIES)]
     todo = [(family, settings) for family in families for settings in missing(family, scale, out)]
@@ -53,7 +52,7 @@ def main(ids: Sequence[str], scale: str, out: Path, progress: Progress = lambda 
             for done, (family, row) in enumerate(rows, total - len(todo) + 1):
                 append(results(family, out), row)
                 progress(done, total, family.describe(row))
-    return report.write(FAMILIES.values(), scale, out, [f.id for f in families], time.perf_counter() - started)
+    return report.write(FAMILIES.values(), scale, out, ids)
 
 
 def results(family: Family, out: Path) -> Path:
@@ -69,10 +68,11 @@ def key(settings: Settings) -> str:
 def load(path: Path) -> dict[str, dict[str, Any]]:
     """The finished runs by key. A line that a crash cut short is no run."""
     rows = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
-            rows[row["key"]] = row
+            if "seconds" in row:
+                rows[row["key"]] = row
         except (ValueError, KeyError, TypeError):
             continue
     return rows

@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -207,7 +207,8 @@ def reproduce(
         raise typer.Exit(130) from None
     finally:
         signal.signal(signal.SIGTERM, before)
-    verdicts(report.parent / "claims.json")
+    shown = [claim.id for name in ids or runner.FAMILIES for claim in runner.FAMILIES[name].claims]
+    verdicts(report.parent / "claims.json", shown)
     print(f"The report: {report.resolve()}")
 
 
@@ -244,8 +245,8 @@ def list_families(families: Iterable[Any]) -> None:
             console.print(f"  {claim.id}: {claim.statement}", soft_wrap=True)
 
 
-def verdicts(path: Path) -> None:
-    """The claims, each with its published and measured value."""
+def verdicts(path: Path, ids: Collection[str]) -> None:
+    """The claims of these ids, each with its published and measured value."""
     import json
 
     in_words = import_module("fwp.benchmarks.report").in_words
@@ -254,8 +255,9 @@ def verdicts(path: Path) -> None:
     for column in ("claim", "published", "measured", "holds"):
         table.add_column(column)
     for claim in json.loads(path.read_text(encoding="utf-8")):
-        holds = {True: "[green]yes[/]", False: "[red]no[/]", None: "not run"}[claim["holds"]]
-        table.add_row(claim["id"], in_words(claim["published"]), in_words(claim["measured"]), holds)
+        holds = {True: "[green]yes[/]", False: "[red]no[/]", None: "undecided"}[claim["holds"]]
+        if claim["id"] in ids:
+            table.add_row(claim["id"], in_words(claim["published"]), in_words(claim["measured"]), holds)
     Console().print(table)
 
 

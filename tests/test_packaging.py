@@ -211,7 +211,7 @@ def test_claims_in_readme_are_those_of_the_kept_results() -> None:
         claims = json.loads((ROOT / "benchmarks" / "results" / scale / "claims.json").read_text(encoding="utf-8"))
         assert {claim["scale"] for claim in claims} == {scale}
         found[scale] = tally(claims)
-    lines = ["| paper | listed | quick: held of run | reduced: held of run |", "| --- | --- | --- | --- |"]
+    lines = ["| paper | listed | quick: held of decided | reduced: held of decided |", "| --- | --- | --- | --- |"]
     for paper, (_, _, listed) in found["quick"].items():
         held = [f"{found[scale][paper][0]} of {found[scale][paper][1]}" for scale in ("quick", "reduced")]
         lines.append(f"| {paper} | {listed} | {held[0]} | {held[1]} |")

@@ -127,7 +127,8 @@ def test_runs_once_and_resumes(family: Family, tmp_path: Path, monkeypatch: pyte
 
     file = reproduce.results(family, out)
     kept = file.read_bytes().splitlines(keepends=True)
-    file.write_bytes(b"".join(kept[:3]) + kept[3][:20])  # a crash in the middle of a line
+    no_run = json.dumps({"key": json.loads(kept[3])["key"]}).encode() + b"\n\xff\n"
+    file.write_bytes(b"".join(kept[:3]) + no_run + kept[3][:20])  # a crash in the middle of a line
     reproduce.main([], "quick", out)
     assert len(marks(tmp_path)) == 7
     assert [row["square"] for row in reproduce.finished(family, "quick", out)] == [0, 1, 4, 9, 16]
@@ -205,7 +206,7 @@ def test_unjudged_and_unfinished(family: Family, tmp_path: Path) -> None:
     file.write_text(file.read_text(encoding="utf-8").split("\n")[0] + "\n", encoding="utf-8")
     from fwp.benchmarks import report
 
-    report.write([family], "quick", tmp_path, [], 0.0)
+    report.write([family], "quick", tmp_path, [])
     assert [claim["note"] for claim in strict(tmp_path / "claims.json")] == ["1 of 5 runs are there"] * 2
 
 

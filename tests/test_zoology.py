@@ -194,7 +194,7 @@ def test_too_little_training_decides_nothing() -> None:
     assert outcomes["attention-convolution"].holds is True
     for undecided in (outcomes["attention-positions"], outcomes["linear-alone"]):
         assert (undecided.measured, undecided.holds) == (0.25, None)
-        assert "20,000 training sequences, not 100,000, 3 passes over them, not 64; undecided" in undecided.note
+        assert "20,000 training sequences, not 100,000, 3 passes over them, not 64, 64 sequences" in undecided.note
 
 
 def test_differences_among_solutions_count_for_nothing() -> None:
@@ -202,6 +202,16 @@ def test_differences_among_solutions_count_for_nothing() -> None:
     flat = rows(lambda run: 1.0 if run["model"] == "linear" else 0.991)
     assert paper.measure_delta(flat).spread == [0, 0]
     assert paper.measure_delta(flat).holds is False
+
+
+def test_every_seed_counts() -> None:
+    one = rows(as_expected)
+    two = one + [row | {"seed": 2} for row in one]
+    assert paper.measure_delta(two).holds is True
+    assert "one seed" in paper.measure_delta(one).note
+    assert "one seed" not in paper.measure_delta(two).note
+    lost = [row | {"accuracy": 0.1} if row["seed"] == 2 and row["model"] == "delta" else row for row in two]
+    assert paper.measure_delta(lost).holds is False
 
 
 def test_what_was_not_run_is_not_judged() -> None:

@@ -103,15 +103,17 @@ def breaks(model: str) -> Claim:
 
 
 def measure_favor(rows: Rows) -> Outcome:
-    found = [row["best_loss"] for row in rows if MEMORIES[row["model"]].random]
-    return Outcome(float(f"{min(found):.3g}"), min(found) > 0.01)
+    found = [row for row in rows if MEMORIES[row["model"]].random]
+    lowest = min(row["best_loss"] for row in found)
+    lost = sum(row.get("diverged", False) for row in found)
+    return Outcome(float(f"{lowest:.3g}"), 0.01 < lowest < 0.25, note=f"{lost} of {len(found)} runs ended in NaN")
 
 
 def measure_tanh(rows: Rows) -> Outcome:
     found = best(rows, "tanh-fwm")
     if not found:
         return Outcome(None, None, note="not part of this scale: 15,000 steps of 128 sequences, token by token")
-    return Outcome(round(found[20], 2), found[20] > 0.5)
+    return Outcome(round(found[20], 2), 0.5 < found[20] < 5)
 
 
 def measure_length(rows: Rows) -> Outcome:
@@ -122,7 +124,7 @@ def measure_length(rows: Rows) -> Outcome:
 
 
 def draw(rows: Rows) -> Figure:
-    """The best loss of each update rule against S; on one S alone, as bars."""
+    """The best loss of each update rule against S; on one S alone, a column a rule."""
     from matplotlib.figure import Figure
 
     sizes = {row["keys"] for row in rows}
@@ -130,21 +132,22 @@ def draw(rows: Rows) -> Figure:
     axes = figure.subplots()
     if len(sizes) > 1:
         lines(axes, rows, MEMORIES_2, AUTHORS)
-        axes.set(yscale="log", ylim=(5e-5, 3))
-        axes.axhline(1e-3, color="k", lw=0.6, ls=":")
+        axes.set(yscale="log", ylim=(5e-5, 150))
+        axes.axhline(1e-3, color="k", lw=0.6)
         legend(axes, 4)
         return figure
     names = [name for name in MEMORIES_2 if of(rows, name)]
     for i, name in enumerate(names):
-        memory = MEMORIES_2[name]
-        axes.bar(i, median(row["best_loss"] for row in of(rows, name)), color=memory.colour, width=0.6)
+        colour = MEMORIES_2[name].colour
+        axes.plot(i, median(row["best_loss"] for row in of(rows, name)), "o", color=colour, markersize=9)
         axes.plot(i, median(row["loss_2S"] for row in of(rows, name)), "kD", markersize=4)
         for row in of(AUTHORS, name):
             if row["keys"] in sizes and row["d_key"] == rows[0]["d_key"]:
                 axes.plot(i, row["best_loss"], "kx", markersize=7)
+    axes.plot([], [], "o", color="#8a8a8a", markersize=9, label="ours")
     axes.plot([], [], "kD", markersize=4, label="the same on sequences of 2S pairs")
     axes.plot([], [], "kx", markersize=7, label="the authors' logs")
-    axes.axhline(1e-3, color="k", lw=0.6, ls=":")
+    axes.axhline(1e-3, color="k", lw=0.6)
     axes.set(yscale="log", ylim=(1e-4, 3), ylabel=f"best evaluation loss at S = {min(sizes)}")
     axes.set_xticks(range(len(names)), [MEMORIES_2[name].label.replace(", ", "\n") for name in names], fontsize=7)
     legend(axes, 2)
@@ -161,16 +164,17 @@ SETTING_2 = Family(
         "A sequence has 2S pairs of S keys and S values, drawn with replacement, and is asked for the last value of "
         "the key of one of its pairs.",
         EMBEDDING + " The rules that have a β take σ(w [v; e] + b).",
-        "sum: as in Setting 1. delta: W += β (v − W φ(k)) ⊗ φ(k); gated sum: W = (1 − β) W + β v ⊗ φ(k); both with φ "
-        "divided by its sum, y = W φ(q). fwm: delta on φ as it is, then W / max(‖W‖, 1), y = LayerNorm(W φ(q)); tanh "
-        "fwm: φ = tanh, batch 128, Adam at 0.0001.",
+        "sum: as in Setting 1. gated sum (arXiv 2103.02143): W = (1 − β) W + β v ⊗ φ(k), z alike, y as sum. delta: "
+        "W += β (v − W φ(k)) ⊗ φ(k), y = W φ(q), with φ divided by its sum. fwm: delta on φ as it is, then "
+        "W / max(‖W‖, 1), y = LayerNorm(W φ(q)); tanh fwm: φ = tanh, batch 128, Adam at 0.0001.",
         DEVIATION,
         DUAL,
         *STOPPING,
         "Evaluated on sequences of S pairs, as the authors’ code does; at the best step also on 2S pairs, as the paper "
         "words it.",
     ),
-    caption="Best evaluation loss of each update rule. Dotted: 0.001, solved. Crosses: the authors’ logs.",
+    caption="Best evaluation loss of each update rule. Horizontal line: 0.001, where a run ends, so how far below it a "
+    "point lies means nothing. Crosses: the authors’ logs, which have no gated sum.",
     scales=SCALES,
     train=train,
     describe=describe,
@@ -188,25 +192,27 @@ SETTING_2 = Family(
             "best-rule",
             "With DPFP-1 the delta rule has the lowest loss of sum, gated sum, fwm and delta at every S.",
             measure_rules(AUTHORS).measured,
-            SOURCE + "; without gated sum",
+            SOURCE + "; they have no gated sum",
             "pairs of another rule and an S at which delta’s best loss is lower",
             measure_rules,
         ),
         *map(breaks, ("linear-delta", "dpfp-1-delta", "dpfp-2-delta")),
         Claim(
             "favor-delta",
-            "FAVOR+ with the delta rule stays above 0.01 at every S.",
+            "FAVOR+ with the delta rule stays above 0.01 at every S, though it learns: its lowest loss is below half "
+            "of answering 0.",
             measure_favor(AUTHORS).measured,
             SOURCE,
-            "lowest best loss of all FAVOR+ runs",
+            "lowest best loss of all FAVOR+ runs, against 0.01 and 0.25; the best before NaN, where a run ends in it",
             measure_favor,
         ),
         Claim(
             "tanh",
-            "At S = 20 fwm with φ = tanh does worse than answering 0.",
+            "At S = 20 fwm with φ = tanh learns, but does worse than answering 0.",
             measure_tanh(AUTHORS).measured,
             SOURCE,
-            "best loss at S = 20, against 0.5",
+            "best loss at S = 20, between 0.5, what answering 0 costs, and 5, half of what an untrained net has: "
+            "LayerNorm makes ‖y‖² = S",
             measure_tanh,
         ),
         Claim(
