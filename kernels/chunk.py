@@ -33,7 +33,6 @@ import triton.language as tl
 from .tiles import (
     chunk_of,
     dot,
-    first_slot,
     from_start,
     inverse,
     load,
@@ -44,6 +43,7 @@ from .tiles import (
     read_state,
     read_sum,
     row_at,
+    segment_of,
     span,
     state_at,
     state_mask,
@@ -140,11 +140,11 @@ def pairs_kernel(
             store(P, n, t, h * R + r, seen, i, C, b_P)
 
 
-@triton.jit(do_not_specialize=["T", "NC"])
+@triton.jit(do_not_specialize=["T", "NC", "NS", "CS"])
 def walk_kernel(
     q,
     k,
-    v,  # [B, T, Hv, V]
+    v,  # [B, T, Hv, V]; None: nothing is written, V = K
     G,
     e,
     w,  # [B, T, H, 1] or None
@@ -153,16 +153,19 @@ def walk_kernel(
     o,  # out [B, T, H·R, V] or None
     den,  # out [B, T, H·R, 1], zᵀq + EPS, 0 where zᵀq = 0, or None
     X,  # out [B, T, H, V] or None
-    p_S0,  # [N, H, K, V] or None
-    p_S,  # out [N, H, K, V] or None
+    p_S0,  # [segments, H, K, V] or None
+    p_S,  # out [segments, H, K, V] or None
+    p_decay,  # out [segments, H, 1 or K], the product of the decays, or None
     p_starts,  # out [slots, H, K, V], the state before each chunk, or None
-    p_z0,  # [N, H, K] or None
-    p_z,  # out [N, H, K] or None
+    p_z0,  # [segments, H, K] or None
+    p_z,  # out [segments, H, K] or None
     p_z_starts,  # out [slots, H, K], z before each chunk, or None
     p_cu,
     p_slots,
     T,
     NC,
+    NS,
+    CS,
     H: tl.constexpr,
     GK: tl.constexpr,
     GV: tl.constexpr,  # state heads that share a value head
@@ -179,37 +182,45 @@ def walk_kernel(
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """From the first chunk to the last, [K, BV] of S and z in registers. A program a sequence, head and V block."""
+    """From the first chunk to the last, [K, BV] of S and z in registers. A program a segment, head and V block.
+
+    Without v and S0 it starts from the identity, so that S ends as the matrix by which the segment passes on a state.
+    """
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0).to(tl.int64)
     h = pid // NV % H
-    n = pid // NV // H
+    s = pid // NV // H
+    n, first, length, slot = segment_of(s, p_cu, p_slots, T, NC, NS, CS, C)
     dk = tl.arange(0, BK)
     dv = (pid % NV) * BV + tl.arange(0, BV)
     inside = state_mask(dk, dv, K, V)
-    first, length = span(p_cu, n, T)
     end = first + length
-    slot = first_slot(n, p_cu, p_slots, NC)
     i = tl.arange(0, C)
     one = tl.arange(0, 1)
     KG: tl.constexpr = K if DECAY == 2 else 1
     gates = dk if DECAY == 2 else one
     S = tl.zeros([BK, BV], ACC)
     if p_S0 is not None:
-        S += tl.load(state_at(p_S0, n * H + h, dk, dv, K, V), mask=inside, other=0.0).to(ACC)
+        S += tl.load(state_at(p_S0, s * H + h, dk, dv, K, V), mask=inside, other=0.0).to(ACC)
+    elif v is None:
+        S += (dk[:, None] == dv[None, :]).to(ACC)
     z = tl.zeros([1, BK], ACC)
     z_inside = (dk < K)[None, :]
     if p_z0 is not None:
-        z += tl.load(row_at(p_z0, n * H + h, dk, K), mask=z_inside, other=0.0)
+        z += tl.load(row_at(p_z0, s * H + h, dk, K), mask=z_inside, other=0.0)
     first_block = pid % NV == 0  # the programs of the other V blocks find the same z
+    if p_decay is not None:
+        g = tl.zeros([1, gates.shape[0]], ACC)
     for c in range(tl.cdiv(length, C).to(tl.int32)):
         start = first + c * C
         t = start + i
         seen = t < end
         b_k = load(k, n, t, h // GK, seen, dk, K)
-        x = load(v, n, t, h // GV, seen, dv, V)
-        if w is not None:
-            x = x.to(ACC) * load(w, n, t, h, seen, one, 1).to(ACC)
+        x = tl.zeros([C, BV], ACC)
+        if v is not None:
+            x = load(v, n, t, h // GV, seen, dv, V)
+            if w is not None:
+                x = x.to(ACC) * load(w, n, t, h, seen, one, 1).to(ACC)
         if p_starts is not None:
             at = state_at(p_starts, (slot + c) * H + h, dk, dv, K, V)
             tl.store(at, S.to(p_starts.dtype.element_ty), mask=inside)
@@ -240,6 +251,8 @@ def walk_kernel(
                 store(o, n, t, h * R + r, seen, dv, V, b_o)
         if DECAY > 0:
             S = through(S, G, n, h, start, end, gates, KG, C)
+            if p_decay is not None:
+                g += load_last(G, n, h, start, end, gates, KG, C)
         S += write_state(b_k, x, G, n, h, start, end, gates, KG, False, True, DECAY, DOT, ACC)
         if EPS is not None:
             if DECAY > 0:
@@ -247,9 +260,12 @@ def walk_kernel(
             ones = tl.full([C, 1], 1.0, ACC)
             z += write_sum(b_k, ones, G, n, h, start, end, gates, KG, False, True, DECAY, ACC)
     if p_S is not None:
-        tl.store(state_at(p_S, n * H + h, dk, dv, K, V), S, mask=inside)
+        tl.store(state_at(p_S, s * H + h, dk, dv, K, V), S, mask=inside)
     if p_z is not None:
-        tl.store(row_at(p_z, n * H + h, dk, K), z, mask=z_inside & first_block)
+        tl.store(row_at(p_z, s * H + h, dk, K), z, mask=z_inside & first_block)
+    if p_decay is not None:
+        at = p_decay + (s * H + h) * KG + gates[None, :]
+        tl.store(at, tl.exp(g), mask=(gates[None, :] < KG) & first_block)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -289,7 +305,7 @@ def load_divided(do, den, n, t, h, seen, d, V: tl.constexpr, ACC: tl.constexpr):
     return x
 
 
-@triton.jit(do_not_specialize=["T", "NC"])
+@triton.jit(do_not_specialize=["T", "NC", "NS", "CS"])
 def walk_back_kernel(
     q,
     k,
@@ -303,18 +319,20 @@ def walk_back_kernel(
     den,  # [B, T, H·R, 1] or None
     dden,  # [B, T, H·R, 1] or None
     dR,  # out [B, T, H, V] or None
-    dv,  # out [B, T, H, V]
+    dv,  # out [B, T, H, V] or None
     dw,  # out [B, T, H, V blocks] or None: each V block's share
-    p_dS,  # [N, H, K, V], gradient of the final state, or None
-    p_dS0,  # out [N, H, K, V] or None
-    p_ends,  # out [slots, H, K, V], gradient of the state after each chunk
-    p_dz,  # [N, H, K], gradient of the final z, or None
-    p_dz0,  # out [N, H, K] or None
+    p_dS,  # [segments, H, K, V], gradient of the final state, or None
+    p_dS0,  # out [segments, H, K, V] or None
+    p_ends,  # out [slots, H, K, V], gradient of the state after each chunk, or None
+    p_dz,  # [segments, H, K], gradient of the final z, or None
+    p_dz0,  # out [segments, H, K] or None
     p_z_ends,  # out [slots, H, K], gradient of z after each chunk, or None
     p_cu,
     p_slots,
     T,
     NC,
+    NS,
+    CS,
     H: tl.constexpr,
     GK: tl.constexpr,
     GV: tl.constexpr,
@@ -334,24 +352,23 @@ def walk_back_kernel(
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0).to(tl.int64)
     h = pid // NV % H
-    n = pid // NV // H
+    s = pid // NV // H
+    n, first, length, slot = segment_of(s, p_cu, p_slots, T, NC, NS, CS, C)
     dk = tl.arange(0, BK)
     cols = (pid % NV) * BV + tl.arange(0, BV)
     inside = state_mask(dk, cols, K, V)
-    first, length = span(p_cu, n, T)
     end = first + length
-    slot = first_slot(n, p_cu, p_slots, NC)
     i = tl.arange(0, C)
     one = tl.arange(0, 1)
     KG: tl.constexpr = K if DECAY == 2 else 1
     gates = dk if DECAY == 2 else one
     dS = tl.zeros([BK, BV], ACC)
     if p_dS is not None:
-        dS += tl.load(state_at(p_dS, n * H + h, dk, cols, K, V), mask=inside, other=0.0).to(ACC)
+        dS += tl.load(state_at(p_dS, s * H + h, dk, cols, K, V), mask=inside, other=0.0).to(ACC)
     dz = tl.zeros([1, BK], ACC)
     z_inside = (dk < K)[None, :]
     if p_dz is not None:
-        dz += tl.load(row_at(p_dz, n * H + h, dk, K), mask=z_inside, other=0.0)
+        dz += tl.load(row_at(p_dz, s * H + h, dk, K), mask=z_inside, other=0.0)
     first_block = pid % NV == 0
     chunks = tl.cdiv(length, C).to(tl.int32)
     for step in range(chunks):
@@ -360,13 +377,16 @@ def walk_back_kernel(
         t = start + i
         seen = t < end
         b_k = load(k, n, t, h // GK, seen, dk, K)
-        tl.store(state_at(p_ends, (slot + c) * H + h, dk, cols, K, V), dS.to(p_ends.dtype.element_ty), mask=inside)
+        if p_ends is not None:
+            at = state_at(p_ends, (slot + c) * H + h, dk, cols, K, V)
+            tl.store(at, dS.to(p_ends.dtype.element_ty), mask=inside)
         b_dR = read_state(b_k, dS, G, n, h, start, end, gates, KG, False, True, DECAY, DOT, ACC)
         if DECAY > 0:
             dS = through(dS, G, n, h, start, end, gates, KG, C)
         if p_z_ends is not None:
             tl.store(row_at(p_z_ends, (slot + c) * H + h, dk, K), dz, mask=z_inside & first_block)
-            if DECAY > 0:
+        if DECAY > 0:
+            if p_z_ends is not None or p_dz0 is not None:
                 dz *= tl.exp(load_last(G, n, h, start, end, gates, KG, C))
         if do is not None:
             for r in range(R):
@@ -385,16 +405,18 @@ def walk_back_kernel(
             b_dR = dot(tl.trans(load(I, n, t, h, seen, i, C)), b_dR, DOT, ACC)
             b_e = load(e, n, t, h, seen, one, 1).to(ACC)
             dS -= write_state(b_k, b_e * b_dR, G, n, h, start, end, gates, KG, False, False, DECAY, DOT, ACC)
-            store(dR, n, t, h, seen, cols, V, b_dR)
-        if w is not None:
+            if dR is not None:
+                store(dR, n, t, h, seen, cols, V, b_dR)
+        if dw is not None:
             b_v = load(v, n, t, h // GV, seen, cols, V).to(ACC)
             store(dw, n, t, h, seen, pid % NV + one, NV, tl.sum(b_v * b_dR, 1)[:, None])
             b_dR *= load(w, n, t, h, seen, one, 1).to(ACC)
-        store(dv, n, t, h, seen, cols, V, b_dR)
+        if dv is not None:
+            store(dv, n, t, h, seen, cols, V, b_dR)
     if p_dS0 is not None:
-        tl.store(state_at(p_dS0, n * H + h, dk, cols, K, V), dS, mask=inside)
+        tl.store(state_at(p_dS0, s * H + h, dk, cols, K, V), dS, mask=inside)
     if p_dz0 is not None:
-        tl.store(row_at(p_dz0, n * H + h, dk, K), dz, mask=z_inside & first_block)
+        tl.store(row_at(p_dz0, s * H + h, dk, K), dz, mask=z_inside & first_block)
 
 
 @triton.jit

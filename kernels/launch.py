@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
+from functools import cache, cached_property
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,6 +22,7 @@ from .chunk import (
     walk_kernel,
 )
 from .recurrent import token_kernel
+from .segments import join_kernel
 
 INTERPRETED = isinstance(walk_kernel, InterpretedFunction)  # TRITON_INTERPRET=1 when Triton was imported
 TYPES = {
@@ -86,6 +87,42 @@ def power_of_2(n: int, most: int = 1024) -> int:
     return min(most, max(16, triton.next_power_of_2(n)))
 
 
+SHORTEST = 8  # chunks of a segment, at least: less is not worth the launches
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Programs that run at once: a walk takes the registers of a whole multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def segment_length(chunks: int, sequences: int, fill: int, least: int) -> int:
+    """How many chunks a segment has where a walk is cut into segments that run side by side; 0: it is not cut.
+
+    As long as `fill` segments of all `chunks` make them, but only where the sequences have `least` segments or more on
+    average. A pure function of shapes and the GPU: the same call always computes the same.
+    """
+    length = max(SHORTEST, -(-chunks // max(1, fill)))
+    return length if chunks >= least * sequences * length else 0
+
+
+class Layout(NamedTuple):
+    """Where chunks and segments lie. Packed, all kernels take segments for the sequences."""
+
+    cu: Tensor | None  # the segments' borders
+    slots: Tensor | None  # where each segment's chunks begin
+    owners: Tensor | None  # the segment of each chunk slot
+    firsts: Tensor | None  # the first segment of each sequence
+    chunks: int  # slots
+    segments: int
+    length: int  # chunks of a segment, 0 if sequences aren't cut
+
+
+# Outputs of the walks, of which each call makes some.
+WALKED: dict[str, Any] = dict.fromkeys(("o", "den", "X", "p_S", "p_starts", "p_z", "p_z_starts", "p_decay"))
+WALKED_BACK: dict[str, Any] = dict.fromkeys(("dR", "dv", "dw", "p_dS0", "p_ends", "p_dz0", "p_z_ends"))
+
+
 @dataclass
 class Problem:
     """The inputs of `fwp.core.Core` that the kernels serve, and what follows from their shapes."""
@@ -116,17 +153,7 @@ class Problem:
         self.tiles = tiles(self.K, self.dot, decay, self.e is not None, family(self.v.device))
         self.C = self.chunk or self.tiles.chunk
         self.chunks = -(-self.T // self.C)
-        self.slots, self.owners = None, None
-        self.count = self.N * self.chunks
-        if self.cu_seqlens is not None and self.N:
-            # Where each sequence's chunks begin, without asking the GPU: at most T // C + N of them.
-            self.count = self.T // self.C + self.N
-            per = (self.cu_seqlens.long().diff() + self.C - 1) // self.C
-            ends = per.cumsum(0)
-            at = torch.arange(self.count, device=ends.device)
-            self.slots, self.owners = ends - per, torch.searchsorted(ends, at, right=True).clamp_(max=self.N - 1)
         self.common: dict[str, Any] = {
-            "p_cu": self.cu_seqlens,
             "T": self.T,
             "H": self.H,
             "GK": self.H // self.Hk,
@@ -137,17 +164,60 @@ class Problem:
             "LAG": self.before,
             "ACC": TYPES[self.acc],
         }
-        self.chunked: dict[str, Any] = self.common | {
-            "p_slots": self.slots,
+        self.inputs = {name: self.rows(getattr(self, name)) for name in ("q", "k", "v", "g", "e", "w")}
+        self.ungated = {name: x for name, x in self.inputs.items() if name != "g"}
+        self.S, self.z = (None if x is None else x.contiguous() for x in (self.S, self.z))
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Made without asking the GPU: packed sequences have T // C + N chunks at most, and no more are launched."""
+        programs = self.H * triton.cdiv(self.V, power_of_2(self.V, self.tiles.walk))
+        # Cut, a walk takes the time of its segments' own states and of the outputs; with erasing also that of the
+        # matrices, which are K wide.
+        least = 3 + (triton.cdiv(self.K, self.V) if self.e is not None else 0)
+        length = segment_length(self.B * self.chunks, self.N, multiprocessors(self.v.device) // programs, least)
+        if self.cu_seqlens is None:
+            per = triton.cdiv(self.chunks, length) if length else 1
+            return Layout(None, None, None, None, self.N * self.chunks, self.N * per, length)
+
+        def starts(parts: Tensor, most: int) -> tuple[Tensor, Tensor]:
+            """Where each sequence's parts begin, and the sequence of each of the `most` parts there can be."""
+            ends = parts.cumsum(0)
+            at = torch.arange(most, device=ends.device)
+            return ends - parts, torch.searchsorted(ends, at, right=True).clamp_(max=len(parts) - 1)
+
+        cu, firsts, segments = self.cu_seqlens.long(), None, self.N
+        if length:
+            size, segments = length * self.C, self.T // (length * self.C) + self.N
+            counts = (cu.diff() + size - 1) // size
+            first, of = starts(counts, segments)
+            firsts = torch.cat([first, counts.sum(0, keepdim=True)])
+            inner = torch.arange(segments, device=cu.device) - first[of]
+            cu = torch.cat([torch.minimum(cu[of] + inner * size, cu[of + 1]), cu[-1:]])
+        most = self.T // self.C + self.N
+        slots, owners = starts((cu.diff() + self.C - 1) // self.C, most)
+        return Layout(cu, slots, owners, firsts, most, segments, length)
+
+    @cached_property
+    def chunked(self) -> dict[str, Any]:
+        """What all kernels of the chunk form take."""
+        return self.common | {
+            "p_cu": self.layout.cu,
+            "p_slots": self.layout.slots,
             "NC": self.chunks,
             "C": self.C,
             "DOT": TYPES[self.dot],
             "num_warps": self.tiles.warps,
             "num_stages": self.tiles.stages,
         }
-        self.inputs = {name: self.rows(getattr(self, name)) for name in ("q", "k", "v", "g", "e", "w")}
-        self.ungated = {name: x for name, x in self.inputs.items() if name != "g"}
-        self.S, self.z = (None if x is None else x.contiguous() for x in (self.S, self.z))
+
+    @cached_property
+    def walked(self) -> dict[str, Any]:
+        """What the walks take beside it."""
+        per = self.layout.segments // self.N  # without packing
+        return (
+            self.ungated | self.chunked | {"NS": per, "CS": self.layout.length or self.chunks, "BK": power_of_2(self.K)}
+        )
 
     @property
     def empty(self) -> bool:
@@ -161,6 +231,9 @@ class Problem:
             x = x.contiguous()
         # packed: sequence n starts at cu_seqlens[n] of the one batch row
         return x, 0 if self.cu_seqlens is not None else x.stride(0), x.stride(1), x.stride(2)
+
+    def states(self, count: int) -> Tensor:
+        return self.q.new_empty(count, self.H, self.K, self.V, dtype=self.acc)
 
     def vectors(self, count: int) -> Tensor | None:
         """For z, as many times: [count, H, K], None without denominator."""
@@ -177,10 +250,10 @@ class Problem:
             features = self.K if decay == 2 else 1
             G = self.buffer(self.H, features, self.acc)
             BK = block if decay == 2 else 1
-            sums_kernel[(self.count * self.H * triton.cdiv(features, BK),)](
+            sums_kernel[(self.layout.chunks * self.H * triton.cdiv(features, BK),)](
                 g=self.inputs["g"],
                 G=self.rows(G),
-                p_owners=self.owners,
+                p_owners=self.layout.owners,
                 KG=features,
                 BK=BK,
                 FLOOR=-800.0 if self.acc == torch.float64 else -104.0,
@@ -192,47 +265,73 @@ class Problem:
             inverse = self.buffer(self.H, self.C, self.dot)
         made = {"G": self.rows(G), "P": self.rows(P), "I": self.rows(inverse)}
         if P is not None or inverse is not None:
-            pairs_kernel[(self.count * self.H,)](
+            pairs_kernel[(self.layout.chunks * self.H,)](
                 **{name: self.inputs[name] for name in ("q", "k", "e")},
                 **made,
-                p_owners=self.owners,
+                p_owners=self.layout.owners,
                 BK=block,
                 **self.chunked,
             )
         return made
 
-    def walk(
-        self,
-        prepared: dict[str, Any],
-        o: Tensor | None = None,
-        den: Tensor | None = None,
-        X: Tensor | None = None,
-        S: Tensor | None = None,
-        z: Tensor | None = None,
-        starts: Tensor | None = None,
-        z_starts: Tensor | None = None,
-    ) -> None:
-        """Fills what is given of: outputs o, denominators, writes X, the final state, those before each chunk."""
+    def walk(self, prepared: dict[str, Any], S0: Tensor | None, z0: Tensor | None, **outputs: Any) -> None:
+        """From the states before each segment, None 0. Outputs: as `walk_kernel` names them."""
         BV = power_of_2(self.V, self.tiles.walk)
-        walk_kernel[(self.N * self.H * triton.cdiv(self.V, BV),)](
-            **self.ungated,
-            **prepared,
-            o=self.rows(o),
-            den=self.rows(den),
-            X=self.rows(X),
-            p_S0=self.S,
-            p_S=S,
+        given = self.walked | prepared | WALKED | {"EPS": self.eps, "GV": self.H // self.Hv, "V": self.V, "BV": BV}
+        given |= {"p_S0": S0, "p_z0": z0} | outputs
+        walk_kernel[(self.layout.segments * self.H * triton.cdiv(given["V"], given["BV"]),)](**given)
+
+    def walk_back(self, prepared: dict[str, Any], dS: Tensor | None, dz: Tensor | None, **others: Any) -> None:
+        """From the gradients of the states after each segment. Others: as `walk_back_kernel` names them."""
+        BV = power_of_2(self.V, self.tiles.walk)
+        given = self.walked | prepared | WALKED_BACK | {"GV": self.H // self.Hv, "V": self.V, "BV": BV}
+        given |= {"p_dS": dS, "p_dz": dz} | others
+        walk_back_kernel[(self.layout.segments * self.H * triton.cdiv(self.V, BV),)](**given)
+
+    def segments(self, prepared: dict[str, Any]) -> dict[str, Tensor | None]:
+        """N, M, decay and Nz of `join_kernel`: what each segment makes of a state of 0, and what it does to a state."""
+        count = self.layout.segments
+        N, Nz, M, decay = self.states(count), self.vectors(count), None, None
+        if self.g is not None and (self.e is None or Nz is not None):
+            decay = self.q.new_empty(count, self.H, self.K if self.common["DECAY"] == 2 else 1, dtype=self.acc)
+        self.walk(prepared, None, None, p_S=N, p_z=Nz, p_decay=decay)
+        if self.e is not None:
+            M, BV = self.q.new_empty(count, self.H, self.K, self.K, dtype=self.acc), power_of_2(self.K, self.tiles.walk)
+            self.walk(prepared, None, None, v=None, w=None, p_S=M, V=self.K, BV=BV, EPS=None)
+        return {"p_N": N, "p_M": M, "p_decay": decay, "p_Nz": Nz}
+
+    def join(
+        self,
+        segments: dict[str, Tensor | None],
+        S0: Tensor | None,
+        z0: Tensor | None,
+        S: Tensor | None,
+        z: Tensor | None,
+        back: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """S and z before each segment, from S0 and z0 before the first. Those after the last go to S and z."""
+        starts, z_starts = self.states(self.layout.segments), self.vectors(self.layout.segments)
+        BK, BV = power_of_2(self.K), power_of_2(self.V, 16)
+        join_kernel[(self.N * self.H * triton.cdiv(self.V, BV),)](
+            **segments,
+            p_S0=S0,
             p_starts=starts,
-            p_z0=self.z,
-            p_z=z,
+            p_S=S,
+            p_z0=z0,
             p_z_starts=z_starts,
-            GV=self.H // self.Hv,
+            p_z=z,
+            p_firsts=self.layout.firsts,
+            NS=self.walked["NS"],
+            **{name: self.common[name] for name in ("H", "K", "DECAY", "ACC")},
             V=self.V,
-            BK=power_of_2(self.K),
+            BK=BK,
+            BJ=min(BK, 32 if self.K <= 256 else 16),
             BV=BV,
-            EPS=self.eps,
-            **self.chunked,
+            BACK=back,
+            num_warps=8 if self.K > 64 else 4,
+            num_stages=1,
         )
+        return starts, z_starts
 
     def denominator_gradient(self, d_o: Tensor, o: Tensor, den: Tensor) -> Tensor:
         """[B, T, Ho, 1] of the outputs' [B, T, Ho, V]."""
@@ -261,7 +360,7 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
 def forward(p: Problem, form: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """o [B, T, Ho, V] in v's dtype and the final S [N, H, K, V]; z [N, H, K] and denominators [B, T, Ho, 1] or None."""
     o, den = p.buffer(p.Ho, p.V, p.v.dtype), None if p.eps is None else p.buffer(p.Ho, 1, p.acc)
-    S, z = p.q.new_empty(p.N, p.H, p.K, p.V, dtype=p.acc), p.vectors(p.N)
+    S, z = p.states(p.N), p.vectors(p.N)
     if p.empty:
         for x, start in ((S, p.S), (z, p.z)):
             if x is not None:
@@ -269,7 +368,12 @@ def forward(p: Problem, form: str) -> tuple[Tensor, Tensor, Tensor | None, Tenso
         return o, S, z, den
     with on_device(o):
         if form == "chunk":
-            p.walk(p.prepare(), o=o, den=den, S=S, z=z)
+            prepared = p.prepare()
+            outputs: dict[str, Any] = {"o": p.rows(o), "den": p.rows(den)}
+            if p.layout.length:
+                p.walk(prepared, *p.join(p.segments(prepared), p.S, p.z, S, z), **outputs)
+            else:
+                p.walk(prepared, p.S, p.z, p_S=S, p_z=z, **outputs)
         else:
             BK, BV = power_of_2(p.K), power_of_2(p.V, 32 if p.K <= 256 else 16)
             token_kernel[(p.N * p.H * triton.cdiv(p.V, BV),)](
@@ -286,6 +390,7 @@ def forward(p: Problem, form: str) -> tuple[Tensor, Tensor, Tensor | None, Tenso
                 BV=BV,
                 EPS=p.eps,
                 num_warps=max(1, BK * BV // 1024) if BK * BV < 8192 else 8,
+                p_cu=p.cu_seqlens,
                 **p.common,
             )
     return o, S, z, den
@@ -319,13 +424,13 @@ def backward(
         """… and its sum over those that share a head."""
         return x if x.shape[2] == heads else x.unflatten(2, (heads, -1)).sum(3).to(like.dtype)
 
-    tl_, BV = p.tiles, power_of_2(p.V, p.tiles.walk)
-    NV, BK = triton.cdiv(p.V, BV), power_of_2(p.K, tl_.block)
+    NV, BK = triton.cdiv(p.V, power_of_2(p.V, p.tiles.walk)), power_of_2(p.K, p.tiles.block)
     NK = triton.cdiv(p.K, BK)
+    d_S, d_z = (None if x is None else x.contiguous() for x in (d_S, d_z))
     erases, decays = p.e is not None, p.g is not None
     X = p.buffer(p.H, p.V, p.dot) if erases else None
     dR = p.buffer(p.H, p.V, p.dot) if erases else None
-    starts, ends = p.q.new_empty(2, p.count, p.H, p.K, p.V, dtype=p.dot).unbind(0)
+    starts, ends = p.q.new_empty(2, p.layout.chunks, p.H, p.K, p.V, dtype=p.dot).unbind(0)
     dq, dk, dv = head_buffer(p.Ho, p.Hq, p.q), head_buffer(p.H, p.Hk, p.k), head_buffer(p.H, p.Hv, p.v)
     if d_o is None:
         dq.zero_()
@@ -333,36 +438,26 @@ def backward(
     de = p.buffer(p.H, NK, p.acc) if erases else None
     dg = p.buffer(p.H, p.K if p.common["DECAY"] == 2 else NK, p.acc) if decays else None
     dS0, dz0 = (None if x is None else torch.empty_like(x) for x in (p.S, p.z))
-    z_starts, z_ends = p.vectors(p.count), p.vectors(p.count)
+    z_starts, z_ends = p.vectors(p.layout.chunks), p.vectors(p.layout.chunks)
     with on_device(dq):
         d_den = None
         if d_o is None or o is None or den is None:
             den = None
         else:
             d_den = p.denominator_gradient(d_o, o, den)
-        divided = {"do": p.rows(d_o), "den": p.rows(den), "dden": p.rows(d_den)}
+        divided: dict[str, Any] = {"do": p.rows(d_o), "den": p.rows(den), "dden": p.rows(d_den)}
         prepared = p.prepare()
-        p.walk(prepared, X=X, starts=starts, z_starts=z_starts)
-        walk_back_kernel[(p.N * p.H * NV,)](
-            **p.ungated,
-            **prepared,
-            **divided,
-            dR=p.rows(dR),
-            dv=p.rows(dv),
-            dw=p.rows(dw),
-            p_dS=None if d_S is None else d_S.contiguous(),
-            p_dS0=dS0,
-            p_ends=ends,
-            p_dz=None if d_z is None else d_z.contiguous(),
-            p_dz0=dz0,
-            p_z_ends=z_ends,
-            GV=p.H // p.Hv,
-            V=p.V,
-            BK=power_of_2(p.K),
-            BV=BV,
-            **p.chunked,
-        )
-        gradients_kernel[(p.count * p.H * NK,)](
+        before, after = (p.S, p.z), (d_S, d_z)
+        starting: dict[str, Any] = {"p_dS0": dS0, "p_dz0": dz0}
+        if p.layout.length:
+            segments = p.segments(prepared)
+            before = p.join(segments, p.S, p.z, None, None)
+            p.walk_back(prepared, None, None, p_dS0=segments["p_N"], p_dz0=segments["p_Nz"], **divided)
+            after, starting = p.join(segments, d_S, d_z, dS0, dz0, back=True), {}
+        p.walk(prepared, before[0], before[1], X=p.rows(X), p_starts=starts, p_z_starts=z_starts)
+        outputs = {"dR": p.rows(dR), "dv": p.rows(dv), "dw": p.rows(dw), "p_ends": ends, "p_z_ends": z_ends}
+        p.walk_back(prepared, after[0], after[1], **divided | outputs | starting)
+        gradients_kernel[(p.layout.chunks * p.H * NK,)](
             **p.ungated,
             G=prepared["G"],
             X=p.rows(X),
@@ -376,11 +471,11 @@ def backward(
             p_ends=ends,
             p_z_starts=z_starts,
             p_z_ends=z_ends,
-            p_owners=p.owners,
+            p_owners=p.layout.owners,
             GV=p.H // p.Hv,
             V=p.V,
             BK=BK,
-            BV=power_of_2(p.V, tl_.block),
+            BV=power_of_2(p.V, p.tiles.block),
             **p.chunked,
         )
     if dg is not None and p.common["DECAY"] == 1:

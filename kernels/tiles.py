@@ -68,13 +68,22 @@ def chunk_of(slot, p_cu, p_slots, p_owners, NC):
 
 
 @triton.jit
-def first_slot(n, p_cu, p_slots, NC):
-    """The chunk slot of the first chunk of sequence n."""
+def segment_of(s, p_cu, p_slots, T, NC, NS, CS, C: tl.constexpr):
+    """Batch row, first token, length and first chunk slot of segment s: CS chunks of a sequence, or a whole one.
+
+    Without packing a row has NS segments. Packed, segments are the sequences whose borders are p_cu.
+    """
     if p_cu is None:
-        slot = n * NC
+        n = s // NS
+        c = s % NS * CS
+        first = c * C
+        length = tl.minimum(T - first, CS * C)
+        slot = n * NC + c
     else:
-        slot = tl.load(p_slots + n)
-    return slot
+        n = s
+        first, length = span(p_cu, s, T)
+        slot = tl.load(p_slots + s)
+    return n, first, length, slot
 
 
 @triton.jit

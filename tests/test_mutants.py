@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -71,6 +72,7 @@ MUTANTS = {
 
 
 CHUNK, TILES, LAUNCH, TOKEN = "kernels/chunk.py", "kernels/tiles.py", "kernels/launch.py", "kernels/recurrent.py"
+SEGMENTS = "kernels/segments.py"
 KERNEL_MUTANTS = {
     "gates that count below the floor": (CHUNK, "tl.where(x < FLOOR, FLOOR, x)", "x"),
     "gates that aren't summed": (CHUNK, "KG, tl.cumsum(x, 0))", "KG, x)"),
@@ -85,7 +87,15 @@ KERNEL_MUTANTS = {
     "gates from beyond the end": (TILES, "tl.minimum(start + i - LAG, end - 1)", "tl.minimum(start + i - LAG, end)"),
     "pairs of the wrong blocks": (TILES, "(2 * half) + half - 1", "(2 * half) + half"),
     "a diagonal left out of a gradient": (TILES, "db += own * a", "db += 0 * a"),
-    "the chunks of the first sequence": (TILES, "slot = tl.load(p_slots + n)", "slot = 0 * tl.load(p_slots + n)"),
+    "the chunks of the first sequence": (TILES, "slot = tl.load(p_slots + s)", "slot = 0 * tl.load(p_slots + s)"),
+    "a segment that starts a chunk too early": (TILES, "c = s % NS * CS", "c = s % NS * CS - (s % NS)"),
+    "a border of segments without decay": (SEGMENTS, "S = S * tl.trans(decay)", "S = S"),
+    "the decay of a segment's last chunk": (CHUNK, "g += load_last(", "g = load_last("),
+    "a matrix that isn't transposed backward": (SEGMENTS, "dk[:, None] if BACK", "dk[:, None] if False"),
+    "a z that a segment's gates don't reach": (SEGMENTS, "z *= decay", "z *= 1"),
+    "a segment that passes nothing on": (CHUNK, "elif v is None:", "elif w is not None:"),
+    "segments that begin with their sequence": (LAUNCH, "cu[of] + inner * size", "cu[of] + 0 * inner"),
+    "gradients that stay in their segment": (LAUNCH, '["p_Nz"], **divided', '["p_Nz"], **divided | {"do": None}'),
     "halves of an inverse that don't meet": (TILES, "X21 = -dot(", "X21 = 0 * dot("),
     "chunks of the wrong sequence": (LAUNCH, "right=True", "right=False"),
     "a key head's gradient of one head alone": (LAUNCH, "(heads, -1)).sum(3)", "(heads, -1))[:, :, :, 0]"),
@@ -113,6 +123,7 @@ def compare_kernels() -> str:
     forget()
     import cells
 
+    launch = importlib.import_module("fwp.kernels.launch")
     packed = {"T": 13, "N": 3, "cu_seqlens": torch.tensor([0, 11, 11, 13])}
     cases = {
         "kda": cells.problem(cells.KDA, H=(2, 1, 2), K=3, V=2, read="before", denominator=True, **packed),
@@ -122,8 +133,10 @@ def compare_kernels() -> str:
     }
     cases["kda"].g[:, 10] = -torch.inf
     try:
-        for core in cases.values():
-            cells.agree(core, run=lambda core: cells.kernels(core, chunk=64 if core.g is None else 8))
+        for name, core in cases.items():
+            chunk, segment = {"kda": (4, 2), "gla": (1, 2), "delta": (64, 0), "gated_delta": (8, 0)}[name]
+            with mock.patch.object(launch, "segment_length", lambda *sizes, length=segment: length):
+                cells.agree(core, run=lambda core, chunk=chunk: cells.kernels(core, chunk=chunk))
         cells.agree(cases["gated_delta"], run=lambda core: cells.kernels(core, "recurrent", 8))
     except AssertionError as error:
         return str(error).partition("\n")[0] or "a difference"

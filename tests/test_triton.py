@@ -28,6 +28,7 @@ from cells import (
 
 from fwp.backends import triton as backend
 from fwp.core import Core, State
+from fwp.kernels import launch
 from fwp.testing import budgets, deviation, evaluate, row_error, sample
 
 pytestmark = MARKS
@@ -237,6 +238,77 @@ def test_addresses_beyond_32_bits():
     q.copy_(core.q)
     for form in ("chunk", "recurrent"):
         assert torch.equal(kernels(replace(core, q=q), form)[0], kernels(core, form)[0])
+
+
+# ---- sequences in segments, which run side by side ----
+
+
+@pytest.fixture
+def two_chunks(monkeypatch):
+    """A segment has two chunks, however full the GPU is."""
+    monkeypatch.setattr(launch, "segment_length", lambda *sizes: 2)
+
+
+@READS
+@CELLS
+def test_segments_are_the_recurrence(cell, read, two_chunks):
+    """Three of them, the last one short."""
+    agree(problem(cell, T=4 * C + 3, read=read))
+
+
+SEGMENTED = pytest.mark.parametrize(
+    "cell", [ADDITIVE, (1, False), (2, False), KDA], ids=["additive", "decay", "gla", "kda"]
+)
+
+
+@pytest.mark.parametrize("T", [1, 2 * C, 2 * C + 1, 4 * C])
+@CORNERS
+def test_segments_of_any_length(cell, T, two_chunks):
+    agree(problem(cell, B=2, T=T))
+
+
+@SEGMENTED
+def test_segments_of_packed_sequences(cell, two_chunks):
+    lengths = (0, 4 * C + 1, 2, 0, 2 * C, 0)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE)
+    agree(problem(cell, T=sum(lengths), N=len(lengths), cu_seqlens=cu_seqlens))
+
+
+@pytest.mark.parametrize("present", ["o", "S"])
+@SEGMENTED
+def test_a_loss_on_one_output_of_segments(cell, present, two_chunks):
+    agree(replace(problem(cell, T=3 * C), S=None), outputs=(present,))
+
+
+@SEGMENTED
+def test_shared_heads_and_blocks_of_segments(cell, two_chunks):
+    agree(problem(cell, T=2 * C + 2, H=(2, 1, 2), K=19, V=18))
+
+
+@READS
+@SEGMENTED
+def test_denominators_of_segments(cell, read, two_chunks):
+    lengths = (2 * C + 3, 0, 4)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE)
+    agree(problem(cell, T=4 * C + 1, read=read, denominator=True))
+    agree(problem(cell, T=sum(lengths), N=3, H=(2, 1, 1), cu_seqlens=cu_seqlens, denominator=True), outputs=("S",))
+
+
+def test_a_reset_in_a_segment(two_chunks):
+    core = problem(KDA, T=4 * C)
+    core.g[:, [C, 3 * C - 1]] = -torch.inf
+    agree(core)
+
+
+def test_segments_are_cut_where_the_gpu_has_room():
+    """132 multiprocessors, 64 programs a row: two segments at a time don't pay for the work before them."""
+    assert launch.segment_length(chunks=1024, sequences=1, fill=132 // 64, least=3) == 0
+    assert launch.segment_length(chunks=1024, sequences=1, fill=132 // 8, least=4) == 64
+    assert launch.segment_length(chunks=2048, sequences=8, fill=132 // 2, least=4) == 32
+    assert launch.segment_length(chunks=2048, sequences=64, fill=132 // 2, least=4) == 0
+    assert launch.segment_length(chunks=20, sequences=1, fill=132, least=3) == 0  # too short
+    assert launch.segment_length(chunks=24, sequences=1, fill=132, least=3) == 8
+    assert launch.segment_length(chunks=1024, sequences=1, fill=0, least=3) == 0
 
 
 # ---- normalisation ----
