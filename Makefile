@@ -22,7 +22,7 @@ test: $(VENV)/.installed
 # On the Python, PyTorch and Triton that the machine has, from a bare checkout.
 test-gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "test-gpu: PyTorch finds no GPU here")'
-	OMP_NUM_THREADS=1 PYTHONPATH=. $(PYTHON) -m pytest tests -m gpu
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(PYTHON) -m pytest -m gpu $$(grep -lE 'mark\.gpu|MARKS' tests/test_*.py)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -131,13 +131,16 @@ def check(
 # --------------------------------------------------------------------------------------------------------- fwp bench
 
 
-@app.command(epilog="Examples: fwp bench · fwp bench --device cpu --peers · fwp bench --json times.json")
+@app.command(epilog="Examples: fwp bench · fwp bench --device cpu --peers · fwp bench --peers --json times.json")
 def bench(
     device: Annotated[str | None, typer.Option(metavar="cpu|cuda", help="where; the GPU if there is one")] = None,
-    peers: Annotated[bool, typer.Option("--peers", help="beside transformers' fallback too")] = False,
-    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the rows there as well")] = None,
+    peers: Annotated[bool, typer.Option("--peers", help="beside the functions of others that are installed")] = False,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="for the rows; plots beside it")] = None,
 ) -> None:
-    """Times each rule beside softmax attention and the machine's matrix product; what is wrong is not timed."""
+    """Times each rule beside softmax attention and what the machine could do, in ten minutes; nothing that is wrong.
+
+    Peers: on a GPU flash-linear-attention and flash-qla, on a CPU the fallback of transformers.
+    """
     if device is not None:
         known("device", device, ("cpu", "cuda"))
     if device == "cuda" and not import_module("torch").cuda.is_available():

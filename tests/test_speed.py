@@ -1,33 +1,90 @@
-"""`fwp bench`: it times what is right, beside a peer, and nothing that is wrong."""
+"""`fwp bench`: it times what is right, beside peers, and nothing that is wrong."""
 
 from __future__ import annotations
 
+import inspect
 import json
+import sys
+import warnings
+from contextlib import nullcontext
+from dataclasses import replace
 from importlib import import_module
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from oracle import fast_weights as oracle
 
 from fwp import rules, testing
 from fwp.cli import main
+from fwp.testing import row_error
 
 speed = import_module("fwp.benchmarks.speed")
+peers = import_module("fwp.benchmarks.peers")
+report = import_module("fwp.benchmarks.speed_report")
+beforehand = import_module("fwp.benchmarks.beforehand")
+Point = speed.Point
+RATES = (1e9, 1e10)
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(speed, "ROUNDS", 1)
-    monkeypatch.setitem(speed.SIZES, "cpu", [speed.Size(1, 65, 2, 16)])
-    monkeypatch.setattr(speed, "matmul_rate", lambda device, dtype: 1e10)
+    monkeypatch.setattr(speed, "ROUNDS", 3)
+    monkeypatch.setattr(speed, "SECONDS", 0)
+    monkeypatch.setattr(speed, "points", lambda device: [Point(rule, 1, 65, 2, 16, device) for rule in rules.RULES])
+    monkeypatch.setattr(speed, "ceilings", lambda device, dtype: RATES)
+    speed.wrong.cache_clear()
+
+
+def read(file):
+    found = json.loads(file.read_text(), parse_constant=lambda word: pytest.fail(f"{word} in the JSON"))
+    return found["rows"]
+
+
+# ---- rows ----
 
 
 def test_rows(tmp_path, capsys):
     file = tmp_path / "rows.json"
     assert speed.main("cpu", peers=True, json_file=file) == 0
-    found = json.loads(file.read_text(), parse_constant=lambda word: pytest.fail(f"{word} in the JSON"))
-    assert [(row["rule"], row["pass"]) for row in found] == [(r, p) for r in rules.RULES for p in ("fwd", "fwd + bwd")]
-    assert all(row["seconds"] > 0 and row["softmax_over_ours"] > 0 and row["share"] > 0 for row in found)
-    assert "medians of 1 rounds" in capsys.readouterr().out
+    found = read(file)
+    both = ("forward", "forward + backward")
+    assert [(row["rule"], row["pass"]) for row in found] == [(rule, x) for rule in rules.RULES for x in both]
+    for row in found:
+        assert {"ours", "softmax"} <= row["seconds"].keys() and row["backend"] == "torch" and row["limit"] > 0
+        assert all(min(times) <= row["seconds"][name] <= max(times) for name, times in row["times"].items())
+        assert all(len(times) == 3 and min(times) > 0 for times in row["times"].values())
+        assert row["card"].startswith("CPU") and row["versions"]["torch"] == torch.__version__
+    printed = capsys.readouterr().out
+    assert "6 of 6" in printed and "s left: kda, T 65, D 16: forward: ours" in printed and "medians of" in printed
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.json", "rows-limit.png"}
+
+
+def test_the_fallback_of_transformers_is_a_peer(tmp_path):
+    pytest.importorskip("transformers")
+    point = Point("gated_delta", 1, 65, 2, 16, "cpu")
+    assert all("transformers" in row["seconds"] and row["note"] == "" for row in speed.measure(point, RATES, True))
+
+
+def test_a_step_and_a_feature_map_with_denominator():
+    step, mapped = Point("kda", 3, 1, 2, 16, "cpu"), Point("additive", 1, 65, 2, 8, "cpu", "dpfp-3", None, True)
+    (row,) = speed.measure(step, RATES, False)
+    assert row["pass"] == "step" and row["form"] == "recurrent" and row["seconds"].keys() == {"ours"}
+    x, _ = speed.inputs(step)
+    assert x["state"].S.shape == (3, 2, 16, 16)
+    assert [row["what"] for row in speed.measure(mapped, RATES, False)] == ["additive + dpfp-3 + denominator"] * 2
+    assert mapped.width == 48
+
+
+def test_plots(tmp_path):
+    """Time against T where a rule was measured at more than one."""
+    made = [row(T * 1e-6, T * 1e-7, point={"T": T}, peers={peers.LEADER: T * 2e-6}) for T in (1024, 4096)]
+    found = report.plots(made, tmp_path / "rows.json")
+    assert [path.name for path in found] == ["rows-time.png", "rows-limit.png"]
+    assert all(path.stat().st_size > 10_000 for path in found)
+
+
+# ---- nothing red is timed ----
 
 
 def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch):
@@ -36,21 +93,440 @@ def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch):
     monkeypatch.setitem(rules.RULES, "decay", lowered)
     file = tmp_path / "rows.json"
     assert speed.main("cpu", json_file=file) == 1
-    red = [row for row in json.loads(file.read_text()) if row["seconds"] is None]
-    assert [row["rule"] for row in red] == ["decay"]
-    assert "it is wrong by" in red[0]["note"]
+    red = [row for row in read(file) if row.get("red")]
+    assert [row["rule"] for row in red] == ["decay"] and red[0]["seconds"] == {} and red[0]["times"] == {}
+    assert "it is wrong by" in red[0]["red"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fault_of_one_percent_is_wrong_in_every_dtype(dtype, monkeypatch):
-    assert speed.wrong("delta", "cpu", dtype) is None
+    monkeypatch.setattr(Point, "dtype", dtype)
+    point = Point("delta", 1, 70, 2, 64, "cpu")
+    assert speed.wrong(point) is None
     right = testing.evaluate
 
     def faulty(*inputs, **options):  # what "auto" takes, not the reference and the budgets
-        return {name: x * (1 if options else 1.01) for name, x in right(*inputs, **options).items()}
+        return {name: x * (1 if "backend" in options else 1.01) for name, x in right(*inputs, **options).items()}
 
     monkeypatch.setattr(testing, "evaluate", faulty)
-    assert speed.wrong("delta", "cpu", dtype) > 0.005
+    speed.wrong.cache_clear()
+    assert speed.wrong(point) > 0.005
+
+
+def faulty_from(T, change):
+    """`fast_weights` that goes wrong at a size only."""
+    right = speed.fwp.fast_weights
+
+    def call(rule, q, k, v, **options):
+        out, state = right(rule, q, k, v, **options)
+        return (change(out) if q.shape[1] >= T else out), state
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda out: out.masked_fill(torch.arange(out.shape[1]).view(1, -1, 1, 1) == 90, torch.nan), "is not finite"),
+        (lambda out: torch.cat([out[:, :64], out[:, 64:] * 1.5], 1), "two halves differ from the whole by 3.3e-01"),
+    ],
+)
+def test_what_is_wrong_at_its_own_size_is_not_timed(change, reason, monkeypatch):
+    monkeypatch.setattr(speed.fwp, "fast_weights", faulty_from(100, change))
+    (row,) = speed.measure(Point("additive", 1, 128, 2, 16, "cpu"), RATES, False)
+    assert row["red"].endswith(reason) and row["times"] == {}
+
+
+def test_what_raises_is_red_and_the_others_go_on(tmp_path, monkeypatch):
+    def broken(rule, *inputs, **options):
+        if rule == "gla" and options.get("backend") != "reference":
+            raise RuntimeError("out of something\nmore")
+        return right(rule, *inputs, **options)
+
+    right = speed.fwp.fast_weights
+    monkeypatch.setattr(speed.fwp, "fast_weights", broken)
+    file = tmp_path / "rows.json"
+    assert speed.main("cpu", json_file=file) == 1
+    assert [row["red"] for row in read(file) if row.get("red")] == ["RuntimeError: out of something"]
+    assert len(read(file)) == 11
+
+
+# ---- time ----
+
+
+def test_medians_of_everybody_taking_turns(monkeypatch):
+    order = []
+    monkeypatch.setattr(speed, "timed", lambda lap, device: order.append(lap()) or float(len(order)))
+    laps = {name: lambda name=name: name for name in ("ours", "peer")}
+    assert speed.compared(laps, 2, "cpu") == {"ours": [1.5, 2.5, 3.5], "peer": [2, 3, 4]}  # after a round that warms up
+    assert order == ["ours", "peer"] * 4
+
+
+def test_a_run_ends_in_time(tmp_path, monkeypatch, capsys):
+    clock = iter(range(0, 10**6, 50))  # each look at the clock is 50 seconds later
+    monkeypatch.setattr(speed, "time", SimpleNamespace(monotonic=lambda: next(clock), perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(speed, "measure", lambda point, rates, peers: iter([speed.blank(point)]))
+    file = tmp_path / "rows.json"
+    assert speed.main("cpu", json_file=file) == 0
+    notes = [row["note"] for row in read(file)]
+    assert notes[0] == "" and notes[-1] == "left out, no time"
+    assert next(clock) < speed.TOTAL + 5 * 50 * len(notes)
+
+
+def test_the_list_of_points(monkeypatch):
+    monkeypatch.undo()
+    for device in ("cpu", "cuda"):
+        todo = speed.points(device)
+        assert len(set(todo)) == len(todo) <= 42 and {point.rule for point in todo} == set(rules.RULES)
+        for point in todo:
+            rows = point.B * point.T * point.H
+            channels = any(gate.shape == "BTHK" for gate in rules.RULES[point.rule].gates.values())
+            most = max(rows * max(point.width, point.D) * point.dtype.itemsize, rows * 4 * point.D * channels)
+            assert max(most, 4 * point.B * point.H * point.width * point.D) <= 1e9, point
+    todo = [point for point in todo if not point.cold]
+    assert {point.D for point in todo if point.denominator} == {16, 32, 64}
+    assert {point.T for point in todo} == {1, 256, 1024, 4096, 16384, 65536}
+    assert {point.B * point.H for point in todo if point.T > 1} >= {8, 512}
+
+
+@pytest.mark.parametrize(
+    ("rule", "backward", "bytes_", "operations"),
+    [
+        ("additive", False, 1024, 98_304),
+        ("additive", True, 1792, 245_760),
+        ("delta", False, 1028, 180_224),
+        ("delta", True, 1800, 491_520),
+    ],
+)
+def test_the_limit_of_a_token_and_head(rule, backward, bytes_, operations):
+    """At D = 128 in bfloat16, beside the 64 KiB of the final state."""
+    found = speed.work(Point(rule, 2, 4096, 3, 128), backward)
+    state = 0 if backward else 4 * 128 * 128 * 6
+    assert found == (2 * 4096 * 3 * bytes_ + state, 2 * 4096 * 3 * operations)
+
+
+def test_the_limit_of_a_step_is_its_state():
+    moved, _ = speed.work(Point("additive", 64, 1, 32, 128), False)
+    assert moved == 64 * 32 * (2 * 4 * 128 * 128 + 4 * 128 * 2)
+    assert speed.limit(Point("additive", 64, 1, 32, 128), False, (3e12, 8e14)) == moved / 3e12
+
+
+# ---- in other processes ----
+
+
+def test_the_first_call_of_a_process(monkeypatch):
+    point = Point("additive", 1, 4, 1, 4, "cpu", cold=True)
+    found = beforehand.Beforehand([point], "cpu", False, beforehand.time.monotonic() + 300)
+    row = beforehand.first_call(found.cold[point])
+    assert row["seconds"]["ours"] > 0 and "red" not in row and found.serves(point, "ours")
+
+
+@pytest.mark.parametrize(
+    ("task", "who", "left", "expected"),
+    [("cold", "ours", 0, "ours: stopped after 0 s"), ("cold", "nobody", 300, "ours: KeyError: 'nobody'")],
+)
+def test_a_process_that_fails_or_is_late_is_red(task, who, left, expected):
+    point = Point("additive", 1, 4, 1, 4, "cpu", cold=True)
+    with beforehand.ThreadPoolExecutor(1) as pool:
+        job = pool.submit(beforehand.child, task, point, who, beforehand.time.monotonic() + left, {})
+    row = beforehand.first_call({"ours": job})
+    assert row["red"] == expected and row["times"] == {}
+
+
+def test_what_compiles_beforehand(monkeypatch):
+    """A process for each set of kernels, and peers where theirs came to an end."""
+    started = []
+
+    def child(task, point, who, until, environment):
+        started.append((task, point.rule, point.D, point.T, who))
+        return (1.0, None if point.rule == "delta" and who == peers.LEADER else "1")
+
+    monkeypatch.setattr(beforehand, "child", child)
+    monkeypatch.setattr(beforehand, "find_spec", lambda name: True)
+    todo = [Point(rule, 2, T, 8, 64) for rule in ("additive", "delta") for T in (256, 4096)]
+    found = beforehand.Beforehand([*todo, Point("kda", 1, 64, 8, 64, cold=True)], "cuda", True, 0.0)
+    who = ("ours", peers.LEADER)
+    ready = {("ready", rule, 64, 256, name) for rule in ("additive", "delta") for name in who}
+    assert set(started) == ready | {("cold", "kda", 64, 64, name) for name in who} and len(started) == 6
+    assert [found.serves(point, peers.LEADER) for point in todo] == [True, True, False, False]
+
+
+# ---- peers ----
+
+
+def documented(rule, *names, scale=None, normalize=False, map_state=lambda state: state):
+    """A function of flash-linear-attention as its documentation has it, by the NumPy oracle."""
+
+    def call(q, k, v, *gates, scale=scale, initial_state=None, output_final_state=False, **options):
+        given = dict(zip(names, gates)) | {name: options.pop(name) for name in names if name in options}
+        norm = "l2" if options.pop("use_qk_l2norm_in_kernel", False) else None
+        divide = options.pop("normalize", normalize)
+        assert not options, options
+        S, z = initial_state if isinstance(initial_state, tuple) else (initial_state, None)
+        out, S, z = oracle(
+            rule,
+            *(x.double().numpy() for x in (q, k, v)),
+            beta=None if "beta" not in given else given["beta"].double().numpy(),
+            g=next((given[name].double().numpy() for name in ("g", "gk") if name in given), None),
+            scale=q.shape[-1] ** -0.5 if scale is None else scale,
+            feature_norm=norm,
+            denominator=divide,
+            eps=1e-10,
+            S=None if S is None else S.double().numpy(),
+            z=None if z is None else z.squeeze(1).double().numpy(),
+        )
+        return torch.as_tensor(out), (torch.as_tensor(S) if output_final_state else None)
+
+    return call
+
+
+class DPFPFeatureMap:
+    def __init__(self, head_dim, nu=4):
+        self.nu = nu
+
+    def __call__(self, x):
+        x = torch.cat([x.relu(), (-x).relu()], -1)
+        return torch.cat([x * x.roll(i, -1) for i in range(1, self.nu + 1)], -1)
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    """Modules of the peers' names whose functions are the documented equations, with the documented arguments."""
+    modules = {
+        "fla.ops.linear_attn": {
+            "chunk_linear_attn": documented("additive", normalize=True),
+            "fused_recurrent_linear_attn": documented("additive"),
+        },
+        "fla.ops.simple_gla": {f"{form}_simple_gla": documented("decay", "g") for form in ("chunk", "fused_recurrent")},
+        "fla.ops.gla": {"chunk_gla": documented("gla", "g"), "fused_recurrent_gla": documented("gla", "gk")},
+        "fla.ops.delta_rule": {f"{x}_delta_rule": documented("delta", "beta") for x in ("chunk", "fused_recurrent")},
+        "fla.ops.gated_delta_rule": {
+            "chunk_gated_delta_rule": documented("gated_delta", "g", "beta"),
+            "fused_recurrent_gated_delta_rule": documented("gated_delta", "g", "gk", "gv", "beta"),
+        },
+        "fla.ops.kda": {f"{form}_kda": documented("kda", "g", "beta") for form in ("chunk", "fused_recurrent")},
+        "fla.modules.feature_map": {"DPFPFeatureMap": DPFPFeatureMap},
+        "flash_qla": {"chunk_gated_delta_rule": documented("gated_delta", "g", "beta")},
+    }
+    for name, functions in modules.items():
+        module = ModuleType(name)
+        vars(module).update(functions)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv("FLA_FLASH_QLA", "1")
+
+
+PEER_POINTS = [
+    *(Point(rule, 2, T, 2, 128 if rule == "gated_delta" else 8) for rule in rules.RULES for T in (1, 9)),
+    *(Point("additive", 2, 9, 2, 8, feature_map=phi, denominator=True) for phi in ("elu+1", "dpfp-3")),
+    *(Point("additive", 2, 1, 2, 8, feature_map=phi, denominator=True) for phi in ("elu+1", "dpfp-3")),
+    *(Point(rule, 2, 5, 2, 128, feature_norm="l2") for rule in ("delta", "gated_delta", "kda")),
+]
+
+
+def same(point, call):
+    """Whether a peer computes what the rule's equation does, from the inputs that are timed."""
+    x, _ = speed.inputs(replace(point, device="cpu"))
+    with torch.no_grad():
+        x = {name: torch.utils._pytree.tree_map(lambda y: y if y is None else y.detach(), y) for name, y in x.items()}
+        exact = testing.cast(x, torch.float64)
+        truth, _ = speed.fwp.fast_weights(point.rule, **exact, **point.options, backend="reference", eps=1e-10)
+    assert row_error(call(x), truth) < 1e-5, point
+
+
+@pytest.mark.parametrize("point", PEER_POINTS, ids=lambda point: f"{point.what}-{point.T}")
+def test_peers_are_asked_for_the_same(point, fakes):
+    found, notes = peers.calls(point)
+    qla = point.rule == "gated_delta" and point.T > 1
+    assert list(found) == [peers.LEADER, *(["flash-qla"] if qla else [])] and notes == []
+    for call in found.values():
+        same(point, call)
+    assert peers.os.environ["FLA_FLASH_QLA"] == "0"  # else one peer would hand over to the other
+
+
+def test_a_peer_with_another_result_is_left_out(fakes, monkeypatch):
+    point = Point("delta", 1, 9, 2, 8)
+    monkeypatch.setattr(Point, "dtype", torch.float32)
+    x, _ = speed.inputs(replace(point, device="cpu"))
+    x = {name: y.detach() for name, y in x.items()}
+    assert list(speed.callers(point, x, True)[0]) == ["ours", "softmax", peers.LEADER]
+    sys.modules["fla.ops.delta_rule"].chunk_delta_rule = documented("additive", "beta")
+    found, notes = speed.callers(point, x, True)
+    assert list(found) == ["ours", "softmax"] and notes[0].startswith(
+        f"{peers.LEADER}: ValueError: another result, by "
+    )
+
+
+def test_a_broken_peer_is_said(fakes):
+    del sys.modules["fla.ops.kda"].chunk_kda
+    found, notes = peers.calls(Point("kda", 1, 9, 2, 8))
+    assert found == {} and notes[0].startswith(f"{peers.LEADER}: AttributeError: ")
+
+
+NAIVE = {
+    "additive": "linear_attn",
+    "decay": "simple_gla",
+    "gated_delta": "gated_delta_rule",
+    "kda": "kda",
+}
+
+
+@pytest.mark.parametrize("rule", rules.RULES)
+def test_the_leader_itself(rule, monkeypatch):
+    """Where it is installed: it has all arguments, and its own references on a CPU give our results."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no GPU
+        pytest.importorskip("fla")
+        folder = peers.FLA[rule][0]
+        module = import_module(f"fla.ops.{folder}")
+        naive = getattr(import_module(f"fla.ops.{folder}.naive"), f"naive_recurrent_{folder}", None)
+    gates = {"gla": ("g", "gk"), "decay": ("g",)}.get(rule, ("g", "beta"))
+    equation = naive if rule in NAIVE else documented(rule, *gates)
+    for form in ("chunk_", "fused_recurrent_"):
+        signature = inspect.signature(getattr(module, form + folder))
+
+        def call(*inputs, signature=signature, **options):
+            given = signature.bind(*inputs, **options).arguments
+            assert not given.keys() & {"kwargs", "head_first"}  # it swallows what it doesn't know
+            given.pop("use_qk_l2norm_in_kernel", None)
+            return equation(**given)
+
+        monkeypatch.setattr(module, form + folder, call)
+    for point in PEER_POINTS:
+        if point.rule == rule and point.feature_norm is None:
+            found, notes = peers.calls(point)
+            assert notes == []
+            same(point, found[peers.LEADER])
+
+
+# ---- goals ----
+
+
+def row(ours, limit=None, **given):
+    point = Point(**{"rule": "additive", "B": 16, "T": 4096, "H": 8, "D": 128} | given.pop("point", {}))
+    seconds = {"ours": ours} | given.pop("peers", {})
+    made = speed.blank(point) | {"seconds": seconds, "limit": limit, "operations": speed.work(point, True)[1]}
+    return made | given
+
+
+def held(rows):
+    return {goal["work"].split(",")[0].split(":")[0]: goal["holds"] for goal in report.verdicts(rows)}
+
+
+def test_goals():
+    leader = peers.LEADER
+    assert set(held([]).values()) == {None}
+    fast = row(1.0, 0.5, peers={leader: 2.5})
+    assert held([fast])["additive"] is True
+    assert held([fast, row(1.0, 0.5, peers={leader: 1.5})])["additive"] is False  # the worst counts
+    assert held([row(1.0, 0.3, peers={leader: 2.5})])["additive"] is False  # too far from the limit
+    assert held([fast, row(1.0, 0.5)])["additive"] is None  # no peer there
+    assert held([fast, row(1.0, 0.5) | {"red": "wrong", "seconds": {}}])["additive"] is False
+    (goal,) = [goal for goal in report.verdicts([fast]) if goal["rows"]]
+    assert (goal["faster"], goal["times the limit"], goal["rows"]) == (2.5, 2.0, 1)
+
+
+def test_the_goals_of_wide_heads():
+    wide = {"D": 256}
+    ratio = (
+        speed.work(Point("additive", 16, 4096, 8, 256), True)[1]
+        / speed.work(Point("additive", 16, 4096, 8, 128), True)[1]
+    )
+    assert held([row(1.0), row(0.99 * ratio, point=wide)])["D = 256 never slower than D = 128 scaled by its operations"]
+    assert (
+        held([row(1.0), row(1.01 * ratio, point=wide)])["D = 256 never slower than D = 128 scaled by its operations"]
+        is False
+    )
+
+
+def test_every_goal_has_points(monkeypatch):
+    """In the list that a GPU measures."""
+    monkeypatch.undo()
+    made = []
+    for point in speed.points("cuda"):
+        for kind in point.passes:
+            made += [
+                speed.blank(point) | {"pass": kind, "mode": mode} for mode in ("eager", "graph")[: 1 + point.graph]
+            ]
+    counts = {goal.work: sum(map(goal.about, made)) for goal in report.GOALS}
+    assert min(counts.values()) > 0, counts
+
+
+# ---- the way of a GPU, with nothing behind it ----
+
+
+def test_a_run_on_a_gpu(tmp_path, fakes, monkeypatch, capsys):
+    """Every step but the GPU's own: processes beforehand, peers, events, graphs, goals."""
+    drawn = testing.sample
+    monkeypatch.setattr(testing, "sample", lambda *a, device="cpu", **options: drawn(*a, **options))
+    monkeypatch.setattr(Point, "dtype", torch.float32)
+    todo = [
+        Point("decay", 1, 8, 1, 8, cold=True),
+        Point("decay", 1, 8, 1, 8, graph=True),
+        Point("delta", 64, 1, 1, 128, graph=True),
+        Point("additive", 1, 9, 1, 8, feature_map="elu+1", denominator=True),
+        Point("kda", 1, 9, 1, 8),
+    ]
+    monkeypatch.setattr(speed, "points", lambda device: todo)
+    asked, replayed = [], []
+
+    def child(task, point, who, until, environment):
+        asked.append((task, point.rule, who))
+        if task == "ready" and point.rule == "kda":
+            return 99.0, None
+        return 1.0, json.dumps(
+            {"seconds": 12.0 if who == peers.LEADER else 1.0, "import": 3.0}
+        ) if task == "cold" else "2"
+
+    monkeypatch.setattr(beforehand, "child", child)
+    monkeypatch.setattr(beforehand, "find_spec", lambda name: True)
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    graph = SimpleNamespace(replay=lambda: replayed.append(1))
+    event = SimpleNamespace(record=lambda: None, elapsed_time=lambda end: 2.0)
+    for name, value in {
+        "Event": lambda enable_timing: event,
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+        "get_device_name": lambda: "Some GPU 9000",
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda stream: nullcontext(),
+        "CUDAGraph": lambda: graph,
+        "graph": lambda graph: nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setitem(speed.SPREAD, "cuda", 2**12)
+    file = tmp_path / "rows.json"
+    assert speed.main("cpu", json_file=file) == 0  # nothing of the above is asked for
+    assert asked.pop() == ("cold", "decay", "ours") and asked == []
+    assert speed.main("cuda", peers=True, json_file=file) == 0
+    found = json.loads(file.read_text())
+    passes = [(row["rule"], row["pass"], row["mode"]) for row in found["rows"]]
+    assert passes == [
+        ("decay", "first call", "eager"),
+        *(("decay", kind, mode) for kind in ("forward", "forward + backward") for mode in ("eager", "graph")),
+        ("delta", "step", "eager"),
+        ("delta", "step", "graph"),
+        *(("additive", kind, "eager") for kind in ("forward", "forward + backward")),
+        *(("kda", kind, "eager") for kind in ("forward", "forward + backward")),
+    ]
+    for row in found["rows"]:
+        late, backward = row["rule"] == "kda", row["pass"] == "forward + backward"
+        assert (peers.LEADER in row["seconds"]) == (not late and not backward), row
+        assert ("peers not compiled in time" in row["note"]) == late
+        assert ("backward, eager: RuntimeError" in row["note"]) == (
+            backward and not late
+        )  # the oracle has no gradients
+        assert row["card"] == "Some GPU 9000"
+    assert len(replayed) >= 4 * 3 * 3
+    held = {goal["work"]: (goal["holds"], goal["faster"]) for goal in found["goals"]}
+    assert held["first call, cold"] == (True, 12.0)
+    printed = capsys.readouterr().out
+    assert "held: first call, cold: 12.00 times as fast as flash-linear-attention (at least 10); 1 of 1 rows" in printed
+    ready = {(rule, who) for task, rule, who in asked if task == "ready"}
+    assert ready == {(rule, who) for rule in ("decay", "delta", "additive", "kda") for who in ("ours", peers.LEADER)}
+
+
+# ---- the command ----
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,95 @@
+"""First calls, timed in processes of their own, while on a GPU others compile what the points of `fwp bench` need."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from .peers import LEADER
+from .workers import cores
+
+if TYPE_CHECKING:
+    from .speed import Point
+
+    Job = Future[tuple[float, str | None]]  # of what `child` returns
+
+
+def child(task: str, point: Point, who: str, until: float, environment: dict[str, str]) -> tuple[float, str | None]:
+    """Seconds it ran, and the last line it wrote, None if it had to be stopped; RuntimeError if it failed."""
+    command = [sys.executable, "-m", "fwp.benchmarks.speed", task, json.dumps(asdict(point)), who]
+    started = time.monotonic()
+    if started >= until:
+        return 0.0, None
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"} | environment
+    try:
+        run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=until - started)
+    except subprocess.TimeoutExpired:
+        return time.monotonic() - started, None
+    if run.returncode:
+        raise RuntimeError((run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1])
+    return time.monotonic() - started, run.stdout.strip().splitlines()[-1]
+
+
+def first_call(jobs: dict[str, Job]) -> dict[str, Any]:
+    """The times of a cold point's row, from its processes."""
+    row: dict[str, Any] = {"seconds": {}, "times": {}}
+    notes = []
+    for name, job in jobs.items():
+        try:
+            ran, line = job.result()
+        except RuntimeError as error:
+            notes.append(f"{name}: {error}")
+            continue
+        if line is None:
+            if ran:
+                row["seconds"][name] = ran
+            notes.append(f"{name}: stopped after {ran:.0f} s")
+        else:
+            found = json.loads(line)
+            row["seconds"][name], row["times"][name] = found["seconds"], [found["seconds"]]
+            notes += [f"{name}: {found['import']:.1f} s of import before"] if found["import"] > 0.1 else []
+    if "ours" not in row["times"]:
+        row["red"] = "; ".join(notes)
+    return row | {"note": "; ".join(notes)}
+
+
+class Beforehand:
+    """First calls, timed in processes of their own, while on a GPU others compile what the points need."""
+
+    def __init__(self, todo: list[Point], device: str, peers: bool, until: float) -> None:
+        who = ["ours", *([LEADER] if peers and device == "cuda" and find_spec("fla") is not None else [])]
+        workers = min(16, cores()) if device == "cuda" else 1
+        self.note = f"timed while up to {workers - 1} other processes compiled" if workers > 1 else ""
+        with tempfile.TemporaryDirectory() as empty, ThreadPoolExecutor(workers) as pool:
+
+            def start(task: str, point: Point, name: str) -> Job:
+                # what a peer's autotuner measures in this crowd is not to be kept
+                own: dict[str, str] = {"FLA_CACHE_RESULTS": "0"}
+                if task == "cold":
+                    folders = ("TRITON_CACHE_DIR", "XDG_CACHE_HOME")
+                    own = {name: tempfile.mkdtemp(dir=empty) for name in folders}
+                return pool.submit(child, task, point, name, until, own)
+
+            self.cold = {point: {name: start("cold", point, name) for name in who} for point in todo if point.cold}
+            self.ready: dict[str, dict[Point, Job]] = {name: {} for name in who}
+            if device == "cuda":
+                kernels = dict.fromkeys(key(point) for point in todo if not point.cold)
+                self.ready = {name: {small: start("ready", small, name) for small in kernels} for name in who}
+
+    def serves(self, point: Point, name: str) -> bool:
+        """Whether what the point needs of ours or the peers is compiled, or failed at once and so will again."""
+        job = self.ready.get(name, {}).get(key(point))
+        return job is None or job.exception() is not None or job.result()[1] is not None
+
+
+def key(point: Point) -> Point:
+    """The small point that needs the same kernels."""
+    return replace(point, B=1, T=min(point.T, 256), graph=False)

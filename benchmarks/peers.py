@@ -1,0 +1,161 @@
+"""The functions of others that compute what ours do, called on the same tensors: `fwp bench --peers`.
+
+`PEERS` names them; each takes a point of `fwp.benchmarks.speed` and gives a function of its inputs that returns the
+output, or None where it serves no such point. They are told scale 1, no l2 norm unless the point has it, and to return
+the final state wherever they can, since ours always does. A peer that isn't installed is no peer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fwp.rules import RULES
+
+if TYPE_CHECKING:
+    from .speed import Point
+
+Call = Callable[[dict[str, Any]], Tensor]  # the inputs of `fast_weights` by name → the output
+
+
+def softmax(point: Point) -> Call | None:
+    """PyTorch's own attention, causal: another function, of quadratic cost. Not for a single token."""
+    if point.T == 1:
+        return None
+
+    def call(x: dict[str, Any]) -> Tensor:
+        q, k, v = (x[name].transpose(1, 2) for name in "qkv")
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+    return call
+
+
+# Rule → where it stands in fla.ops, and after which verb; what the recurrent form calls its decay.
+FLA = {
+    "additive": ("linear_attn", "g"),
+    "decay": ("simple_gla", "g"),
+    "gla": ("gla", "gk"),
+    "delta": ("delta_rule", "g"),
+    "gated_delta": ("gated_delta_rule", "g"),
+    "kda": ("kda", "g"),
+}
+
+
+def flash_linear_attention(point: Point) -> Call | None:
+    """fla.ops of flash-linear-attention 0.6: its chunk form, for one token its recurrent form.
+
+    Feature maps are eager there. Its gated delta rule would hand over to FlashQLA, which has a row of its own here.
+    """
+    if point.device == "cpu" or point.rule not in FLA:
+        return None
+    os.environ["FLA_FLASH_QLA"] = "0"
+    folder, decay = FLA[point.rule]
+    step = point.T == 1
+    function = getattr(import_module(f"fla.ops.{folder}"), ("fused_recurrent_" if step else "chunk_") + folder)
+    options: dict[str, Any] = {"scale": 1.0, "output_final_state": True}
+    if point.rule == "additive":
+        options["normalize"] = point.denominator
+    elif point.denominator:
+        return None
+    if point.feature_norm == "l2" and RULES[point.rule].erases:
+        options["use_qk_l2norm_in_kernel"] = True
+    elif point.feature_norm is not None:
+        return None
+    phi = _feature_map(point)
+
+    def call(x: dict[str, Any]) -> Tensor:
+        gates = {decay if step and name == "g" else name: x[name] for name in ("g", "beta") if name in x}
+        if (state := x.get("state")) is not None:  # z is [N, 1, H, K] there
+            gates["initial_state"] = state.S if state.z is None else (state.S, state.z.unsqueeze(1))
+        out: Tensor = function(phi(x["q"]), phi(x["k"]), x["v"], **gates, **options)[0]
+        return out
+
+    return call
+
+
+def _feature_map(point: Point) -> Callable[[Tensor], Tensor]:
+    """φ as fla's layers compute it."""
+    if point.feature_map is None:
+        return lambda x: x
+    if point.feature_map == "elu+1":
+        return lambda x: F.elu(x) + 1
+    nu = int(point.feature_map.removeprefix("dpfp-"))
+    made: Callable[[Tensor], Tensor] = import_module("fla.modules.feature_map").DPFPFeatureMap(point.D, nu)
+    return made
+
+
+def flash_qla(point: Point) -> Call | None:
+    """FlashQLA's gated delta rule, in TileLang for Hopper and Blackwell: 128 features, 16 bits."""
+    if point.device == "cpu" or point.rule != "gated_delta" or point.D != 128 or point.T == 1 or point.denominator:
+        return None
+    if point.feature_map is not None or point.feature_norm not in (None, "l2"):
+        return None
+    options = {"scale": 1.0, "output_final_state": True, "use_qk_l2norm_in_kernel": point.feature_norm == "l2"}
+    function = import_module("flash_qla").chunk_gated_delta_rule
+    return lambda x: function(x["q"], x["k"], x["v"], x["g"], x["beta"], **options)[0]
+
+
+def transformers(point: Point) -> Call | None:
+    """The gated delta rule of transformers in plain torch, for CPUs: its backward is quadratic in T."""
+    if point.device != "cpu" or point.rule != "gated_delta" or point.T == 1:
+        return None
+    if point.denominator or point.feature_map is not None or point.feature_norm not in (None, "l2"):
+        return None
+    import_module("transformers").logging.set_verbosity_error()
+    model = import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+    function = partial(
+        model.torch_chunk_gated_delta_rule,
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=point.feature_norm == "l2",
+    )
+
+    def call(x: dict[str, Any]) -> Tensor:
+        out: Tensor = function(x["q"], x["k"], x["v"], x["g"], x["beta"])[0]
+        return out * point.D**0.5  # its scale is fixed
+
+    return call
+
+
+LEADER = "flash-linear-attention"
+PEERS: dict[str, Callable[[Point], Call | None]] = {
+    LEADER: flash_linear_attention,
+    "flash-qla": flash_qla,
+    "transformers": transformers,
+}
+
+
+def in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def calls(point: Point) -> tuple[dict[str, Call], list[str]]:
+    """The peers that serve a point, and why others that are installed don't come."""
+    found: dict[str, Call] = {}
+    broken: list[str] = []
+    for name, adapter in PEERS.items():
+        try:
+            if (call := adapter(point)) is not None:
+                found[name] = call
+        except ModuleNotFoundError:  # no peer
+            continue
+        except Exception as error:  # a peer that is broken breaks nothing of ours
+            broken.append(f"{name}: {in_a_line(error)}")
+    return found, broken
+
+
+def versions() -> dict[str, str]:
+    """Of the peers that are installed, and of Triton."""
+    found = {}
+    for name in (*PEERS, "fla-core", "triton"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"torch": torch.__version__} | found
