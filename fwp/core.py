@@ -12,7 +12,9 @@ A rule *lowers* onto it by choosing the decay g, the erase strength e and the wr
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -88,6 +90,24 @@ class Core:
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """A context in which autocast is off on the device of x; meta tensors know none."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+_overwrites: ContextVar[bool] = ContextVar("_overwrites", default=False)
+
+
+@contextmanager
+def overwriting() -> Iterator[None]:
+    """Within it a backend may write the new S over the given one: a layer that decodes in place owns its state."""
+    token = _overwrites.set(True)
+    try:
+        yield
+    finally:
+        _overwrites.reset(token)
+
+
+def overwrites() -> bool:
+    """Whether S may be written over. Never while torch.compile traces."""
+    return not torch.compiler.is_compiling() and _overwrites.get()
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

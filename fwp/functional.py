@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fwp import feature_maps, rules, trust, validate
-from fwp.core import Core, Form, Read, State, state_dtype, without_autocast
+from fwp.core import Core, Form, Read, State, overwrites, state_dtype, without_autocast
 from fwp.feature_maps import FeatureMap
 from fwp.rules import Rule
 
@@ -138,7 +138,7 @@ def fast_weights(
     def own(x: Any) -> Any:  # not what was given (T = 0), nor a view that keeps a larger buffer alive
         if not isinstance(x, Tensor):
             return x
-        return x.clone() if any(x is y for y in given_before) else x.contiguous()
+        return x.clone() if any(x is y for y in given_before) and not overwrites() else x.contiguous()
 
     return out.to(v.dtype), tree_map(own, end)
 

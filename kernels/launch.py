@@ -357,13 +357,17 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def forward(p: Problem, form: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """o [B, T, Ho, V] in v's dtype and the final S [N, H, K, V]; z [N, H, K] and denominators [B, T, Ho, 1] or None."""
+def forward(p: Problem, form: str, over: bool = False) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """o [B, T, Ho, V] in v's dtype and the final S [N, H, K, V]; z [N, H, K] and denominators [B, T, Ho, 1] or None.
+
+    over: the recurrent form writes S over the initial one, each block by the program that read it. z is read by the
+    programs of all V blocks, so it gets a place of its own.
+    """
     o, den = p.buffer(p.Ho, p.V, p.v.dtype), None if p.eps is None else p.buffer(p.Ho, 1, p.acc)
-    S, z = p.states(p.N), p.vectors(p.N)
+    S, z = p.S if over and p.S is not None else p.states(p.N), p.vectors(p.N)
     if p.empty:
         for x, start in ((S, p.S), (z, p.z)):
-            if x is not None:
+            if x is not None and x is not start:
                 x.zero_() if start is None else x.copy_(start)
         return o, S, z, den
     with on_device(o):

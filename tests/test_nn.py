@@ -15,6 +15,7 @@ from laws import RULES, cat_states, close, leaves, sequence
 from outside.delta_rnn import DELTA_RNN
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._pytree import tree_leaves, tree_map
 
 import fwp
 from fwp.nn import (
@@ -104,6 +105,28 @@ def test_steps_equal_the_whole(layer):
         assert y.shape == ((2, E) if t % 2 else (2, 1, E))
         out.append(y.view(2, E))
     close((torch.stack(out, 1), state), truth)
+
+
+@each_layer
+@torch.no_grad()
+def test_steps_in_place(layer):
+    x = tokens(2, 4, E)
+    _, state = layer.step(x[:, 0])
+    held = tree_map(lambda y: y.clone() if isinstance(y, torch.Tensor) else y, state)
+    for t in range(1, 4):
+        y, state = layer.step(x[:, t], state)
+        before = tree_leaves(held)
+        found, kept = layer.step(x[:, t], held, in_place=True)
+        assert kept is held and all(a is b for a, b in zip(before, tree_leaves(kept)))
+        close((found, held), (y, state))
+
+
+def test_no_step_in_place_where_gradients_or_a_state_are_missed():
+    layer, x = FastWeightAttention(E, H).double(), tokens(1, 1, E)
+    with pytest.raises(ValueError, match=r"^in_place: expected torch\.no_grad\(\), gradients need the state"):
+        layer.step(x, layer.step(x)[1], in_place=True)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"^in_place: expected a state to overwrite, got None$"):
+        layer.step(x, in_place=True)
 
 
 @each_layer

@@ -27,7 +27,7 @@ from cells import (
 )
 
 from fwp.backends import triton as backend
-from fwp.core import Core, State
+from fwp.core import Core, State, overwriting
 from fwp.kernels import launch
 from fwp.testing import budgets, deviation, evaluate, row_error, sample
 
@@ -60,6 +60,21 @@ def test_tokens_are_the_recurrence(cell, read):
 @CORNERS
 def test_gradients_of_the_recurrent_form(cell):
     agree(problem(cell, T=3), run=lambda core: kernels(core, "recurrent"))
+
+
+@pytest.mark.parametrize("denominator", [False, True])
+@CORNERS
+def test_a_step_over_its_state(cell, denominator):
+    """Where a layer owns the state, and nowhere else."""
+    core = problem(cell, T=1, K=5, V=35, denominator=denominator)
+    o, state = kernels(core, "recurrent")
+    before = core.S.clone()
+    with overwriting():
+        chunked = kernels(core)[1].S
+        assert torch.equal(core.S, before) and chunked is not core.S
+        found, over = kernels(core, "recurrent")
+    assert over.S is core.S and torch.equal(over.S, state.S) and torch.equal(found, o)
+    assert not denominator or torch.equal(over.z, state.z)
 
 
 @pytest.mark.parametrize("chunk", [16, 32, 64])

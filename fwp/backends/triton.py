@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fwp.core import Core, Form, State
+from fwp.core import Core, Form, State, overwrites
 
 MAX_FEATURES = 1024
 
@@ -65,6 +65,12 @@ def run(core: Core, form: Form, chunk: int | None = None) -> tuple[Tensor, State
     forward: Callable[..., Sequence[Tensor]] = _forward if torch.compiler.is_compiling() else _Forward.apply
     tensors = (core.q, core.k, core.v, core.g, core.e, core.w, core.S, core.z)
     before, eps = core.causal and core.read == "before", core.eps if core.denominator else None
+    if overwrites() and form == "recurrent" and core.causal:
+        from fwp.kernels.launch import Problem
+        from fwp.kernels.launch import forward as launch
+
+        o, S, z, _ = launch(Problem(*tensors, core.cu_seqlens, before, eps), form, over=True)
+        return o, State(S, z)
     o, S, z, _ = forward(*tensors, core.cu_seqlens, before, eps, form, chunk)
     if not core.causal:  # everybody reads the final state: a walk that writes nothing
         nothing = [x.new_zeros(()).expand(x.shape) for x in (core.k, core.v)]

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fwp import feature_maps, rules, validate
-from fwp.core import Read, without_autocast
+from fwp.core import Read, overwriting, without_autocast
 from fwp.feature_maps import FeatureMap
 from fwp.functional import Backend, fast_weights
 from fwp.nn.block import ACTIVATIONS, NORMS, Norm, pick
@@ -281,15 +282,30 @@ class FastWeightAttention(nn.Module):
             y = y.masked_fill(~mask.unsqueeze(-1), 0)  # a bias would show there
         return y, LayerState(memory, tail, position + _lengths(x, mask, cu_seqlens))
 
-    def step(self, x: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
-        """One token: x [B, E] or [B, 1, E] → y of that shape and the state after it."""
+    def step(self, x: Tensor, state: LayerState | None = None, *, in_place: bool = False) -> tuple[Tensor, LayerState]:
+        """One token: x [B, E] or [B, 1, E] → y of that shape and the state after it.
+
+        in_place: the new state is written into the tensors of `state`, which is returned; under torch.no_grad.
+        """
         E = self.embed_dim
         if isinstance(x, Tensor) and tuple(x.shape[1:]) not in ((E,), (1, E)):
             raise ValueError(f"x: expected one token, (*, {E}) or (*, 1, {E}), got {tuple(x.shape)}")
         if not isinstance(x, Tensor) or x.dim() == 3:
-            return self(x, state)
-        y, state = self(x.unsqueeze(1), state)
+            return self._step_over(x, state) if in_place else self(x, state)
+        y, state = self.step(x.unsqueeze(1), state, in_place=in_place)
         return y.squeeze(1), state
+
+    def _step_over(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, LayerState]:
+        if torch.is_grad_enabled():
+            raise ValueError("in_place: expected torch.no_grad(), gradients need the state that would be overwritten")
+        if state is None:
+            raise ValueError("in_place: expected a state to overwrite, got None")
+        with overwriting():
+            y, end = self(x, state)
+        for place, value in zip(tree_leaves(state), tree_leaves(end)):
+            if place is not value:  # a kernel may have written it there
+                place.copy_(value)
+        return y, state
 
     def _check(self, x: Tensor, state: Any, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
         """What the convolution needs before the op looks at the rest."""
