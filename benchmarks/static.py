@@ -30,7 +30,6 @@ LIMITS = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB of sha
 # The matrix instructions that a GPU is built for, and those it still takes.
 MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 OLDER = "mma.sync"
-FAMILIES = {"sm_80": "ampere", "sm_90": "hopper", "sm_100": "hopper", "gfx942": "cdna"}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -129,7 +128,7 @@ def rows(target: str, case: Case, only: str | None = None) -> Iterator[dict[str,
     """A row of the table for each kernel of a case, or for the kernel `only`."""
     amd = target.startswith("gfx")
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    with mock.patch.object(launch, "family", lambda device: FAMILIES[target]):
+    with mock.patch.object(launch, "architecture", lambda device: target):
         started = [what for what in launches(case) if only in (None, what[0])]
     for name, kernel, arguments in started:
         binary = compiled(kernel, arguments, gpu)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -59,24 +61,52 @@ TABLE: dict[int, list[tuple[int, Tiles]]] = {
 
 
 @cache
-def family(device: torch.device) -> str:
-    """Of GPUs that take the same tiles: "cdna" (AMD), "ampere" (NVIDIA's, and before it), "hopper" (and after it)."""
+def architecture(device: torch.device) -> str:
+    """Such as "sm_90" or "gfx942"; the first in the interpreter, too."""
+    if device.type != "cuda":
+        return "sm_90"
     if torch.version.hip is not None:
-        return "cdna"
-    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
-    return "ampere" if old else "hopper"
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-def tiles(K: int, dtype: torch.dtype, decay: int, erase: bool, family: str) -> Tiles:
-    """The table's row for K key features and operands of `dtype`, narrower where a cell needs room."""
+MEASURED = Path(__file__).with_name("tiles.csv")  # what `fwp bench --tune` found, if it was run
+KEY = ("architecture", "decay", "erase", "K", "V", "dtype")
+
+
+@cache
+def measured() -> dict[tuple[str, ...], Tiles]:
+    """The rows of that table by KEY."""
+    if not MEASURED.exists():
+        return {}
+    with MEASURED.open(encoding="utf-8") as file:
+        return {
+            tuple(row[name] for name in KEY): Tiles(*(int(row[field.name]) for field in fields(Tiles)))
+            for row in csv.DictReader(file)
+        }
+
+
+def key(K: int, V: int, dtype: torch.dtype, decay: int, erase: bool, architecture: str) -> tuple[str, ...]:
+    sizes = (architecture, decay, int(erase), power_of_2(K), power_of_2(V))
+    return (*map(str, sizes), str(dtype).removeprefix("torch."))
+
+
+def tiles(K: int, V: int, dtype: torch.dtype, decay: int, erase: bool, architecture: str) -> Tiles:
+    """What was measured for this cell, these sizes and this GPU, else what the rule says."""
+    row = measured().get(key(K, V, dtype, decay, erase, architecture))
+    return row or by_rule(K, dtype, decay, erase, architecture)
+
+
+def by_rule(K: int, dtype: torch.dtype, decay: int, erase: bool, architecture: str) -> Tiles:
+    """TABLE's row for K key features and operands of `dtype`, narrower where a cell or a GPU needs room."""
     row = next(row for limit, row in TABLE[dtype.itemsize] if limit >= K)
     if decay == 2:
         row = replace(row, walk=max(16, row.walk // 2 if K > 64 else row.walk), block=max(16, row.block // 2))
     if erase:
         row = replace(row, walk=min(row.walk, 32), block=min(row.block, 32))
-    if family == "cdna":  # warps of 64 threads, twice the registers a thread, a quarter of the shared memory
+    if architecture.startswith("gfx"):  # warps of 64 threads, twice the registers, a quarter of the shared memory
         row = replace(row, chunk=min(row.chunk, 32 if decay == 2 else 64), warps=4, stages=1)
-    if family == "ampere":  # operands of matrix products stand in registers
+    elif int(architecture.removeprefix("sm_")) < 90:  # operands of matrix products stand in registers
         stages = 1 if K > (128 if decay == 2 else 512) else row.stages  # some have 99 KiB of shared memory
         row = replace(row, chunk=min(row.chunk, 32), walk=min(row.walk, 32), block=16, stages=stages)
     return row
@@ -150,7 +180,7 @@ class Problem:
         # The interpreter's bfloat16 arithmetic is wrong, its loads and stores are right.
         self.dot = torch.float32 if INTERPRETED and self.v.dtype == torch.bfloat16 else self.v.dtype
         decay = 0 if self.g is None else self.g.dim() - 2
-        self.tiles = tiles(self.K, self.dot, decay, self.e is not None, family(self.v.device))
+        self.tiles = tiles(self.K, self.V, self.dot, decay, self.e is not None, architecture(self.v.device))
         self.C = self.chunk or self.tiles.chunk
         self.chunks = -(-self.T // self.C)
         self.common: dict[str, Any] = {

@@ -1,0 +1,109 @@
+"""The fastest block sizes of the chunk form on this GPU, into the package's table: `fwp bench --tune`.
+
+For each cell and size one block size after the other is changed, the choices that compile and compute rightly take
+turns, and what is faster by more than two per cent is kept. Nothing is tuned where it isn't asked for.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields, replace
+from functools import partial
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import torch
+
+import fwp
+from fwp import testing
+from fwp.kernels import launch
+
+from .speed import timed
+
+RULES = {(0, 0): "additive", (1, 0): "decay", (2, 0): "gla", (0, 1): "delta", (1, 1): "gated_delta", (2, 1): "kda"}
+WIDTHS = (64, 128, 256)
+SIZES: dict[str, Any] = {"B": 4, "T": 2048, "H": 16}
+CHOICES = {
+    "chunk": (16, 32, 64),
+    "walk": (16, 32, 64, 128),
+    "block": (16, 32, 64),
+    "warps": (4, 8),
+    "stages": (1, 2, 3),
+}
+GAIN = 1.02  # less may be chance
+ROUNDS = 20
+
+
+def fastest(start: launch.Tiles, times: Callable[[list[launch.Tiles]], list[float]]) -> tuple[launch.Tiles, float]:
+    """The best found and by what factor it is faster than `start`. times: of each; infinite for what fails."""
+    best, gained = start, 1.0
+    for name, values in CHOICES.items():
+        tried = [best, *(replace(best, **{name: value}) for value in values if value != getattr(best, name))]
+        found = times(tried)
+        quickest = min(range(len(tried)), key=found.__getitem__)
+        if found[0] > GAIN * found[quickest]:
+            best, gained = tried[quickest], gained * found[0] / found[quickest]
+    return best, gained
+
+
+def fixed(tiles: launch.Tiles) -> Any:
+    """A context in which every kernel of the chunk form takes these."""
+    return mock.patch.object(launch, "tiles", lambda *_: tiles)
+
+
+def works(rule: str, D: int, device: str, tiles: launch.Tiles) -> bool:
+    """Whether it compiles, fits and computes what the reference does within the budgets, gradients too."""
+    x = testing.sample(rule, B=1, T=150, H=2, K=D, V=D, dtype=torch.bfloat16)
+    truth = testing.evaluate(rule, testing.cast(x, torch.float64), backend="reference")
+    allowed, there = testing.budgets(rule, x), {name: y.to(device) for name, y in x.items()}
+    with fixed(tiles):
+        try:
+            found = testing.evaluate(rule, there, backend="triton", form="chunk")
+        except Exception:  # whatever the compiler or the driver thinks of it
+            return False
+    return all(testing.row_error(found[name].cpu(), y) <= allowed[name] for name, y in truth.items())
+
+
+def times(rule: str, D: int, device: str, candidates: list[launch.Tiles]) -> list[float]:
+    """Seconds of forward and backward together, the median of rounds in which the candidates take turns."""
+    x = testing.sample(rule, **SIZES, K=D, V=D, dtype=torch.bfloat16, device=device)
+    leaves = [y.requires_grad_() for y in x.values()]
+
+    def run() -> None:
+        out, _ = fwp.fast_weights(rule, **x, backend="triton", form="chunk")
+        torch.autograd.grad(out, leaves, x["v"].detach())
+
+    found = {i: list[float]() for i, tiles in enumerate(candidates) if works(rule, D, device, tiles)}
+    for round_ in range(ROUNDS + 1):
+        for i, seconds in found.items():
+            with fixed(candidates[i]):
+                taken = timed(run, device)
+            if round_:  # the first one warms up
+                seconds.append(taken)
+    return [median(found[i]) if i in found else math.inf for i in range(len(candidates))]
+
+
+def rows(device: str = "cuda") -> Iterator[dict[str, Any]]:
+    """Tunes bfloat16 for each cell and width, and adds each row to the table as it is found."""
+    where, table = launch.architecture(torch.device(device)), dict(launch.measured())
+    for (decay, erase), rule in RULES.items():
+        for D in WIDTHS:
+            start = launch.by_rule(D, torch.bfloat16, decay, bool(erase), where)
+            best, gained = fastest(start, partial(times, rule, D, device))
+            key = launch.key(D, D, torch.bfloat16, decay, bool(erase), where)
+            table[key] = best
+            write(table)
+            yield dict(zip(launch.KEY, key)) | asdict(best) | {"gained": round(gained, 3)}
+
+
+def write(table: dict[tuple[str, ...], launch.Tiles]) -> None:
+    """Replaces the package's table, for this process too."""
+    columns = [*launch.KEY, *(field.name for field in fields(launch.Tiles))]
+    with launch.MEASURED.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([*key, *asdict(tiles).values()] for key, tiles in sorted(table.items()))
+    launch.measured.cache_clear()

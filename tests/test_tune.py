@@ -1,0 +1,55 @@
+"""The search for block sizes and its table; the times come from a GPU, which these tests do without."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from fwp.benchmarks import tune
+from fwp.kernels import launch
+
+START = launch.Tiles(64, 64)
+
+
+def test_the_fastest_that_works():
+    def times(candidates):
+        fails = {"chunk": 16, "walk": 128}
+        return [
+            math.inf
+            if any(getattr(x, name) == value for name, value in fails.items())
+            else x.chunk / 32 * (0.5 if x.warps == 4 else 1) + (x.stages == 3) * 0.001
+            for x in candidates
+        ]
+
+    best, gained = tune.fastest(START, times)
+    assert best == replace(START, chunk=32, warps=4) and gained == pytest.approx(4)
+    assert tune.fastest(START, lambda tried: [1.0, *[0.99] * (len(tried) - 1)]) == (START, 1.0)  # may be chance
+    broken = tune.fastest(START, lambda tried: [math.inf, 1.0, *[2.0] * (len(tried) - 2)])[0]
+    assert broken != START
+
+
+def test_what_fails_has_no_time(monkeypatch):
+    monkeypatch.setattr(tune, "works", lambda rule, D, device, tiles: tiles.warps == 8)
+    monkeypatch.setattr(tune, "timed", lambda run, device: launch.tiles().chunk)
+    few = {"B": 1, "T": 2, "H": 1}
+    monkeypatch.setattr(tune, "SIZES", few)
+    tried = [START, replace(START, chunk=32), replace(START, warps=4)]
+    assert tune.times("kda", 4, "cpu", tried) == [64, 32, math.inf]
+
+
+def test_the_table_is_read_where_it_was_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(launch, "MEASURED", tmp_path / "tiles.csv")
+    monkeypatch.setattr(tune, "RULES", {(1, 1): "gated_delta"})
+    monkeypatch.setattr(tune, "WIDTHS", (64,))
+    monkeypatch.setattr(tune, "times", lambda rule, D, device, tried: [x.chunk for x in tried])
+    launch.measured.cache_clear()
+    (row,) = tune.rows("cpu")
+    assert row["K"] == "64" and row["chunk"] == 16 and row["gained"] == 4.0
+    cell = (64, 64, torch.bfloat16, 1)
+    assert launch.tiles(*cell, True, "sm_90").chunk == 16
+    assert launch.tiles(*cell, False, "sm_90") == launch.by_rule(64, torch.bfloat16, 1, False, "sm_90")
+    assert launch.tiles(*cell, True, "sm_80").chunk == 32
+    assert launch.tiles(128, *cell[1:], True, "sm_90").chunk == 64
+    launch.measured.cache_clear()
