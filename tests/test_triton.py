@@ -25,10 +25,12 @@ from cells import (
     recurrence,
     results,
 )
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fwp.backends import triton as backend
 from fwp.core import Core, State, overwriting
 from fwp.kernels import launch
+from fwp.nn import FastWeightAttention
 from fwp.testing import budgets, deviation, evaluate, row_error, sample
 
 pytestmark = MARKS
@@ -75,6 +77,34 @@ def test_a_step_over_its_state(cell, denominator):
         found, over = kernels(core, "recurrent")
     assert over.S is core.S and torch.equal(over.S, state.S) and torch.equal(found, o)
     assert not denominator or torch.equal(over.z, state.z)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("denominator", [False, True])
+def test_steps_in_a_cuda_graph(denominator):
+    layer = FastWeightAttention(64, 2, "kda", "elu+1", "sum", denominator, short_conv=4).to(DEVICE, torch.bfloat16)
+    tokens = torch.randn(5, 2, 64, device=DEVICE, dtype=torch.bfloat16)
+    _, state = layer.step(tokens[0])
+    x, held, spare = tokens[1].clone(), copied(state), copied(state)
+    layer.step(x, spare, in_place=True)  # what is compiled and checked at the first use
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, _ = layer.step(x, held, in_place=True)
+    for token in tokens[1:]:
+        x.copy_(token)
+        graph.replay()
+        expected, state = layer.step(token, state)
+        assert torch.equal(y, expected)
+        assert all(map(torch.equal, leaves(held), leaves(state)))
+
+
+def copied(state):
+    return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, state)
+
+
+def leaves(state):
+    return [x for x in tree_leaves(state) if isinstance(x, torch.Tensor)]
 
 
 @pytest.mark.parametrize("chunk", [16, 32, 64])
