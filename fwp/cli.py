@@ -136,6 +136,7 @@ def bench(
     device: Annotated[str | None, typer.Option(metavar="cpu|cuda", help="where; the GPU if there is one")] = None,
     peers: Annotated[bool, typer.Option("--peers", help="beside the functions of others that are installed")] = False,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="for the rows; plots beside it")] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="instead: find this GPU's block sizes, for good")] = False,
 ) -> None:
     """Times each rule beside softmax attention and what the machine could do, in ten minutes; nothing that is wrong.
 
@@ -145,6 +146,12 @@ def bench(
         known("device", device, ("cpu", "cuda"))
     if device == "cuda" and not import_module("torch").cuda.is_available():
         raise typer.BadParameter("device: expected a machine with a CUDA GPU, found none")
+    if tune:
+        if device == "cpu" or not import_module("torch").cuda.is_available():
+            raise typer.BadParameter("tune: expected a machine with a CUDA GPU, found none")
+        for row in import_module("fwp.benchmarks.tune").rows():
+            typer.echo(" ".join(f"{name}={value}" for name, value in row.items()))
+        raise typer.Exit()
     writable(json)
     raise typer.Exit(import_module("fwp.benchmarks.speed").main(device, peers, json))
 

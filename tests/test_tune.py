@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 from fwp.benchmarks import tune
+from fwp.cli import main
 from fwp.kernels import launch
 
 START = launch.Tiles(64, 64)
@@ -53,3 +54,10 @@ def test_the_table_is_read_where_it_was_measured(monkeypatch, tmp_path):
     assert launch.tiles(*cell, True, "sm_80").chunk == 32
     assert launch.tiles(128, *cell[1:], True, "sm_90").chunk == 64
     launch.measured.cache_clear()
+
+
+@pytest.mark.parametrize("more", [[], ["--device", "cpu"]])
+def test_nothing_is_tuned_without_a_gpu(more, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", "--tune", *more]) == 2
+    assert capsys.readouterr().err == "fwp: tune: expected a machine with a CUDA GPU, found none\n"
