@@ -444,7 +444,7 @@ def learning(
     right.fill_between(at, low, high, color=colour, alpha=0.2, lw=0)
     right.set(xlabel="steps", ylabel="mean E, quartiles over nets", xlim=(0, row["steps"]))
     for axes in (left, right):
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(framealpha=1, edgecolor="none", fontsize=8)
 
 
 def fast_weights(axes: Axes, trace: Mapping[str, Any], names: str, answers: Sequence[str]) -> None:

@@ -48,10 +48,12 @@ SCALES = {
     ),
     "quick": Scale(
         runs(64, dict.fromkeys([name for name in MEMORIES_2 if name != "tanh-fwm"], (20,)), 1, True),
-        "minutes on 2 cores; S = 20",
+        "two minutes on 2 cores; S = 20",
     ),
-    "reduced": Scale(runs(64, REDUCED, 1, True), "half an hour on 2 cores; S to 140, fwm at 20"),
-    "paper": Scale(runs(64, dict.fromkeys(MEMORIES_2, TO_200), 1, True), "a day on 2 cores, nearly all of it fwm"),
+    "reduced": Scale(runs(64, REDUCED, 1, True), "an hour and a quarter on 2 cores; S to 200, fwm to 40"),
+    "paper": Scale(
+        runs(64, dict.fromkeys(MEMORIES_2, TO_200), 1, True), "days on 2 cores, estimated, nearly all of it fwm"
+    ),
 }
 
 AUTHORS = authors(MEMORIES_2, True)
