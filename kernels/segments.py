@@ -6,8 +6,6 @@ states before all segments follow by a short recurrence, and the outputs by an o
 other way: dS ← Mᵀ dS + N', N' being what a walk back makes of dS = 0.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
-
 import triton
 import triton.language as tl
 
