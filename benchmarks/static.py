@@ -34,19 +34,34 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 class Case(NamedTuple):
-    """A cell and the sizes of its features."""
+    """A cell, the sizes of its state, and what q and k pass on the way to it."""
 
     decay: int  # 0 none, 1 one a head, 2 one a key channel
     erase: int
     K: int
     V: int
     dtype: str = "bfloat16"
+    feature_map: str = ""
+    norm: str = ""
+    denominator: int = 0
 
 
 SIZES = [(64, 64), (128, 128), (256, 256), (768, 128)]
 CELLS = [(decay, erase) for decay in (0, 1, 2) for erase in (0, 1)]
 CASES = [Case(*cell, *size) for size in SIZES for cell in CELLS]
 CASES += [Case(*cell, *size, "float32") for size in SIZES[:2] for cell in CELLS]
+CASES += [
+    Case(*cell, *size, feature_map=feature_map, norm=norm, denominator=denominator)
+    for cell, size, feature_map, norm, denominator in [
+        ((0, 0), (64, 64), "elu+1", "", 1),
+        ((1, 0), (128, 128), "elu+1", "", 1),
+        ((2, 0), (128, 128), "exp", "sum", 1),
+        ((0, 0), (384, 64), "dpfp-3", "", 1),
+        ((0, 1), (384, 64), "dpfp-3", "sum", 0),
+        ((1, 0), (768, 128), "dpfp-3", "", 1),
+        ((2, 1), (128, 128), "relu", "l2", 0),
+    ]
+]
 
 
 def launches(case: Case) -> list[tuple[str, Any, dict[str, Any]]]:
@@ -55,13 +70,17 @@ def launches(case: Case) -> list[tuple[str, Any, dict[str, Any]]]:
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(2, 128, 4, *size, dtype=dtype)
 
-    dtype = DTYPES[case.dtype]
+    dtype, K, phi = DTYPES[case.dtype], case.K, case.feature_map
+    D = K // (2 * int(phi.removeprefix("dpfp-"))) if phi.startswith("dpfp-") else K
+    eps = 1e-6 if case.denominator else None
 
     def problem() -> Any:
-        q, k, v = (empty(D, dtype=dtype) for D in (case.K, case.K, case.V))
+        q, k, v = (empty(size, dtype=dtype) for size in (D, D, case.V))
         strength = empty() if case.erase else None
-        g = [None, empty(), empty(case.K)][case.decay]
-        return launch.Problem(q, k, v, g, strength, strength, torch.empty(2, 4, case.K, case.V), None, None, False)
+        g = [None, empty(), empty(K)][case.decay]
+        state = torch.empty(2, 4, K, case.V), torch.empty(2, 4, K) if case.denominator else None
+        features = (phi or None, case.norm or None, D**-0.5 if phi or case.norm else 1.0)
+        return launch.Problem(q, k, v, g, strength, strength, *state, None, False, eps, *features)
 
     started: dict[str, tuple[Any, dict[str, Any]]] = {}
 
@@ -73,8 +92,8 @@ def launches(case: Case) -> list[tuple[str, Any, dict[str, Any]]]:
 
     with mock.patch.object(JITFunction, "run", record):
         launch.forward(problem(), "recurrent")
-        launch.forward(problem(), "chunk")
-        launch.backward(problem(), None, None, empty(case.V, dtype=dtype), torch.empty(2, 4, case.K, case.V), None)
+        o, S, z, den = launch.forward(problem(), "chunk")
+        launch.backward(problem(), o, den, empty(case.V, dtype=dtype), S, z)
     return [(name, *what) for name, what in started.items()]
 
 

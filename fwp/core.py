@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -39,13 +39,31 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Features:
+    """What q and k are yet to pass: q ← scale · norm(φ(q)), k ← norm(φ(k)). A backend may do it as it reads them.
+
+    phi: "relu", "elu+1", "exp" or "dpfp-ν", None for φ(x) = x. norm: "sum", "l2" or None. See `fwp.feature_maps`.
+    """
+
+    phi: str | None = None
+    norm: str | None = None
+    scale: float = 1.0
+
+    def width(self, D: int) -> int:
+        """K', the features of φ(x) for x of D features."""
+        if self.phi is None or not self.phi.startswith("dpfp-"):
+            return D
+        return 2 * D * int(self.phi.removeprefix("dpfp-"))
+
+
+@dataclass(frozen=True)
 class Core:
     """The inputs of the recurrence above. Letters: B batch, T time, H state heads, K key and V value features.
 
-    q [B, T, Hq, K] is already scaled; q and k have passed the feature map and its norm. Hk and Hv divide
-    H = max(Hk, Hv); Hq is a multiple or a divisor of H. State head h uses key head h // (H / Hk) and value head
-    h // (H / Hv); query head i of Hq ≥ H reads state head i // (Hq / H). Masked tokens arrive with q = k = v = 0 and
-    neutral gates.
+    q [B, T, Hq, K] is already scaled; q and k have passed the feature map and its norm, or with `features` are yet to.
+    Hk and Hv divide H = max(Hk, Hv); Hq is a multiple or a divisor of H. State head h uses key head h // (H / Hk) and
+    value head h // (H / Hv); query head i of Hq ≥ H reads state head i // (Hq / H). Masked tokens arrive with v = 0,
+    neutral gates, and q and k of which φ is 0 (φ(q) where nobody asks for the output).
     With cu_seqlens [N + 1] (packed sequences) B is 1 and the state is of N sequences, else N = B.
     """
 
@@ -62,6 +80,20 @@ class Core:
     denominator: bool = False
     eps: float = 1e-6
     causal: bool = True
+    features: Features = Features()
+
+    @property
+    def width(self) -> int:
+        """K, the number of key features of the state."""
+        return self.features.width(self.k.shape[-1])
+
+    def applied(self) -> Core:
+        """The same with q and k as they have passed their features."""
+        from fwp.feature_maps import transform  # which needs this module
+
+        phi, norm, scale = self.features.phi, self.features.norm, self.features.scale
+        q, k = transform(self.q, phi, norm, scale), transform(self.k, phi, norm)
+        return replace(self, q=q, k=k, features=Features())
 
     @property
     def heads(self) -> int:
@@ -80,7 +112,7 @@ class Core:
 
     def initial(self) -> State:
         """The initial state, zeros where none was given."""
-        shape = (self.sequences, self.heads, self.k.shape[-1], self.v.shape[-1])
+        shape = (self.sequences, self.heads, self.width, self.v.shape[-1])
         S = self.v.new_zeros(shape, dtype=self.dtype) if self.S is None else self.S
         if not self.denominator:
             return State(S)

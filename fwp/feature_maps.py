@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fwp import validate
+from fwp.core import Features, state_dtype, without_autocast
 from fwp.errors import suggest
 from fwp.rules.reference import ratio
 
@@ -178,3 +179,37 @@ def norm(x: Tensor, kind: str | None) -> Tensor:
     if kind == "l2":
         return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
     raise ValueError(f"feature_norm: expected None, 'sum' or 'l2', got {kind!r}")
+
+
+def transform(x: Tensor, feature_map: str | FeatureMap | None, kind: str | None, scale: float = 1.0) -> Tensor:
+    """scale · norm(φ(x)), computed in the state's dtype; a module is given x as it is, under autocast if that is on."""
+    dtype, phi = x.dtype, get(feature_map)
+    if isinstance(phi, torch.nn.Module):
+        x, phi = apply(phi, x), get(None)
+    if feature_map is not None or kind is not None:
+        with without_autocast(x):
+            x = norm(apply(phi, x.to(state_dtype(dtype))), kind)
+    return (x if scale == 1.0 else x * scale).to(dtype)
+
+
+def description(feature_map: str | FeatureMap | None, kind: str | None, scale: float) -> Features | None:
+    """What `transform` is asked, where a backend can be told; None where it can't."""
+    phi: str | None = None
+    if feature_map is not None:
+        fn = get(feature_map)
+        if type(fn) is DPFP:
+            phi = f"dpfp-{fn.nu}"
+        elif fn is torch.relu:
+            phi = "relu"
+        elif fn is elu_plus_one:
+            phi = "elu+1"
+        elif fn is torch.exp:
+            phi = "exp"
+        else:
+            return None
+    return Features(phi, kind, scale) if kind in (None, "sum", "l2") else None
+
+
+def hidden(features: Features) -> float:
+    """The x of which φ(x) is 0."""
+    return -math.inf if features.phi in ("elu+1", "exp") else 0.0

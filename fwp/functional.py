@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fwp import feature_maps, rules, trust, validate
-from fwp.core import Core, Form, Read, State, overwrites, state_dtype, without_autocast
+from fwp.core import Core, Features, Form, Read, State, overwrites, without_autocast
 from fwp.feature_maps import FeatureMap
 from fwp.rules import Rule
 
@@ -101,21 +101,38 @@ def fast_weights(
     if mask is not None:
         validate.tensor("mask", mask, (B, T), torch.bool, v.device)
         q, k, v = (x.masked_fill(~mask[:, :, None, None], 0) for x in (q, k, v))
-    q = _features(q, feature_map, feature_norm, scale)
-    k = _features(k, feature_map, feature_norm, 1.0)
-    given = validate.gates(row, gates, (B, T, H, k.shape[-1], v.shape[-1]), v)
+    # a rule of the caller's own may look at φ(k)
+    known = causal and row is rules.RULES.get(row.name)
+    features = feature_maps.description(feature_map, feature_norm, scale) if known else None
+    zero = 0.0 if features is None else feature_maps.hidden(features)
+    if features is None:
+        q = feature_maps.transform(q, feature_map, feature_norm, scale)
+        k = feature_maps.transform(k, feature_map, feature_norm)
+        features = Features()
+    given = validate.gates(row, gates, (B, T, H, features.width(k.shape[-1]), v.shape[-1]), v)
     if mask is not None:
-        k = k.masked_fill(~mask[:, :, None, None], 0)  # φ(0) need not be 0
+        k = k.masked_fill(~mask[:, :, None, None], zero)  # φ(0) need not be 0
         for name, gate in given.items():
             hidden = ~mask.view(B, T, *[1] * (gate.dim() - 2))
             given[name] = gate.masked_fill(hidden, row.gates[name].neutral)
-    core = Core(q, k, v, cu_seqlens=cu_seqlens, read=read, denominator=denominator, eps=eps, causal=causal)
+    core = Core(
+        q,
+        k,
+        v,
+        cu_seqlens=cu_seqlens,
+        read=read,
+        denominator=denominator,
+        eps=eps,
+        causal=causal,
+        features=features,
+    )
     if row.plain:
         core = validate.with_state(core, state)
     else:
         validate.own_state(row, core, state)
     if check:
-        validate.values(row, q, k, v, given, state)
+        seen = core.applied()
+        validate.values(row, seen.q, seen.k, v, given, state)
 
     lowered = None
     if row.lower is not None and (backend != "reference" or not causal):  # the equation needs no lowering
@@ -163,7 +180,7 @@ def read(
     validate.number("eps", eps, 0)
     (q,) = _under_autocast(q)
     validate.tensor("q", q, (None, None, None, None))
-    x = _features(q, feature_map, feature_norm, scale)
+    x = feature_maps.transform(q, feature_map, feature_norm, scale)
     validate.readable(state, x, cu_seqlens)
     B, T = q.shape[:2]
     nothing = x.new_zeros(()).expand(B, T, state.S.shape[1], 1)
@@ -234,14 +251,3 @@ def _under_autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
         return inputs
     dtype, cast = torch.get_autocast_dtype(kind), (torch.float32, torch.bfloat16, torch.float16)
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in cast else x for x in inputs)
-
-
-def _features(x: Tensor, feature_map: str | FeatureMap | None, norm: str | None, scale: float) -> Tensor:
-    """scale · norm(φ(x)), computed in the state's dtype; a module is given x as it is, under autocast if that is on."""
-    dtype, phi = x.dtype, feature_maps.get(feature_map)
-    if isinstance(phi, torch.nn.Module):
-        x, phi = feature_maps.apply(phi, x), feature_maps.get(None)
-    if feature_map is not None or norm is not None:
-        with without_autocast(x):
-            x = feature_maps.norm(feature_maps.apply(phi, x.to(state_dtype(dtype))), norm)
-    return (x if scale == 1.0 else x * scale).to(dtype)

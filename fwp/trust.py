@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fwp.core import Core, Form, state_dtype
+from fwp.core import Core, Features, Form, state_dtype
 
 # (architecture, version of Triton) on which all tests passed. None has been measured yet.
 KNOWN_GOOD: frozenset[tuple[str, str]] = frozenset()
@@ -44,7 +44,10 @@ class Case(NamedTuple):
     denominator: bool
     packed: bool
     gradients: bool
-    K: int
+    phi: str | None
+    norm: str | None
+    scaled: bool
+    K: int  # before φ
     V: int
     Hq: int
     Hk: int
@@ -54,10 +57,11 @@ class Case(NamedTuple):
     def name(self) -> str:
         """As a file: all but the device, which the folder says, and the heads, which change no code within them."""
         switches = [self.form, f"decay{self.decay}", *(n for n in SWITCHES if getattr(self, n)), self.read]
+        switches += [name for name in (self.phi, self.norm) if name is not None]
         return "-".join([*switches, f"K{self.K}", f"V{self.V}", str(self.dtype).removeprefix("torch.")])
 
 
-SWITCHES = ("erase", "write", "denominator", "packed", "gradients")
+SWITCHES = ("erase", "write", "denominator", "packed", "gradients", "scaled")
 
 
 def doubt(core: Core, form: Form) -> str | None:
@@ -95,6 +99,9 @@ def constants(core: Core, form: Form) -> tuple[Any, ...]:
         core.denominator,
         core.cu_seqlens is not None,
         torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given),
+        core.features.phi,
+        core.features.norm,
+        core.features.scale != 1.0,
         index(core.k.shape[-1]),
         index(core.v.shape[-1]),
         index(core.q.shape[2]),
@@ -188,7 +195,8 @@ def small(case: Case) -> Core:
     """Random inputs of a case: keys of unit length, gates that let a state live through some chunks."""
     H, N = max(case.Hk, case.Hv), 3 if case.packed else 1
     generator = torch.Generator().manual_seed(0)
-    kept = state_dtype(case.dtype)
+    kept, features = state_dtype(case.dtype), Features(case.phi, case.norm, 0.5 if case.scaled else 1.0)
+    width = features.width(case.K)
 
     def normal(*size: int) -> Tensor:
         x = torch.randn(size, generator=generator)
@@ -197,19 +205,24 @@ def small(case: Case) -> Core:
     def uniform(*size: int) -> Tensor:
         return torch.rand(size, generator=generator).to(case.device, kept)
 
-    return Core(
+    core = Core(
         normal(1, T, case.Hq, case.K).to(case.device, case.dtype),
         F.normalize(normal(1, T, case.Hk, case.K), dim=-1).to(case.device, case.dtype),
         normal(1, T, case.Hv, case.V).to(case.device, case.dtype),
-        g=-0.05 * uniform(1, T, H, *[case.K] * (case.decay - 1)) if case.decay else None,
+        g=-0.05 * uniform(1, T, H, *[width] * (case.decay - 1)) if case.decay else None,
         e=uniform(1, T, H) if case.erase else None,
         w=uniform(1, T, H) if case.write else None,
-        S=normal(N, H, case.K, case.V).to(case.device, kept),
-        z=uniform(N, H, case.K) + 1 if case.denominator else None,
+        S=normal(N, H, width, case.V).to(case.device, kept),
+        z=uniform(N, H, width) + 1 if case.denominator else None,
         cu_seqlens=torch.tensor([0, T // 2, T // 2, T], device=case.device) if case.packed else None,
         read=case.read,
         denominator=case.denominator,
+        features=features,
     )
+    if core.e is None:
+        return core
+    longest = core.applied().k.to(kept).square().sum(-1).amax().clamp(min=1)
+    return replace(core, e=core.e / longest)  # else the state blows up
 
 
 def _each(core: Core, fn: Callable[[Tensor], Tensor]) -> Core:

@@ -149,7 +149,7 @@ def with_state(core: Core, state: Any) -> Core:
         return core
     if not isinstance(state, State):
         raise TypeError(f"state: expected fwp.State, got {type(state).__name__}")
-    shape = (core.sequences, core.heads, core.k.shape[-1], core.v.shape[-1])
+    shape = (core.sequences, core.heads, core.width, core.v.shape[-1])
     tensor("state", state.S, shape, core.dtype, core.v.device)
     if core.denominator:
         tensor("state.z", state.z, shape[:3], core.dtype, core.v.device)

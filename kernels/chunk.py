@@ -30,6 +30,7 @@ them by the chain rule.
 import triton
 import triton.language as tl
 
+from .features import features, rows_of, slope
 from .tiles import (
     chunk_of,
     dot,
@@ -87,8 +88,10 @@ def sums_kernel(
 
 @triton.jit(do_not_specialize=["T", "NC"])
 def pairs_kernel(
-    q,  # [B, T, Hq, K]
-    k,  # [B, T, Hk, K]
+    q,  # [B, T, Hq, D]
+    k,  # [B, T, Hk, D]
+    q_norms,  # [B, T, Hq, 1], by which their features are multiplied, or None
+    k_norms,  # [B, T, Hk, 1] or None
     G,  # [B, T, H, 1 or K], the gates' running sums in each chunk, or None
     e,  # [B, T, H, 1] or None
     P,  # out [B, T, H·R, C] or None: made in the walks unless the decay is per channel
@@ -103,6 +106,10 @@ def pairs_kernel(
     GQ: tl.constexpr,  # readers that share a query head
     R: tl.constexpr,  # readers of a state head
     K: tl.constexpr,
+    D: tl.constexpr,
+    MAP: tl.constexpr,
+    NORM: tl.constexpr,
+    SCALE: tl.constexpr,  # of q's features
     C: tl.constexpr,
     BK: tl.constexpr,
     DECAY: tl.constexpr,
@@ -125,7 +132,7 @@ def pairs_kernel(
         A = tl.zeros([C, C], ACC)
         for block in range(tl.cdiv(K, BK)):
             d = block * BK + tl.arange(0, BK)
-            b_k = load(k, n, t, h // GK, seen, d, K)
+            b_k = features(k, k_norms, n, t, h // GK, seen, d, K, D, MAP, NORM, 1.0, ACC)
             A += products(b_k, b_k, G, n, h, start, end, d, K, False, False, DECAY, DOT, ACC)
         A *= load(e, n, t, h, seen, one, 1).to(ACC)
         store(I, n, t, h, seen, i, C, inverse(A, ACC))
@@ -134,8 +141,8 @@ def pairs_kernel(
             b_P = tl.zeros([C, C], ACC)
             for block in range(tl.cdiv(K, BK)):
                 d = block * BK + tl.arange(0, BK)
-                b_q = load(q, n, t, (h * R + r) // GQ, seen, d, K)
-                b_k = load(k, n, t, h // GK, seen, d, K)
+                b_q = features(q, q_norms, n, t, (h * R + r) // GQ, seen, d, K, D, MAP, NORM, SCALE, ACC)
+                b_k = features(k, k_norms, n, t, h // GK, seen, d, K, D, MAP, NORM, 1.0, ACC)
                 b_P += products(b_q, b_k, G, n, h, start, end, d, K, not LAG, LAG, DECAY, DOT, ACC)
             store(P, n, t, h * R + r, seen, i, C, b_P)
 
@@ -173,6 +180,10 @@ def walk_kernel(
     R: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
+    D: tl.constexpr,
+    MAP: tl.constexpr,
+    NORM: tl.constexpr,
+    SCALE: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,  # all of K
     BV: tl.constexpr,
@@ -215,7 +226,7 @@ def walk_kernel(
         start = first + c * C
         t = start + i
         seen = t < end
-        b_k = load(k, n, t, h // GK, seen, dk, K)
+        b_k = features(k, None, n, t, h // GK, seen, dk, K, D, MAP, NORM, 1.0, ACC)
         x = tl.zeros([C, BV], ACC)
         if v is not None:
             x = load(v, n, t, h // GV, seen, dv, V)
@@ -235,7 +246,7 @@ def walk_kernel(
             store(X, n, t, h, seen, dv, V, x)
         if o is not None:
             for r in range(R):
-                b_q = load(q, n, t, (h * R + r) // GQ, seen, dk, K)
+                b_q = features(q, None, n, t, (h * R + r) // GQ, seen, dk, K, D, MAP, NORM, SCALE, ACC)
                 b_o = read_state(b_q, S, G, n, h, start, end, gates, KG, LAG, False, DECAY, DOT, ACC)
                 if P is not None:
                     b_P = load(P, n, t, h * R + r, seen, i, C)
@@ -282,12 +293,7 @@ def denominator_back_kernel(
     ACC: tl.constexpr,
 ):
     """Gradients of the denominators. A program BT tokens of a batch row and reader."""
-    blocks = tl.cdiv(T, BT)
-    pid = tl.program_id(0).to(tl.int64)
-    h = pid // blocks % HO
-    n = pid // blocks // HO
-    t = pid % blocks * BT + tl.arange(0, BT)
-    seen = t < T
+    n, t, h, seen = rows_of(T, HO, BT)
     one = tl.arange(0, 1)
     total = tl.zeros([BT, 1], ACC)
     for part in range(tl.cdiv(V, BV)):
@@ -340,6 +346,10 @@ def walk_back_kernel(
     R: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
+    D: tl.constexpr,
+    MAP: tl.constexpr,
+    NORM: tl.constexpr,
+    SCALE: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,  # all of K
     BV: tl.constexpr,
@@ -376,7 +386,7 @@ def walk_back_kernel(
         start = first + c * C
         t = start + i
         seen = t < end
-        b_k = load(k, n, t, h // GK, seen, dk, K)
+        b_k = features(k, None, n, t, h // GK, seen, dk, K, D, MAP, NORM, 1.0, ACC)
         if p_ends is not None:
             at = state_at(p_ends, (slot + c) * H + h, dk, cols, K, V)
             tl.store(at, dS.to(p_ends.dtype.element_ty), mask=inside)
@@ -390,7 +400,7 @@ def walk_back_kernel(
                 dz *= tl.exp(load_last(G, n, h, start, end, gates, KG, C))
         if do is not None:
             for r in range(R):
-                b_q = load(q, n, t, (h * R + r) // GQ, seen, dk, K)
+                b_q = features(q, None, n, t, (h * R + r) // GQ, seen, dk, K, D, MAP, NORM, SCALE, ACC)
                 b_do = load_divided(do, den, n, t, h * R + r, seen, cols, V, ACC)
                 if den is not None:
                     b_dden = load(dden, n, t, h * R + r, seen, one, 1)
@@ -444,6 +454,8 @@ def per_gate(x, DECAY: tl.constexpr):
 def gradients_kernel(
     q,
     k,
+    q_norms,
+    k_norms,
     v,
     G,
     e,
@@ -453,7 +465,7 @@ def gradients_kernel(
     den,
     dden,
     dR,
-    dq,  # out [B, T, H·R, K]
+    dq,  # out [B, T, H·R, K]: of q where each of its features is mapped alone, else of φ(q)
     dk,  # out [B, T, H, K]
     dg,  # out [B, T, H, K], or [B, T, H, K blocks] for one gate a head: each K block's share
     de,  # out [B, T, H, K blocks] or None
@@ -473,6 +485,10 @@ def gradients_kernel(
     R: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
+    D: tl.constexpr,
+    MAP: tl.constexpr,
+    NORM: tl.constexpr,
+    SCALE: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
@@ -497,7 +513,7 @@ def gradients_kernel(
     d = block * BK + tl.arange(0, BK)
     KG: tl.constexpr = K if DECAY == 2 else 1
     gates = d if DECAY == 2 else one
-    b_k = load(k, n, t, h // GK, seen, d, K).to(ACC)
+    b_k = features(k, k_norms, n, t, h // GK, seen, d, K, D, MAP, NORM, 1.0, ACC).to(ACC)
 
     # Writers to the state after the chunk, erasers from the state before it.
     b_dk = tl.zeros([C, BK], ACC)
@@ -544,7 +560,7 @@ def gradients_kernel(
 
     if do is not None:
         for r in range(R):
-            b_q = load(q, n, t, (h * R + r) // GQ, seen, d, K).to(ACC)
+            b_q = features(q, q_norms, n, t, (h * R + r) // GQ, seen, d, K, D, MAP, NORM, SCALE, ACC).to(ACC)
             b_dq = tl.zeros([C, BK], ACC)
             dP = tl.zeros([C, C], ACC)
             for part in range(tl.cdiv(V, BV)):
@@ -569,7 +585,12 @@ def gradients_kernel(
                 b_dG += per_gate(border, DECAY) + dG
                 if LAG:  # a reader is one gate behind its token
                     b_dg -= per_gate(border, DECAY) + lagging
-            store(dq, n, t, h * R + r, seen, d, K, b_dq + d_reader)
+            b_dq += d_reader
+            if MAP < 4 and NORM == 0:
+                b_dq *= slope(q, n, t, (h * R + r) // GQ, seen, d, D, MAP, ACC) * SCALE
+            store(dq, n, t, h * R + r, seen, d, K, b_dq)
+    if MAP < 4 and NORM == 0:
+        b_dk *= slope(k, n, t, h // GK, seen, d, D, MAP, ACC)
     store(dk, n, t, h, seen, d, K, b_dk)
     if DECAY > 0:
         b_dg += tl.cumsum(b_dG, 0, reverse=True)

@@ -23,10 +23,13 @@ from .chunk import (
     walk_back_kernel,
     walk_kernel,
 )
+from .features import features_back_kernel, norms_kernel
 from .recurrent import token_kernel
 from .segments import join_kernel
 
 INTERPRETED = isinstance(walk_kernel, InterpretedFunction)  # TRITON_INTERPRET=1 when Triton was imported
+MAPS = (None, "relu", "elu+1", "exp")
+NORMS = (None, "sum", "l2")
 TYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
@@ -58,6 +61,9 @@ TABLE: dict[int, list[tuple[int, Tiles]]] = {
     4: [(64, Tiles(32, 32, 32)), (256, Tiles(16, 32, 32)), (1024, Tiles(16, 16, 32))],
     8: [(64, Tiles(16, 16, 16, stages=1)), (1024, Tiles(16, 16, 16, stages=1))],
 }
+
+
+ROWS = 16  # tokens of a program where tokens don't meet
 
 
 @cache
@@ -168,10 +174,17 @@ class Problem:
     cu_seqlens: Tensor | None
     before: bool  # read
     eps: float | None = None  # None: no denominator
+    feature_map: str | None = None  # what q and k are yet to pass: one of MAPS or "dpfp-ν", a norm, and q's scale
+    norm: str | None = None
+    scale: float = 1.0
     chunk: int | None = None  # None: the table's
 
     def __post_init__(self) -> None:
-        self.B, self.T, self.Hq, self.K = self.q.shape
+        self.B, self.T, self.Hq, self.D = self.q.shape
+        nu = 0 if self.feature_map in MAPS else int(str(self.feature_map).removeprefix("dpfp-"))
+        self.K = 2 * nu * self.D if nu else self.D
+        self.phi = {"D": self.D, "MAP": 4 if nu else MAPS.index(self.feature_map), "NORM": NORMS.index(self.norm)}
+        self.alone = not nu and self.norm is None  # each feature is mapped alone
         self.Hk, self.Hv, self.V = self.k.shape[2], self.v.shape[2], self.v.shape[3]
         self.H = max(self.Hk, self.Hv)
         self.Ho = max(self.Hq, self.H)
@@ -190,12 +203,15 @@ class Problem:
             "GQ": self.Ho // self.Hq,
             "R": self.Ho // self.H,
             "K": self.K,
+            **self.phi,
+            "SCALE": self.scale,
             "DECAY": decay,
             "LAG": self.before,
             "ACC": TYPES[self.acc],
         }
         self.inputs = {name: self.rows(getattr(self, name)) for name in ("q", "k", "v", "g", "e", "w")}
         self.ungated = {name: x for name, x in self.inputs.items() if name != "g"}
+        self.kept_norms: list[Tensor] = []
         self.S, self.z = (None if x is None else x.contiguous() for x in (self.S, self.z))
 
     @cached_property
@@ -272,6 +288,48 @@ class Problem:
     def buffer(self, heads: int, features: int, dtype: torch.dtype) -> Tensor:
         return self.q.new_empty(self.B, self.T, heads, features, dtype=dtype)
 
+    def norms(self) -> dict[str, Any]:
+        """By what the norm multiplies the features of each row of q and k [B, T, H, 1], where a kernel takes some."""
+        if self.norm is None:
+            return {"q_norms": None, "k_norms": None}
+        if not self.kept_norms:
+            for x in (self.q, self.k):
+                found = self.buffer(x.shape[2], 1, self.acc)
+                norms_kernel[(self.B * x.shape[2] * triton.cdiv(self.T, ROWS),)](
+                    x=self.rows(x),
+                    norms=self.rows(found),
+                    T=self.T,
+                    H=x.shape[2],
+                    K=self.K,
+                    BT=ROWS,
+                    BK=power_of_2(self.K, 64),
+                    ACC=TYPES[self.acc],
+                    **self.phi,
+                )
+                self.kept_norms.append(found)
+        return {name: self.rows(x) for name, x in zip(("q_norms", "k_norms"), self.kept_norms)}
+
+    def inputs_gradient(self, name: str, d_features: Tensor) -> Tensor:
+        """Of q or k [B, T, Hx, D] from that of the features [B, T, H or Ho, K] in ACC."""
+        x = getattr(self, name)
+        found = self.buffer(x.shape[2], self.D, x.dtype)
+        features_back_kernel[(self.B * x.shape[2] * triton.cdiv(self.T, ROWS),)](
+            x=self.rows(x),
+            norms=self.norms()[f"{name}_norms"],
+            dy=self.rows(d_features),
+            dx=self.rows(found),
+            T=self.T,
+            H=x.shape[2],
+            SHARE=d_features.shape[2] // x.shape[2],
+            K=self.K,
+            SCALE=self.scale if name == "q" else 1.0,
+            BT=ROWS,
+            BK=power_of_2(self.D, 64),
+            ACC=TYPES[self.acc],
+            **self.phi,
+        )
+        return found
+
     def prepare(self) -> dict[str, Any]:
         """What the kernels of the chunk form read beside q, k, v, e, w: G, P if the decay is per channel, (I + A)⁻¹."""
         decay, block = self.common["DECAY"], power_of_2(self.K, self.tiles.block)
@@ -297,6 +355,7 @@ class Problem:
         if P is not None or inverse is not None:
             pairs_kernel[(self.layout.chunks * self.H,)](
                 **{name: self.inputs[name] for name in ("q", "k", "e")},
+                **self.norms(),
                 **made,
                 p_owners=self.layout.owners,
                 BK=block,
@@ -366,8 +425,7 @@ class Problem:
     def denominator_gradient(self, d_o: Tensor, o: Tensor, den: Tensor) -> Tensor:
         """[B, T, Ho, 1] of the outputs' [B, T, Ho, V]."""
         found = torch.empty_like(den)
-        block = 16
-        denominator_back_kernel[(self.B * self.Ho * triton.cdiv(self.T, block),)](
+        denominator_back_kernel[(self.B * self.Ho * triton.cdiv(self.T, ROWS),)](
             do=self.rows(d_o),
             o=self.rows(o),
             den=self.rows(den),
@@ -375,7 +433,7 @@ class Problem:
             T=self.T,
             HO=self.Ho,
             V=self.V,
-            BT=block,
+            BT=ROWS,
             BV=power_of_2(self.V, 64),
             ACC=TYPES[self.acc],
         )
@@ -465,7 +523,11 @@ def backward(
     X = p.buffer(p.H, p.V, p.dot) if erases else None
     dR = p.buffer(p.H, p.V, p.dot) if erases else None
     starts, ends = p.q.new_empty(2, p.layout.chunks, p.H, p.K, p.V, dtype=p.dot).unbind(0)
-    dq, dk, dv = head_buffer(p.Ho, p.Hq, p.q), head_buffer(p.H, p.Hk, p.k), head_buffer(p.H, p.Hv, p.v)
+    dv = head_buffer(p.H, p.Hv, p.v)
+    if p.alone:
+        dq, dk = head_buffer(p.Ho, p.Hq, p.q), head_buffer(p.H, p.Hk, p.k)
+    else:  # gradients of the features
+        dq, dk = p.buffer(p.Ho, p.K, p.acc), p.buffer(p.H, p.K, p.acc)
     if d_o is None:
         dq.zero_()
     dw = p.buffer(p.H, NV, p.acc) if p.w is not None else None
@@ -493,6 +555,7 @@ def backward(
         p.walk_back(prepared, after[0], after[1], **divided | outputs | starting)
         gradients_kernel[(p.layout.chunks * p.H * NK,)](
             **p.ungated,
+            **p.norms(),
             G=prepared["G"],
             X=p.rows(X),
             **divided,
@@ -512,8 +575,12 @@ def backward(
             BV=power_of_2(p.V, p.tiles.block),
             **p.chunked,
         )
+        if p.alone:
+            dq, dk = summed(dq, p.Hq, p.q), summed(dk, p.Hk, p.k)
+        else:
+            dq, dk = p.inputs_gradient("q", dq), p.inputs_gradient("k", dk)
     if dg is not None and p.common["DECAY"] == 1:
         dg = dg.sum(-1)
     gates = [dg, None if de is None else de.sum(-1), None if dw is None else dw.sum(-1)]
     gates = [None if x is None or like is None else x.to(like.dtype) for x, like in zip(gates, inputs[3:])]
-    return [summed(dq, p.Hq, p.q), summed(dk, p.Hk, p.k), summed(dv, p.Hv, p.v), *gates, dS0, dz0]
+    return [dq, dk, summed(dv, p.Hv, p.v), *gates, dS0, dz0]

@@ -6,6 +6,7 @@ For decoding and short inputs. Its gradient is that of the chunk form, which is 
 import triton
 import triton.language as tl
 
+from .features import features
 from .tiles import quotient, span, state_at, state_mask
 
 
@@ -13,6 +14,25 @@ from .tiles import quotient, span, state_at, state_mask
 def load_token(x, n, t, h, d, D: tl.constexpr, ACC: tl.constexpr):
     """Row t of head h, features d, in ACC; 0 beyond D."""
     return tl.load(x[0] + n * x[1] + t * x[2] + h * x[3] + d, mask=d < D, other=0.0).to(ACC)
+
+
+@triton.jit
+def token_features(
+    x,
+    n,
+    t,
+    h,
+    f,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    MAP: tl.constexpr,
+    NORM: tl.constexpr,
+    SCALE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """`features` of row t alone, all of them, in ACC: [len(f)]."""
+    row = tl.arange(0, 1)
+    return tl.sum(features(x, None, n, t + row, h, row == 0, f, K, D, MAP, NORM, SCALE, ACC).to(ACC), 0)
 
 
 @triton.jit
@@ -32,11 +52,15 @@ def read_token(
     R: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
+    D: tl.constexpr,
+    MAP: tl.constexpr,
+    NORM: tl.constexpr,
+    SCALE: tl.constexpr,
     EPS: tl.constexpr,
 ):
     """o = Sᵀ q for the R readers of state head h, divided by zᵀ q + EPS unless EPS is None."""
     for r in range(R):
-        b_q = load_token(q, n, t, (h * R + r) // GQ, dk, K, S.dtype)
+        b_q = token_features(q, n, t, (h * R + r) // GQ, dk, K, D, MAP, NORM, SCALE, S.dtype)
         b_o = tl.sum(S * b_q[:, None], 0)
         if EPS is not None:
             found = tl.sum(z * b_q, 0)
@@ -49,8 +73,8 @@ def read_token(
 
 @triton.jit(do_not_specialize=["T"])
 def token_kernel(
-    q,  # [B, T, Hq, K]
-    k,  # [B, T, Hk, K]
+    q,  # [B, T, Hq, D]
+    k,  # [B, T, Hk, D]
     v,  # [B, T, Hv, V]
     g,  # [B, T, H, 1 or K] or None
     e,  # [B, T, H, 1] or None
@@ -70,6 +94,10 @@ def token_kernel(
     R: tl.constexpr,  # readers of a state head
     K: tl.constexpr,
     V: tl.constexpr,
+    D: tl.constexpr,
+    MAP: tl.constexpr,
+    NORM: tl.constexpr,
+    SCALE: tl.constexpr,  # of q's features
     BK: tl.constexpr,  # all of K
     BV: tl.constexpr,
     DECAY: tl.constexpr,
@@ -96,8 +124,8 @@ def token_kernel(
     for step in range(length.to(tl.int32)):
         t = first + step
         if LAG:
-            read_token(q, o, den, n, t, h, S, z, dk, dv, first_block, GQ, R, K, V, EPS)
-        b_k = load_token(k, n, t, h // GK, dk, K, ACC)
+            read_token(q, o, den, n, t, h, S, z, dk, dv, first_block, GQ, R, K, V, D, MAP, NORM, SCALE, EPS)
+        b_k = token_features(k, n, t, h // GK, dk, K, D, MAP, NORM, 1.0, ACC)
         x = load_token(v, n, t, h // GV, dv, V, ACC)
         if w is not None:
             x *= tl.load(w[0] + n * w[1] + t * w[2] + h * w[3]).to(ACC)
@@ -115,7 +143,7 @@ def token_kernel(
         S += b_k[:, None] * x[None, :]
         z += b_k
         if not LAG:
-            read_token(q, o, den, n, t, h, S, z, dk, dv, first_block, GQ, R, K, V, EPS)
+            read_token(q, o, den, n, t, h, S, z, dk, dv, first_block, GQ, R, K, V, D, MAP, NORM, SCALE, EPS)
     tl.store(state_at(p_S, n * H + h, dk, dv, K, V), S, mask=inside)
     if p_z is not None:
         tl.store(p_z + (n * H + h) * K + dk, z, mask=(dk < K) & first_block)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fwp.core import Core, State
+from fwp.core import Core, Features, State
 from fwp.testing import deviation, poisoned_empties
 
 pytest.importorskip("triton")
@@ -31,6 +31,7 @@ FIELDS = ("q", "k", "v", "g", "e", "w", "S", "z")
 def problem(cell, B=1, T=9, H=(1, 1, 1), K=5, V=3, N=None, dtype=torch.float64, seed=0, **options):
     """Random inputs of the core, every number different; with a denominator q and k > 0. H: query, key, value heads."""
     (decay, erase), positive = cell, options.get("denominator", False)
+    width = options.get("features", Features()).width(K)
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size):
@@ -48,11 +49,11 @@ def problem(cell, B=1, T=9, H=(1, 1, 1), K=5, V=3, N=None, dtype=torch.float64, 
         q.to(dtype),
         F.normalize(k, dim=-1).to(dtype),
         normal(B, T, Hv, V).to(dtype),
-        g=-uniform(B, T, h, *([K] if decay == 2 else [])).to(gates) if decay else None,
+        g=-uniform(B, T, h, *([width] if decay == 2 else [])).to(gates) if decay else None,
         e=uniform(B, T, h).to(gates) if erase else None,
         w=uniform(B, T, h).to(gates) if erase else None,
-        S=normal(B if N is None else N, h, K, V).to(gates),
-        z=uniform(B if N is None else N, h, K).to(gates) if positive else None,
+        S=normal(B if N is None else N, h, width, V).to(gates),
+        z=uniform(B if N is None else N, h, width).to(gates) if positive else None,
         **options,
     )
     return moved(core, lambda x: x.to(DEVICE))
@@ -64,6 +65,7 @@ def moved(core, fn):
 
 def recurrence(core):
     """The definition at the top of `fwp.core`, in the dtype of its inputs."""
+    core = core.applied()
     o, S = numerators(core)
     if not core.denominator:
         return o, State(S)

@@ -54,8 +54,8 @@ MUTANTS = {
     "the keys up to a token, not before it": (LOWERING, "[:, :-1]", "[:, 1:]"),
     "a decay forgotten in the lowering": (LOWERING, "g=g, w=beta", "g=None, w=beta"),
     "a mask that gates don't see": (OP, "masked_fill(hidden, ", "masked_fill(hidden & False, "),
-    "a mask that φ(0) passes": (OP, "k = k.masked_fill(~mask[:, :, None, None], 0)", "k = k"),
-    "keys that are scaled": (OP, "feature_norm, 1.0)", "feature_norm, scale)"),
+    "a mask that φ(0) passes": (OP, "None], zero)  #", "None], 0)  #"),
+    "keys that are scaled": (OP, "feature_map, feature_norm)", "feature_map, feature_norm, scale)"),
     "a decay after the write": (EQUATIONS, "None] * S + outer(k, v)", "None] * (S + outer(k, v))"),
     "an equation that forgets to erase": (EQUATIONS, "outer(k, v - retrieve(S, k))", "outer(k, v)"),
     "an equation that normalises what it writes": (EQUATIONS, "v - old), z + k", "v / 2 - old), z + k"),
@@ -71,7 +71,13 @@ MUTANTS = {
 }  # fmt: skip
 
 
-CHUNK, TILES, LAUNCH, TOKEN = "kernels/chunk.py", "kernels/tiles.py", "kernels/launch.py", "kernels/recurrent.py"
+FEATURES, CHUNK, TILES, LAUNCH, TOKEN = (
+    "kernels/features.py",
+    "kernels/chunk.py",
+    "kernels/tiles.py",
+    "kernels/launch.py",
+    "kernels/recurrent.py",
+)
 SEGMENTS = "kernels/segments.py"
 KERNEL_MUTANTS = {
     "gates that count below the floor": (CHUNK, "tl.where(x < FLOOR, FLOOR, x)", "x"),
@@ -107,6 +113,18 @@ KERNEL_MUTANTS = {
     "a gradient of z that doesn't decay": (CHUNK, " dz *= tl.exp(load_last(", " dz *= 1 + 0 * tl.exp(load_last("),
     "a gradient of z without its readers": (CHUNK, " dz += write_sum(", " dz += 0 * write_sum("),
     "a gradient of gates without z": (CHUNK, "kept += z * dz", "kept += 0 * z"),
+    "features of half of [x, −x]": (FEATURES, "< D, b, -b)", "< D, b, b)"),
+    "features rolled the wrong way": (FEATURES, "f % (2 * D) - f //", "f % (2 * D) + f //"),
+    "a norm of the features that are there": (FEATURES, "total += sum_for(", "total = sum_for("),
+    "a gradient without the norm's": (FEATURES, "factor * (dy - along)", "factor * dy"),
+    "a gradient without the length's": (FEATURES, "dy - factor * b * along", "dy"),
+    "a gradient of features of one block": (FEATURES, "along += tl.sum(", "along = 0 * along + tl.sum("),
+    "a gradient of half of the pairs": (FEATURES, "j + i, D, ACC)", "j + i, D, ACC) * 0"),
+    "a gradient of negative x": (FEATURES, "(1 - 2 * half)", "1"),
+    "a gradient of the first that shares a head": (FEATURES, "h * SHARE + s, seen", "h * SHARE, seen"),
+    "a slope of 1 everywhere": (FEATURES, "b > 0, 1.0, tl.exp(b))", "b > 0, 1.0, 1.0)"),
+    "keys that are scaled": (CHUNK, "D, MAP, NORM, 1.0, ACC)", "D, MAP, NORM, SCALE, ACC)"),
+    "a gradient of unscaled queries": (CHUNK, "MAP, ACC) * SCALE", "MAP, ACC)"),
     "a token's sum of keys that doesn't decay": (TOKEN, "z *= decay", "z *= 1 + 0 * decay"),
     "a token that doesn't erase": (TOKEN, "x -= b_e * tl.sum(S", "x -= 0 * tl.sum(S"),
 }  # fmt: skip
@@ -124,12 +142,15 @@ def compare_kernels() -> str:
     import cells
 
     launch = importlib.import_module("fwp.kernels.launch")
+    features = cells.Features
     packed = {"T": 13, "N": 3, "cu_seqlens": torch.tensor([0, 11, 11, 13])}
     cases = {
         "kda": cells.problem(cells.KDA, H=(2, 1, 2), K=3, V=2, read="before", denominator=True, **packed),
         "gated_delta": cells.problem((1, True), T=11, H=(2, 2, 1), K=3, V=2, read="before", denominator=True),
         "delta": cells.problem((0, True), T=40, K=3, V=2),
-        "gla": cells.problem((2, False), T=5, K=3, V=2),
+        "gla": cells.problem((2, False), T=5, K=3, V=2, features=features("elu+1", None, 0.5)),
+        "dpfp": cells.problem((1, False), T=4, H=(1, 2, 2), K=11, V=2, features=features("dpfp-3", "sum", 0.5)),
+        "l2": cells.problem((2, False), T=3, K=20, V=2, features=features("exp", "l2")),
     }
     cases["kda"].g[:, 10] = -torch.inf
     try:

@@ -27,8 +27,9 @@ from cells import (
 )
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fwp import feature_maps
 from fwp.backends import triton as backend
-from fwp.core import Core, State, overwriting
+from fwp.core import Core, Features, State, overwriting
 from fwp.kernels import launch
 from fwp.nn import FastWeightAttention
 from fwp.testing import budgets, deviation, evaluate, row_error, sample
@@ -339,6 +340,10 @@ def test_denominators_of_segments(cell, read, two_chunks):
     agree(problem(cell, T=sum(lengths), N=3, H=(2, 1, 1), cu_seqlens=cu_seqlens, denominator=True), outputs=("S",))
 
 
+def test_features_of_segments(two_chunks):
+    agree(problem(KDA, T=4 * C + 1, K=2, features=Features("dpfp-1", "l2", 0.5)))
+
+
 def test_a_reset_in_a_segment(two_chunks):
     core = problem(KDA, T=4 * C)
     core.g[:, [C, 3 * C - 1]] = -torch.inf
@@ -409,6 +414,74 @@ def test_every_query_reads_the_end(denominator):
     bounds = torch.tensor([0, 3, 3, 7], device=DEVICE)
     core = problem(ADDITIVE, T=7, H=(2, 1, 2), N=3, cu_seqlens=bounds, denominator=denominator)
     agree(replace(core, causal=False))
+
+
+# ---- features ----
+
+MAPS, NORMS = (None, "relu", "elu+1", "exp", "dpfp-1", "dpfp-3"), (None, "sum", "l2")
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("phi", MAPS)
+def test_features(phi, norm):
+    positive = phi is None  # their sum can be near 0
+    core = problem((1, True), T=C + 3, H=(2, 1, 1), K=3, features=Features(phi, norm, 0.5), denominator=positive)
+    found = agree(core)
+    assert deviation(kernels(core, "recurrent")[0], found["o"]) <= 1e-10
+
+
+@READS
+@CELLS
+def test_features_in_every_cell(cell, read):
+    core = problem(cell, T=C + 1, K=2, read=read, features=Features("dpfp-2", "sum", 0.5), denominator=True)
+    core = replace(core, q=-core.q)  # so that both halves of [x, −x] count
+    agree(core)
+
+
+@pytest.mark.parametrize("phi", ["elu+1", "dpfp-3"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_many_blocks_of_features(phi, norm):
+    core = problem(KDA, T=5, K=67 if phi == "elu+1" else 11, V=37, H=(1, 2, 2), features=Features(phi, norm))
+    agree(replace(core, e=0.01 * core.e))
+
+
+def test_features_of_packed_sequences_and_strange_tensors():
+    bounds = torch.tensor([0, 0, C + 1, C + 1, C + 4], device=DEVICE)
+    features = Features("dpfp-2", "l2", 2.0)
+    core = problem(KDA, T=C + 4, N=4, H=(2, 1, 2), K=2, cu_seqlens=bounds, read="before", features=features)
+    o = agree(core)["o"]
+    assert deviation(kernels(core, "recurrent")[0], o) <= 1e-10
+    strange = replace(core, q=core.q.mT.contiguous().mT, k=core.k.transpose(1, 2).contiguous().transpose(1, 2))
+    assert torch.equal(kernels(strange)[0], o)
+    nothing = problem(KDA, T=0, features=features)
+    assert results(kernels, nothing)["dq"].shape == nothing.q.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=[] if GPU else pytest.mark.skip)])
+@pytest.mark.parametrize("phi", ["relu", "dpfp-2"])
+def test_features_are_rounded_as_those_that_lie_in_memory(phi, dtype):
+    core = problem(ADDITIVE, T=C + 3, K=4, dtype=dtype, features=Features(phi, None, 0.3))
+    assert core.applied().k.dtype == dtype
+    for form in ("chunk", "recurrent"):
+        for found, truth in zip(kernels(core, form), kernels(core.applied(), form)):
+            assert found is truth or torch.equal(*(found, truth) if torch.is_tensor(found) else (found.S, truth.S))
+
+
+@pytest.mark.parametrize("feature_map", ["exp", "elu+1", "dpfp-2"])
+@pytest.mark.parametrize("rule", ["gla", "delta"])
+def test_the_op_leaves_features_to_the_kernels(rule, feature_map, monkeypatch):
+    """Masked keys too, of which φ is 0."""
+    inputs = sample(rule, B=2, T=7, H=1, K=3, V=2, feature_map=feature_map, denominator=True, state=True, device=DEVICE)
+    mask = torch.tensor([[True] * 7, [False, True, True, False, False, True, False]], device=DEVICE)
+    options = {"feature_map": feature_map, "feature_norm": "sum", "scale": 0.5, "mask": mask}
+    if rule == "delta":
+        inputs["state"] = State(inputs["state"].S)
+    else:
+        options["denominator"] = True
+    truth = evaluate(rule, inputs, backend="reference", **options)
+    monkeypatch.setattr(feature_maps, "transform", None)
+    found = evaluate(rule, inputs, backend="triton", form="chunk", **options)
+    assert all(deviation(found[name], x) <= 1e-10 for name, x in truth.items())
 
 
 # ---- precision ----

@@ -11,7 +11,7 @@ from torch.func import grad, jacrev, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fwp.backends import triton as backend
-from fwp.core import State
+from fwp.core import Features, State
 from fwp.functional import fast_weights
 from fwp.testing import deviation, evaluate, sample
 
@@ -20,6 +20,9 @@ pytestmark = [*MARKS, pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:De
 NO_FORWARD = "forward derivatives are not supported by the triton backend; use backend='torch'"
 NO_SECOND = "double backward is not supported by the triton backend; use backend='torch'"
 PACKED = pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+
+
+FEATURES = Features("dpfp-1", "sum", 0.5)
 
 
 def packed_or_not(cell, packed, seed=0, T=7, **options):
@@ -34,18 +37,20 @@ def tensors(core):
 # ---- what PyTorch asks of an op ----
 
 
-@pytest.mark.parametrize("eps", [None, 0.5], ids=["plain", "denominator"])
+@pytest.mark.parametrize("more", [False, True], ids=["plain", "denominator and features"])
 @PACKED
 @CORNERS
-def test_opcheck(cell, packed, eps):
-    core = moved(packed_or_not(cell, packed, denominator=eps is not None), lambda x: x.requires_grad_())
-    given = (*(getattr(core, name) for name in FIELDS), core.cu_seqlens, False, eps)
-    torch.library.opcheck(backend._forward, (*given, "chunk", C))
+def test_opcheck(cell, packed, more):
+    options = {"denominator": True, "features": FEATURES} if more else {}
+    core = moved(packed_or_not(cell, packed, **options), lambda x: x.requires_grad_())
+    eps, features = core.eps if more else None, (core.features.phi, core.features.norm, core.features.scale)
+    given = (*(getattr(core, name) for name in FIELDS), core.cu_seqlens, False, eps, *features, C)
+    torch.library.opcheck(backend._forward, (*given, "chunk"))
     given = [x.detach() if isinstance(x, torch.Tensor) else x for x in given]
-    o, S, z, den = backend._forward(*given, "chunk", C)
+    o, S, z, den = backend._forward(*given, "chunk")
     kept, d_z = ((None, None), None) if eps is None else ((o, den), torch.ones_like(z))
     for d_o, d_S in ((torch.ones_like(o), torch.ones_like(S)), (torch.ones_like(o), None)):
-        torch.library.opcheck(backend._backward, (*given, C, *kept, d_o, d_S, d_z))
+        torch.library.opcheck(backend._backward, (*given, *kept, d_o, d_S, d_z))
 
 
 # ---- torch.func ----
@@ -90,7 +95,7 @@ def test_vmap(cell, packed, which):
 @PACKED
 @CORNERS
 def test_vmap_of_grad(cell, packed):
-    cores = [packed_or_not(cell, packed, seed, T=4, denominator=cell == KDA) for seed in (1, 2)]
+    cores = [packed_or_not(cell, packed, seed, T=4, denominator=cell == KDA, features=FEATURES) for seed in (1, 2)]
     names = [*tensors(cores[0])] if packed else "q"
 
     def slopes(core):
@@ -193,7 +198,7 @@ def compiled():
 def test_one_graph_for_any_length(cell, packed, compiled):
     fast, counter = compiled(lambda core: backend.run(core, "chunk", C))
     for T in (7, 2, C + 1, 3):
-        core = packed_or_not(cell, packed, T=T, denominator=cell == KDA)
+        core = packed_or_not(cell, packed, T=T, denominator=cell == KDA, features=FEATURES)
         agree(core, run=fast, truth=kernels, bound=0)
     assert counter.frame_count <= 2
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fwp import functional, trust
-from fwp.core import Core
+from fwp.core import Core, Features
 from fwp.functional import fast_weights
 from fwp.testing import deviation, sample
 
@@ -53,7 +53,8 @@ def arguments(rule="kda", **options):
 
 def some_core(dtype=torch.float32, **options):
     x = torch.randn(1, 5, 1, 4, dtype=dtype, device=DEVICE)
-    gates = {"g": -torch.rand(1, 5, 1, 4), "e": torch.rand(1, 5, 1), "w": torch.rand(1, 5, 1)}
+    width = options.get("features", Features()).width(4)
+    gates = {"g": -torch.rand(1, 5, 1, width), "e": torch.rand(1, 5, 1), "w": torch.rand(1, 5, 1)}
     return Core(x.requires_grad_(), x, x, **{name: gate.to(DEVICE) for name, gate in gates.items()}, **options)
 
 
@@ -80,6 +81,7 @@ OPTIONS = {
     "chunk": {},
     "before": {"read": "before"},
     "normalised": {"denominator": True},
+    "features": {"features": Features("dpfp-2", "l2", 0.5)},
     "packed": {"cu_seqlens": torch.tensor([0, 2, 5])},
 }
 

@@ -26,7 +26,7 @@ def run(rule: Rule, core: Core, gates: Mapping[str, Tensor], mask: Tensor | None
 
     Returns o [B, T, max(Hq, H), V] in the state's dtype and the final state.
     """
-    H = core.heads
+    core, H = core.applied(), core.heads
     if state is None:
         state = rule.init((core.sequences, H), core.k.shape[-1], core.v.shape[-1], core.initial().S)
     q = to_heads(core.q, max(core.q.shape[2], H)).to(core.dtype)

@@ -43,7 +43,7 @@ def refuses(core: Core, form: Form) -> str | None:
 
 def run(core: Core, form: Form, chunk: int = CHUNK) -> tuple[Tensor, State]:
     """o [B, T, max(Hq, H), V] in the state's dtype, and the final state."""
-    core, V = _with_z(core), core.v.shape[-1]
+    core, V = _with_z(core.applied()), core.v.shape[-1]
     if core.causal or core.cu_seqlens is not None or form == "recurrent":
         walk = _opaque_walk if opaque() else _walk
     else:

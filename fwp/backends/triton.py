@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fwp.core import Core, Form, State, overwrites
+from fwp.core import Core, Features, Form, State, overwrites
 
 MAX_FEATURES = 1024
 
@@ -31,9 +31,9 @@ def refuses(core: Core, form: Form) -> str | None:
             return f"{name}: expected one strength a head [B, T, H], got one a channel {tuple(gate.shape)}"
     if torch.compiler.is_compiling() and _derives():
         return "torch.func.grad and jvp inside a compiled function don't see into its ops"
-    if torch.version.hip is not None and core.g is not None and core.g.dim() == 4 and core.k.shape[-1] > 512:
-        return f"K: expected at most 512 features with a decay per channel on AMD, got {core.k.shape[-1]}"
-    for name, size in (("K", core.k.shape[-1]), ("V", core.v.shape[-1])):
+    if torch.version.hip is not None and core.g is not None and core.g.dim() == 4 and core.width > 512:
+        return f"K: expected at most 512 features with a decay per channel on AMD, got {core.width}"
+    for name, size in (("K", core.width), ("V", core.v.shape[-1])):
         if not 1 <= size <= MAX_FEATURES:
             return f"{name}: expected 1 to {MAX_FEATURES} features, got {size}"
     return None
@@ -63,19 +63,23 @@ def run(core: Core, form: Form, chunk: int | None = None) -> tuple[Tensor, State
     RuntimeError for a second derivative and a forward derivative, which the kernels don't have.
     """
     forward: Callable[..., Sequence[Tensor]] = _forward if torch.compiler.is_compiling() else _Forward.apply
+    if not core.causal:
+        core = core.applied()
     tensors = (core.q, core.k, core.v, core.g, core.e, core.w, core.S, core.z)
     before, eps = core.causal and core.read == "before", core.eps if core.denominator else None
+    features = (core.features.phi, core.features.norm, core.features.scale)
     if overwrites() and form == "recurrent" and core.causal:
         from fwp.kernels.launch import Problem
         from fwp.kernels.launch import forward as launch
 
-        o, S, z, _ = launch(Problem(*tensors, core.cu_seqlens, before, eps), form, over=True)
+        o, S, z, _ = launch(Problem(*tensors, core.cu_seqlens, before, eps, *features), form, over=True)
         return o, State(S, z)
-    o, S, z, _ = forward(*tensors, core.cu_seqlens, before, eps, form, chunk)
+    options = (eps, *features, chunk, form)
+    o, S, z, _ = forward(*tensors, core.cu_seqlens, before, *options)
     if not core.causal:  # everybody reads the final state: a walk that writes nothing
         nothing = [x.new_zeros(()).expand(x.shape) for x in (core.k, core.v)]
         end = S, z if core.denominator else None
-        o, *_ = forward(core.q, *nothing, None, None, None, *end, core.cu_seqlens, False, eps, form, chunk)
+        o, *_ = forward(core.q, *nothing, None, None, None, *end, core.cu_seqlens, False, *options)
     return o, State(S, z if core.denominator else None)
 
 
@@ -92,15 +96,18 @@ def _forward(
     cu_seqlens: Tensor | None,
     before: bool,
     eps: float | None,
-    form: str,
+    phi: str | None,
+    norm: str | None,
+    scale: float,
     chunk: int | None,
+    form: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o, S, z and the denominators; empty tensors stand for None."""
     from fwp.kernels.launch import Problem, forward
 
     if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():  # it is off where a function brought us here
         _no_forward_derivative(None)
-    o, S, z, den = forward(Problem(q, k, v, g, e, w, S, z, cu_seqlens, before, eps, chunk), form)
+    o, S, z, den = forward(Problem(q, k, v, g, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, chunk), form)
     return o, S, *(q.new_empty(0) if x is None else x for x in (z, den))
 
 
@@ -117,6 +124,9 @@ def _backward(
     cu_seqlens: Tensor | None,
     before: bool,
     eps: float | None,
+    phi: str | None,
+    norm: str | None,
+    scale: float,
     chunk: int | None,
     o: Tensor | None,
     den: Tensor | None,
@@ -126,30 +136,32 @@ def _backward(
 ) -> list[Tensor]:
     from fwp.kernels.launch import Problem, backward
 
-    grads = backward(Problem(q, k, v, g, e, w, S, z, cu_seqlens, before, eps, chunk), o, den, d_o, d_S, d_z)
+    grads = backward(
+        Problem(q, k, v, g, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, chunk), o, den, d_o, d_S, d_z
+    )
     return [q.new_empty(0) if x is None else x for x in grads]
 
 
 @_forward.register_fake
-def _(q, k, v, g, e, w, S, z, cu_seqlens, before, eps, form, chunk):  # type: ignore[no-untyped-def]
-    core = Core(q, k, v, cu_seqlens=cu_seqlens)
+def _(q, k, v, g, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, chunk, form):  # type: ignore[no-untyped-def]
+    core = Core(q, k, v, cu_seqlens=cu_seqlens, features=Features(phi, norm, scale))
     rows = (*q.shape[:2], max(q.shape[2], core.heads))
     o = q.new_empty(*rows, v.shape[-1])
-    S = q.new_empty(core.sequences, core.heads, k.shape[-1], v.shape[-1], dtype=core.dtype)
+    S = q.new_empty(core.sequences, core.heads, core.width, v.shape[-1], dtype=core.dtype)
     if eps is None:
         return o, S, q.new_empty(0), q.new_empty(0)
     return o, S, S.new_empty(S.shape[:3]), S.new_empty(*rows, 1)
 
 
 @_backward.register_fake
-def _(q, k, v, g, e, w, S, z, cu_seqlens, before, eps, chunk, o, den, d_o, d_S, d_z):  # type: ignore[no-untyped-def]
+def _(q, k, v, g, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, chunk, o, den, d_o, d_S, d_z):  # type: ignore[no-untyped-def]
     return [q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, g, e, w, S, z)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.before, ctx.eps, _, ctx.chunk = inputs
+    tensors, ctx.options = inputs[:9], inputs[9:15]
     o, _, _, den = output
-    ctx.save_for_backward(*tensors, *((None, None) if ctx.eps is None else (o, den)))
+    ctx.save_for_backward(*tensors, *((None, None) if inputs[10] is None else (o, den)))
     ctx.set_materialize_grads(False)
 
 
@@ -158,8 +170,8 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     *tensors, o, den = ctx.saved_tensors
     backward: Callable[..., Sequence[Tensor]] = _backward if torch.compiler.is_compiling() else _Backward.apply
-    grads = backward(*tensors, ctx.before, ctx.eps, ctx.chunk, o, den, d_o, d_S, None if ctx.eps is None else d_z)
-    return *(None if x is None else grad for x, grad in zip(tensors, grads)), *[None] * 5
+    grads = backward(*tensors, *ctx.options, o, den, d_o, d_S, None if den is None else d_z)
+    return *(None if x is None else grad for x, grad in zip(tensors, grads)), *[None] * 8
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> Any:
@@ -224,10 +236,10 @@ def _vmap_forward(call: Callable[..., Any]) -> Callable[..., Any]:
 
 def _vmap_backward(call: Callable[..., Any]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        given, options = inputs[:9], inputs[9:12]
+        given, options = inputs[:9], inputs[9:15]
         axis = _Axis(info.batch_size, given[8])
-        rows = [axis.tokens(x, i) for x, i in zip(inputs[12:15], in_dims[12:15])]
-        states = [axis.states(x, i) for x, i in zip(inputs[15:], in_dims[15:])]
+        rows = [axis.tokens(x, i) for x, i in zip(inputs[15:18], in_dims[15:18])]
+        states = [axis.states(x, i) for x, i in zip(inputs[18:], in_dims[18:])]
         grads = call(*axis.inputs(given, in_dims[:9]), *options, *rows, *states)
         split = [axis.split_tokens] * 6 + [axis.split_states] * 2
         found = [x if of is None else back(x) for x, of, back in zip(grads, given, split)]

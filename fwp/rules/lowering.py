@@ -30,6 +30,7 @@ def delta(core: Core, beta: Tensor, g: Tensor | None = None) -> Core:
     core = replace(core, g=g, w=beta, e=beta)
     if not core.denominator:
         return core
+    core = core.applied()
     k = to_heads(core.k, core.heads).to(core.dtype)  # [B, T, H, K]
     return replace(core, e=ratio(beta, (keys_before(core, k) * k).sum(-1)))
 
