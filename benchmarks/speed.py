@@ -159,7 +159,7 @@ def limit(point: Point, backward: bool, ceilings: tuple[float, float]) -> float:
 
 def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
     """Bytes a second of a large copy (read and written), operations a second of a large matrix product."""
-    n, numbers = (8192, 2**29) if device == "cuda" else (1024, 2**24)
+    n, numbers = (8192, 2**28) if device == "cuda" else (1024, 2**24)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     x = torch.zeros(numbers, device=device, dtype=dtype)
     y = torch.empty_like(x)

@@ -273,7 +273,7 @@ def documented(rule, *names, scale=None, normalize=False, map_state=lambda state
             denominator=divide,
             eps=1e-10,
             S=None if S is None else S.double().numpy(),
-            z=None if z is None else z.squeeze(1).double().numpy(),
+            z=None if z is None else z[:, 0].double().numpy(),  # [N, 1, H, K]
         )
         return torch.as_tensor(out), (torch.as_tensor(S) if output_final_state else None)
 
@@ -542,3 +542,11 @@ def test_a_run_on_a_gpu(tmp_path, fakes, monkeypatch, capsys):
 def test_bad_arguments_exit_2_before_any_work(arguments, message, capsys):
     assert main(["bench", *arguments]) == 2
     assert capsys.readouterr().err == f"fwp: {message}\n"
+
+
+def test_tuning_says_what_it_finds(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = SimpleNamespace(rows=lambda: [{"K": 64, "warps": 4}, {"K": 128, "warps": 8}])
+    monkeypatch.setitem(sys.modules, "fwp.benchmarks.tune", found)
+    assert main(["bench", "--tune"]) == 0
+    assert capsys.readouterr().out == "K=64 warps=4\nK=128 warps=8\n"
