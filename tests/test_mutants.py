@@ -23,6 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 TORCH, LOWERING, OP = "fwp/backends/torch.py", "fwp/rules/lowering.py", "fwp/functional.py"
 EQUATIONS, LOOP, MAPS = "fwp/rules/reference.py", "fwp/backends/reference.py", "fwp/feature_maps.py"
+CORE = "fwp/core.py"
 
 MASK = torch.rand(2, 70, generator=torch.Generator().manual_seed(0)) < 0.7
 NORMALISED = {"denominator": True, "feature_map": "elu+1", "feature_norm": "sum"}
@@ -55,7 +56,7 @@ MUTANTS = {
     "a decay forgotten in the lowering": (LOWERING, "g=g, w=beta", "g=None, w=beta"),
     "a mask that gates don't see": (OP, "masked_fill(hidden, ", "masked_fill(hidden & False, "),
     "a mask that φ(0) passes": (OP, "None], zero)  #", "None], 0)  #"),
-    "keys that are scaled": (OP, "feature_map, feature_norm)", "feature_map, feature_norm, scale)"),
+    "keys that are scaled": (CORE, "transform(self.k, phi, norm)", "transform(self.k, phi, norm, scale)"),
     "a decay after the write": (EQUATIONS, "None] * S + outer(k, v)", "None] * (S + outer(k, v))"),
     "an equation that forgets to erase": (EQUATIONS, "outer(k, v - retrieve(S, k))", "outer(k, v)"),
     "an equation that normalises what it writes": (EQUATIONS, "v - old), z + k", "v / 2 - old), z + k"),
@@ -155,7 +156,7 @@ def compare_kernels() -> str:
     cases["kda"].g[:, 10] = -torch.inf
     try:
         for name, core in cases.items():
-            chunk, segment = {"kda": (4, 2), "gla": (1, 2), "delta": (64, 0), "gated_delta": (8, 0)}[name]
+            chunk, segment = {"kda": (4, 2), "gla": (1, 2), "delta": (64, 0)}.get(name, (8, 0))
             with mock.patch.object(launch, "segment_length", lambda *sizes, length=segment: length):
                 cells.agree(core, run=lambda core, chunk=chunk: cells.kernels(core, chunk=chunk))
         cells.agree(cases["gated_delta"], run=lambda core: cells.kernels(core, "recurrent", 8))
