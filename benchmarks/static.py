@@ -87,13 +87,20 @@ def launches(case: Case) -> list[tuple[str, Any, dict[str, Any]]]:
     def record(kernel: Any, *, grid: Any, warmup: bool, **arguments: Any) -> None:
         name = kernel.__name__.removesuffix("_kernel")
         if name == "walk" and arguments["o"] is None:
-            name = "walk_again"
+            name = "walk_again" if arguments["p_starts"] is not None else "walk_state"
+            name = name if arguments["v"] is not None else "walk_matrix"
+        if name == "walk_back" and arguments["p_ends"] is None:
+            name = "walk_back_state"
+        if name == "join" and arguments["BACK"]:
+            name = "join_back"
         started.setdefault(name, (kernel, arguments))
 
     with mock.patch.object(JITFunction, "run", record):
         launch.forward(problem(), "recurrent")
-        o, S, z, den = launch.forward(problem(), "chunk")
-        launch.backward(problem(), o, den, empty(case.V, dtype=dtype), S, z)
+        for length in (0, 1):  # whole, and cut into segments of one chunk
+            with mock.patch.object(launch, "segment_length", lambda *_, length=length: length):
+                o, S, z, den = launch.forward(problem(), "chunk")
+                launch.backward(problem(), o, den, empty(case.V, dtype=dtype), S, z)
     return [(name, *what) for name, what in started.items()]
 
 

@@ -194,6 +194,8 @@ class Problem:
         self.dot = torch.float32 if INTERPRETED and self.v.dtype == torch.bfloat16 else self.v.dtype
         decay = 0 if self.g is None else self.g.dim() - 2
         self.tiles = tiles(self.K, self.V, self.dot, decay, self.e is not None, architecture(self.v.device))
+        if self.eps is not None and self.K > 64:  # room for z and its sums
+            self.tiles = replace(self.tiles, walk=min(self.tiles.walk, 32), stages=1)
         self.C = self.chunk or self.tiles.chunk
         self.chunks = -(-self.T // self.C)
         self.common: dict[str, Any] = {

@@ -15,9 +15,10 @@ import pytest
 
 TABLE = Path(__file__).parents[1] / "benchmarks" / "results" / "static.csv"
 FEATURES = {"norms", "features_back", "denominator_back"}  # where there are some
-WITHOUT = {"token", "sums", *FEATURES}  # nothing to multiply
+WITHOUT = {"token", "sums", "join", "join_back", *FEATURES}  # nothing to multiply but float32
 KERNELS = {"token", "sums", "pairs", "walk", "walk_again", "walk_back", "gradients"}
-SCHEDULER = 64  # bytes a thread that PTX's assembler parks here and there, having hoisted too much
+KERNELS |= {"walk_state", "walk_matrix", "walk_back_state", "join", "join_back"}  # where T is cut into segments
+SPILLED = 64  # bytes a thread that kernels with all 255 registers in use spill at most: some do
 ELSEWHERE = 1024  # with a Triton that the table was not made with: a layout gone wrong spills several KiB
 CASES = {  # decay, erase, K, V
     "sm_80": [(0, 0, 64, 64), (2, 1, 128, 128)],
@@ -45,8 +46,9 @@ def test_all_that_ships_fits():
     assert {key[0] for key in rows} >= {*CASES} and KERNELS <= {key[-1] for key in rows} <= KERNELS | FEATURES
     for row in rows.values():
         check(row)
-        if row["dtype"] == "bfloat16" and max(int(row["K"]), int(row["V"])) <= 128:
-            assert int(row["spilled"]) <= SCHEDULER, row
+        plain = not row["feature_map"] and row["denominator"] == "0"
+        if plain and row["dtype"] == "bfloat16" and max(int(row["K"]), int(row["V"])) <= 128:
+            assert int(row["spilled"]) <= SPILLED, row
 
 
 @pytest.mark.parametrize("target", CASES)
