@@ -254,9 +254,9 @@ def walk_kernel(
                     b_P = products(b_q, b_k, G, n, h, start, end, dk, K, not LAG, LAG, DECAY, DOT, ACC)
                 b_o += dot(b_P, x, DOT, ACC)
                 if EPS is not None:
-                    found = read_sum(b_q, z, G, n, h, start, end, gates, KG, LAG, DECAY, ACC)
-                    found += tl.sum(b_P.to(ACC), 1)[:, None]
-                    b_den = tl.where(found == 0, 0.0, found + EPS)
+                    zq = read_sum(b_q, z, G, n, h, start, end, gates, KG, LAG, DECAY, ACC)
+                    zq += tl.sum(b_P.to(ACC), 1)[:, None]
+                    b_den = tl.where(zq == 0, 0.0, zq + EPS)
                     b_o = quotient(b_o, b_den)
                     store(den, n, t, h * R + r, seen & first_block, one, 1, b_den)
                 store(o, n, t, h * R + r, seen, dv, V, b_o)

@@ -195,7 +195,14 @@ class Problem:
         decay = 0 if self.g is None else self.g.dim() - 2
         self.tiles = tiles(self.K, self.V, self.dot, decay, self.e is not None, architecture(self.v.device))
         if self.eps is not None and self.K > 64:  # room for z and its sums
-            self.tiles = replace(self.tiles, walk=min(self.tiles.walk, 32), stages=1)
+            row, erase = self.tiles, self.e is not None
+            self.tiles = replace(
+                row,
+                chunk=min(row.chunk, 32),
+                walk=min(row.walk, 16) if erase else row.walk,
+                block=min(row.block, 16) if erase and decay == 2 else row.block,
+                stages=1 if self.K > 512 else row.stages,
+            )
         self.C = self.chunk or self.tiles.chunk
         self.chunks = -(-self.T // self.C)
         self.common: dict[str, Any] = {
