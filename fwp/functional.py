@@ -194,6 +194,7 @@ def read(
         denominator=state.z is not None,
         eps=eps,
         causal=False,
+        features=Features(),  # torch.compile can't take the default, an object that nobody passes
     )
     return _module("torch").read(core).to(q.dtype)
 
