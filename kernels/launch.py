@@ -200,7 +200,7 @@ class Problem:
                 row,
                 chunk=min(row.chunk, 32),
                 walk=min(row.walk, 16) if erase else row.walk,
-                block=min(row.block, 16) if erase and decay == 2 else row.block,
+                block=min(row.block, 16) if erase or decay == 2 else row.block,
                 stages=1 if self.K > 512 else row.stages,
             )
         self.C = self.chunk or self.tiles.chunk
