@@ -88,6 +88,9 @@ def runs_on_gpu(x: Tensor) -> bool:
 def constants(core: Core, form: Form) -> tuple[Any, ...]:
     """The fields of the inputs' `Case`; torch.compile takes a plain tuple."""
     given = (core.q, core.k, core.v, core.g, core.e, core.w, core.S, core.z)
+    scaled = False
+    if core.features.scale != 1.0:  # a branch makes a constant of what is traced
+        scaled = True
     return (
         core.v.device,
         core.v.dtype,
@@ -101,7 +104,7 @@ def constants(core: Core, form: Form) -> tuple[Any, ...]:
         torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given),
         core.features.phi,
         core.features.norm,
-        core.features.scale != 1.0,
+        scaled,
         index(core.k.shape[-1]),
         index(core.v.shape[-1]),
         index(core.q.shape[2]),
