@@ -3,6 +3,7 @@
 Triton has compiled right kernels into wrong code, for one GPU and not for another. So on a pair of GPU and Triton that
 isn't known to be good, the first use of a kernel's configuration runs it on a small input, forward and, if gradients
 are needed, backward, against the torch backend in float64. What passed is remembered in the user's cache directory.
+Its few tokens are never cut into segments: what only runs where long sequences are, no canary reaches.
 """
 
 from __future__ import annotations

@@ -38,6 +38,8 @@ from .tiles import (
     inverse,
     load,
     load_last,
+    load_state,
+    load_sum,
     product_gradients,
     products,
     quotient,
@@ -47,6 +49,7 @@ from .tiles import (
     segment_of,
     span,
     state_at,
+    state_block,
     state_mask,
     store,
     through,
@@ -197,29 +200,19 @@ def walk_kernel(
 
     Without v and S0 it starts from the identity, so that S ends as the matrix by which the segment passes on a state.
     """
-    NV: tl.constexpr = (V + BV - 1) // BV
-    pid = tl.program_id(0).to(tl.int64)
-    h = pid // NV % H
-    s = pid // NV // H
+    s, h, block, dk, dv, inside = state_block(H, K, V, BK, BV)
     n, first, length, slot = segment_of(s, p_cu, p_slots, T, NC, NS, CS, C)
-    dk = tl.arange(0, BK)
-    dv = (pid % NV) * BV + tl.arange(0, BV)
-    inside = state_mask(dk, dv, K, V)
     end = first + length
     i = tl.arange(0, C)
     one = tl.arange(0, 1)
     KG: tl.constexpr = K if DECAY == 2 else 1
     gates = dk if DECAY == 2 else one
-    S = tl.zeros([BK, BV], ACC)
-    if p_S0 is not None:
-        S += tl.load(state_at(p_S0, s * H + h, dk, dv, K, V), mask=inside, other=0.0).to(ACC)
-    elif v is None:
+    S = load_state(p_S0, s * H + h, dk, dv, K, V, ACC)
+    if v is None:
         S += (dk[:, None] == dv[None, :]).to(ACC)
-    z = tl.zeros([1, BK], ACC)
+    z = load_sum(p_z0, s * H + h, dk, K, ACC)
     z_inside = (dk < K)[None, :]
-    if p_z0 is not None:
-        z += tl.load(row_at(p_z0, s * H + h, dk, K), mask=z_inside, other=0.0)
-    first_block = pid % NV == 0  # the programs of the other V blocks find the same z
+    first_block = block == 0  # the programs of the other V blocks find the same z
     if p_decay is not None:
         g = tl.zeros([1, gates.shape[0]], ACC)
     for c in range(tl.cdiv(length, C).to(tl.int32)):
@@ -359,27 +352,17 @@ def walk_back_kernel(
     ACC: tl.constexpr,
 ):
     """From the last chunk to the first with a [K, BV] part of dS and dz in registers, as `walk_kernel`."""
-    NV: tl.constexpr = (V + BV - 1) // BV
-    pid = tl.program_id(0).to(tl.int64)
-    h = pid // NV % H
-    s = pid // NV // H
+    s, h, block, dk, cols, inside = state_block(H, K, V, BK, BV)
     n, first, length, slot = segment_of(s, p_cu, p_slots, T, NC, NS, CS, C)
-    dk = tl.arange(0, BK)
-    cols = (pid % NV) * BV + tl.arange(0, BV)
-    inside = state_mask(dk, cols, K, V)
     end = first + length
     i = tl.arange(0, C)
     one = tl.arange(0, 1)
     KG: tl.constexpr = K if DECAY == 2 else 1
     gates = dk if DECAY == 2 else one
-    dS = tl.zeros([BK, BV], ACC)
-    if p_dS is not None:
-        dS += tl.load(state_at(p_dS, s * H + h, dk, cols, K, V), mask=inside, other=0.0).to(ACC)
-    dz = tl.zeros([1, BK], ACC)
+    dS = load_state(p_dS, s * H + h, dk, cols, K, V, ACC)
+    dz = load_sum(p_dz, s * H + h, dk, K, ACC)
     z_inside = (dk < K)[None, :]
-    if p_dz is not None:
-        dz += tl.load(row_at(p_dz, s * H + h, dk, K), mask=z_inside, other=0.0)
-    first_block = pid % NV == 0
+    first_block = block == 0
     chunks = tl.cdiv(length, C).to(tl.int32)
     for step in range(chunks):
         c = chunks - 1 - step
@@ -419,7 +402,7 @@ def walk_back_kernel(
                 store(dR, n, t, h, seen, cols, V, b_dR)
         if dw is not None:
             b_v = load(v, n, t, h // GV, seen, cols, V).to(ACC)
-            store(dw, n, t, h, seen, pid % NV + one, NV, tl.sum(b_v * b_dR, 1)[:, None])
+            store(dw, n, t, h, seen, block + one, (V + BV - 1) // BV, tl.sum(b_v * b_dR, 1)[:, None])
             b_dR *= load(w, n, t, h, seen, one, 1).to(ACC)
         if dv is not None:
             store(dv, n, t, h, seen, cols, V, b_dR)

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, no-check-untyped-defs
 """Feature maps φ and their norms, made where q and k are loaded, and their gradients.
 
 x [B, T, H, D] becomes SCALE · norm(φ(x)) [B, T, H, K], in ACC and then rounded to x's dtype. MAP is 0 for φ(x) = x, 1

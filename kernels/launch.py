@@ -97,13 +97,15 @@ def key(K: int, V: int, dtype: torch.dtype, decay: int, erase: bool, architectur
     return (*map(str, sizes), str(dtype).removeprefix("torch."))
 
 
-def tiles(K: int, V: int, dtype: torch.dtype, decay: int, erase: bool, architecture: str) -> Tiles:
-    """What was measured for this cell, these sizes and this GPU, else what the rule says."""
-    row = measured().get(key(K, V, dtype, decay, erase, architecture))
-    return row or by_rule(K, dtype, decay, erase, architecture)
+def tiles(
+    K: int, V: int, dtype: torch.dtype, decay: int, erase: bool, architecture: str, denominator: bool = False
+) -> Tiles:
+    """What was measured for this cell, these sizes and this GPU without a denominator, else what the rule says."""
+    row = None if denominator else measured().get(key(K, V, dtype, decay, erase, architecture))
+    return row or by_rule(K, dtype, decay, erase, architecture, denominator)
 
 
-def by_rule(K: int, dtype: torch.dtype, decay: int, erase: bool, architecture: str) -> Tiles:
+def by_rule(K: int, dtype: torch.dtype, decay: int, erase: bool, architecture: str, denominator: bool = False) -> Tiles:
     """TABLE's row for K key features and operands of `dtype`, narrower where a cell or a GPU needs room."""
     row = next(row for limit, row in TABLE[dtype.itemsize] if limit >= K)
     if decay == 2:
@@ -115,6 +117,10 @@ def by_rule(K: int, dtype: torch.dtype, decay: int, erase: bool, architecture: s
     elif int(architecture.removeprefix("sm_")) < 90:  # operands of matrix products stand in registers
         stages = 1 if K > (128 if decay == 2 else 512) else row.stages  # some have 99 KiB of shared memory
         row = replace(row, chunk=min(row.chunk, 32), walk=min(row.walk, 32), block=16, stages=stages)
+    if denominator and K > 64:  # z and its sums take registers
+        walk = min(row.walk, 16) if erase else row.walk
+        block = min(row.block, 16) if erase or decay == 2 else row.block
+        row = replace(row, chunk=min(row.chunk, 32), walk=walk, block=block, stages=1 if K > 512 else row.stages)
     return row
 
 
@@ -193,16 +199,8 @@ class Problem:
         # The interpreter's bfloat16 arithmetic is wrong, its loads and stores are right.
         self.dot = torch.float32 if INTERPRETED and self.v.dtype == torch.bfloat16 else self.v.dtype
         decay = 0 if self.g is None else self.g.dim() - 2
-        self.tiles = tiles(self.K, self.V, self.dot, decay, self.e is not None, architecture(self.v.device))
-        if self.eps is not None and self.K > 64:  # room for z and its sums
-            row, erase = self.tiles, self.e is not None
-            self.tiles = replace(
-                row,
-                chunk=min(row.chunk, 32),
-                walk=min(row.walk, 16) if erase else row.walk,
-                block=min(row.block, 16) if erase or decay == 2 else row.block,
-                stages=1 if self.K > 512 else row.stages,
-            )
+        gpu = architecture(self.v.device)
+        self.tiles = tiles(self.K, self.V, self.dot, decay, self.e is not None, gpu, self.eps is not None)
         self.C = self.chunk or self.tiles.chunk
         self.chunks = -(-self.T // self.C)
         self.common: dict[str, Any] = {

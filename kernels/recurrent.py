@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .features import features
-from .tiles import quotient, span, state_at, state_mask
+from .tiles import load_state, load_sum, quotient, span, state_at, state_block
 
 
 @triton.jit
@@ -106,21 +106,11 @@ def token_kernel(
     ACC: tl.constexpr,
 ):
     """S ← Diag(exp g) S;  S ← S + k (w v − e Sᵀ k)ᵀ;  o = Sᵀ q. A program a sequence, head and V block."""
-    NV: tl.constexpr = (V + BV - 1) // BV
-    pid = tl.program_id(0).to(tl.int64)
-    h = pid // NV % H
-    n = pid // NV // H
-    dk = tl.arange(0, BK)
-    dv = (pid % NV) * BV + tl.arange(0, BV)
-    inside = state_mask(dk, dv, K, V)
+    n, h, block, dk, dv, inside = state_block(H, K, V, BK, BV)
     first, length = span(p_cu, n, T)
-    S = tl.zeros([BK, BV], ACC)
-    if p_S0 is not None:
-        S += tl.load(state_at(p_S0, n * H + h, dk, dv, K, V), mask=inside, other=0.0).to(ACC)
-    z = tl.zeros([BK], ACC)
-    if p_z0 is not None:
-        z += tl.load(p_z0 + (n * H + h) * K + dk, mask=dk < K, other=0.0)
-    first_block = pid % NV == 0  # the programs of the other V blocks find the same z
+    S = load_state(p_S0, n * H + h, dk, dv, K, V, ACC)
+    z = tl.sum(load_sum(p_z0, n * H + h, dk, K, ACC), 0)
+    first_block = block == 0  # the programs of the other V blocks find the same z
     for step in range(length.to(tl.int32)):
         t = first + step
         if LAG:

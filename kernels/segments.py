@@ -9,7 +9,7 @@ other way: dS ← Mᵀ dS + N', N' being what a walk back makes of dS = 0.
 import triton
 import triton.language as tl
 
-from .tiles import dot, row_at, state_at, state_mask
+from .tiles import dot, load_state, load_sum, row_at, state_at, state_block, state_mask
 
 
 @triton.jit(do_not_specialize=["NS"])
@@ -37,14 +37,8 @@ def join_kernel(
     ACC: tl.constexpr,
 ):
     """S ← M S + N, or with BACK dS ← Mᵀ dS + N from the last segment on. A program a sequence, head and V block."""
-    NV: tl.constexpr = (V + BV - 1) // BV
-    pid = tl.program_id(0).to(tl.int64)
-    h = pid // NV % H
-    n = pid // NV // H
-    dk = tl.arange(0, BK)
-    dv = (pid % NV) * BV + tl.arange(0, BV)
-    inside = state_mask(dk, dv, K, V)
-    z_inside = (dk < K)[None, :] & (pid % NV == 0)
+    n, h, block, dk, dv, inside = state_block(H, K, V, BK, BV)
+    z_inside = (dk < K)[None, :] & (block == 0)
     KG: tl.constexpr = K if DECAY == 2 else 1
     gates = dk if DECAY == 2 else tl.arange(0, 1)
     if p_firsts is None:
@@ -53,12 +47,8 @@ def join_kernel(
     else:
         first = tl.load(p_firsts + n)
         count = (tl.load(p_firsts + n + 1) - first).to(tl.int32)
-    S = tl.zeros([BK, BV], ACC)
-    if p_S0 is not None:
-        S += tl.load(state_at(p_S0, n * H + h, dk, dv, K, V), mask=inside, other=0.0).to(ACC)
-    z = tl.zeros([1, BK], ACC)
-    if p_z0 is not None:
-        z += tl.load(row_at(p_z0, n * H + h, dk, K), mask=z_inside, other=0.0)
+    S = load_state(p_S0, n * H + h, dk, dv, K, V, ACC)
+    z = load_sum(p_z0, n * H + h, dk, K, ACC)
     for step in range(count):
         s = (first + (count - 1 - step if BACK else step)) * H + h
         tl.store(state_at(p_starts, s, dk, dv, K, V), S, mask=inside)
@@ -68,8 +58,8 @@ def join_kernel(
         if p_M is not None:
             tl.debug_barrier()  # S is read again, by blocks, from where it was just written
             S = b_N
-            for block in range(tl.cdiv(K, BJ)):
-                dj = block * BJ + tl.arange(0, BJ)
+            for part in range(tl.cdiv(K, BJ)):
+                dj = part * BJ + tl.arange(0, BJ)
                 b_S = tl.load(state_at(p_starts, s, dj, dv, K, V), mask=state_mask(dj, dv, K, V), other=0.0)
                 at = dj[None, :] * K + dk[:, None] if BACK else dk[:, None] * K + dj[None, :]
                 b_M = tl.load(p_M + s * K * K + at, mask=state_mask(dk, dj, K, K), other=0.0)

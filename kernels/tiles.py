@@ -44,6 +44,35 @@ def state_mask(dk, dv, K: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
+def state_block(H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """Sequence, head and V block of a program, one of each, the features dk and columns dv of its part of S [K, V], and
+    which of that exists."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0).to(tl.int64)
+    dk = tl.arange(0, BK)
+    dv = pid % NV * BV + tl.arange(0, BV)
+    return pid // NV // H, pid // NV % H, pid % NV, dk, dv, state_mask(dk, dv, K, V)
+
+
+@triton.jit
+def load_state(p_S, index, dk, dv, K: tl.constexpr, V: tl.constexpr, ACC: tl.constexpr):
+    """A block of matrix `index` in ACC, 0 if p_S is None."""
+    S = tl.zeros([dk.shape[0], dv.shape[0]], ACC)
+    if p_S is not None:
+        S += tl.load(state_at(p_S, index, dk, dv, K, V), mask=state_mask(dk, dv, K, V), other=0.0).to(ACC)
+    return S
+
+
+@triton.jit
+def load_sum(p_z, index, dk, K: tl.constexpr, ACC: tl.constexpr):
+    """Features of vector `index` of a contiguous [..., K], [1, len(dk)], 0 if p_z is None."""
+    z = tl.zeros([1, dk.shape[0]], ACC)
+    if p_z is not None:
+        z += tl.load(row_at(p_z, index, dk, K), mask=(dk < K)[None, :], other=0.0)
+    return z
+
+
+@triton.jit
 def span(p_cu, n, T):
     """First token and length of sequence n. Without packing it is row n of the batch, all T tokens of it."""
     if p_cu is None:

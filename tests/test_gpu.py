@@ -128,17 +128,7 @@ def test_sixty_runs_have_the_same_bits(rule, form):
 
 def captured(call):
     """What replays the call: a CUDA graph."""
-    if not GPU:
-        return call
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+    return import_module("fwp.benchmarks.speed").graphed(call) if GPU else call
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])

@@ -285,7 +285,8 @@ class FastWeightAttention(nn.Module):
     def step(self, x: Tensor, state: LayerState | None = None, *, in_place: bool = False) -> tuple[Tensor, LayerState]:
         """One token: x [B, E] or [B, 1, E] → y of that shape and the state after it.
 
-        in_place: the new state is written into the tensors of `state`, which is returned; under torch.no_grad.
+        in_place: the new state is written into the tensors of `state`, which is returned. ValueError without a state,
+        or where gradients are on.
         """
         E = self.embed_dim
         if isinstance(x, Tensor) and tuple(x.shape[1:]) not in ((E,), (1, E)):
