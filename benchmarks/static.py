@@ -76,13 +76,13 @@ def launches(case: Case) -> list[tuple[str, Any, dict[str, Any]]]:
     D = K // (2 * int(phi.removeprefix("dpfp-"))) if phi.startswith("dpfp-") else K
     eps = 1e-6 if case.denominator else None
 
-    def problem() -> Any:
+    def problem(segment: int = 0) -> Any:
         q, k, v = (empty(size, dtype=dtype) for size in (D, D, case.V))
         strength = empty() if case.erase else None
         g = [None, empty(), empty(K)][case.decay]
         state = torch.empty(2, 4, K, case.V), torch.empty(2, 4, K) if case.denominator else None
         features = (phi or None, case.norm or None, D**-0.5 if phi or case.norm else 1.0)
-        return launch.Problem(q, k, v, g, strength, strength, *state, None, False, eps, *features)
+        return launch.Problem(q, k, v, g, strength, strength, *state, None, False, eps, *features, None, segment)
 
     started: dict[str, tuple[Any, dict[str, Any]]] = {}
 
@@ -99,10 +99,9 @@ def launches(case: Case) -> list[tuple[str, Any, dict[str, Any]]]:
 
     with mock.patch.object(JITFunction, "run", record):
         launch.forward(problem(), "recurrent")
-        for length in (0, 1):  # whole, and cut into segments of one chunk
-            with mock.patch.object(launch, "segment_length", lambda *_, length=length: length):
-                o, S, z, den = launch.forward(problem(), "chunk")
-                launch.backward(problem(), o, den, empty(case.V, dtype=dtype), S, z)
+        for segment in (0, 1):  # whole, and cut into segments of the fewest chunks
+            o, S, z, den = launch.forward(problem(segment), "chunk")
+            launch.backward(problem(segment), o, den, empty(case.V, dtype=dtype), S, z)
     return [(name, *what) for name, what in started.items()]
 
 

@@ -32,6 +32,7 @@ CHOICES = {
     "block": (16, 32, 64),
     "warps": (4, 8),
     "stages": (1, 2, 3),
+    "apart": (1, 2, 4),
 }
 GAIN = 1.02  # less may be chance
 ROUNDS = 20

@@ -3,7 +3,7 @@
 Triton has compiled right kernels into wrong code, for one GPU and not for another. So on a pair of GPU and Triton that
 isn't known to be good, the first use of a kernel's configuration runs it on a small input, forward and, if gradients
 are needed, backward, against the torch backend in float64. What passed is remembered in the user's cache directory.
-Its few tokens are never cut into segments: what only runs where long sequences are, no canary reaches.
+The kernels that cut long sequences into segments are asked for where one is to be cut; in doubt it stays whole.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Case(NamedTuple):
     Hq: int
     Hk: int
     Hv: int
+    cut: bool = False  # into segments of the fewest chunks
 
     @property
     def name(self) -> str:
@@ -62,7 +63,7 @@ class Case(NamedTuple):
         return "-".join([*switches, f"K{self.K}", f"V{self.V}", str(self.dtype).removeprefix("torch.")])
 
 
-SWITCHES = ("erase", "write", "denominator", "packed", "gradients", "scaled")
+SWITCHES = ("erase", "write", "denominator", "packed", "gradients", "scaled", "cut")
 
 
 def doubt(core: Core, form: Form) -> str | None:
@@ -74,6 +75,22 @@ def doubt(core: Core, form: Form) -> str | None:
     if not runs_on_gpu(core.v):
         return None
     return _verdict(*constants(core, form))
+
+
+def may_cut(core: Core, ask: bool) -> bool:
+    """Whether sequences may be cut into segments. ask: else only what was asked before is known.
+
+    A backward must not ask: the gradients of a canary would wait for its thread.
+    """
+    if not runs_on_gpu(core.v):
+        return True
+    case = Case(*constants(core, "chunk"))._replace(gradients=True, cut=True)
+    if not ask and case not in _asked:
+        return False
+    reason = _verdict(*case)
+    if reason is not None and ask:
+        warnings.warn(f"long sequences are not cut into segments, slower: {reason}", RuntimeWarning, stacklevel=2)
+    return reason is None
 
 
 def warn(reason: str) -> None:
@@ -181,7 +198,7 @@ def canary(case: Case) -> str | None:
 
     core = small(case)
     try:
-        found = _results(kernels, core, case.form, case.gradients)
+        found = _results(kernels, core, case.form, case.gradients, None, int(case.cut))
     except Exception as error:
         return f"{type(error).__name__}: {error}".partition("\n")[0]
     truth = _results(exact, _on_cpu(core, torch.float64), "chunk", case.gradients)
@@ -238,10 +255,10 @@ def _on_cpu(core: Core, dtype: torch.dtype) -> Core:
     return _each(core, lambda x: x.to("cpu", dtype if x.is_floating_point() else x.dtype))
 
 
-def _results(backend: Any, core: Core, form: Form, gradients: bool) -> dict[str, Tensor]:
-    """Output, state and, if wanted, the gradients of a weighed sum of both."""
+def _results(backend: Any, core: Core, form: Form, gradients: bool, *sizes: int | None) -> dict[str, Tensor]:
+    """Output, state and, if wanted, the gradients of a weighed sum of both. sizes: of chunk and segment."""
     core = _each(core, lambda x: x.detach().requires_grad_(gradients and x.is_floating_point()))
-    out, state = backend.run(core, form)
+    out, state = backend.run(core, form, *sizes)
     results = {"o": out, "S": state.S} | ({} if state.z is None else {"z": state.z})
     if not gradients:
         return results

@@ -36,21 +36,21 @@ from .tiles import (
     dot,
     from_start,
     inverse,
+    kept_at,
     load,
     load_last,
     load_state,
     load_sum,
     product_gradients,
     products,
-    quotient,
     read_state,
     read_sum,
+    reciprocal,
     row_at,
     segment_of,
     span,
     state_at,
     state_block,
-    state_mask,
     store,
     through,
     to_end,
@@ -166,7 +166,7 @@ def walk_kernel(
     p_S0,  # [segments, H, K, V] or None
     p_S,  # out [segments, H, K, V] or None
     p_decay,  # out [segments, H, 1 or K], the product of the decays, or None
-    p_starts,  # out [slots, H, K, V], the state before each chunk, or None
+    p_starts,  # out [·, H, K, V], the state before every APART-th chunk of a sequence, as `kept_at` says, or None
     p_z0,  # [segments, H, K] or None
     p_z,  # out [segments, H, K] or None
     p_z_starts,  # out [slots, H, K], z before each chunk, or None
@@ -190,6 +190,7 @@ def walk_kernel(
     C: tl.constexpr,
     BK: tl.constexpr,  # all of K
     BV: tl.constexpr,
+    APART: tl.constexpr,
     DECAY: tl.constexpr,
     LAG: tl.constexpr,
     EPS: tl.constexpr,  # None: no denominator
@@ -201,7 +202,7 @@ def walk_kernel(
     Without v and S0 it starts from the identity, so that S ends as the matrix by which the segment passes on a state.
     """
     s, h, block, dk, dv, inside = state_block(H, K, V, BK, BV)
-    n, first, length, slot = segment_of(s, p_cu, p_slots, T, NC, NS, CS, C)
+    n, c0, first, length = segment_of(s, p_cu, T, NS, CS, C)
     end = first + length
     i = tl.arange(0, C)
     one = tl.arange(0, 1)
@@ -215,25 +216,26 @@ def walk_kernel(
     first_block = block == 0  # the programs of the other V blocks find the same z
     if p_decay is not None:
         g = tl.zeros([1, gates.shape[0]], ACC)
-    for c in range(tl.cdiv(length, C).to(tl.int32)):
+    for c in tl.range(tl.cdiv(length, C).to(tl.int32), disable_licm=True):
         start = first + c * C
         t = start + i
         seen = t < end
         b_k = features(k, None, n, t, h // GK, seen, dk, K, D, MAP, NORM, 1.0, ACC)
+        if p_starts is not None:
+            at = state_at(p_starts, kept_at(p_slots, n, c0 + c, NC, APART) * H + h, dk, dv, K, V)
+            tl.store(at, S.to(p_starts.dtype.element_ty), mask=inside & ((c0 + c) % APART == 0))
+        if p_z_starts is not None:
+            at = row_at(p_z_starts, kept_at(p_slots, n, c0 + c, NC, 1) * H + h, dk, K)
+            tl.store(at, z, mask=z_inside & first_block)
+        if e is not None:
+            found = read_state(b_k, S, G, n, h, start, end, gates, KG, False, False, DECAY, DOT, ACC)
         x = tl.zeros([C, BV], ACC)
         if v is not None:
             x = load(v, n, t, h // GV, seen, dv, V)
             if w is not None:
                 x = x.to(ACC) * load(w, n, t, h, seen, one, 1).to(ACC)
-        if p_starts is not None:
-            at = state_at(p_starts, (slot + c) * H + h, dk, dv, K, V)
-            tl.store(at, S.to(p_starts.dtype.element_ty), mask=inside)
-        if p_z_starts is not None:
-            tl.store(row_at(p_z_starts, (slot + c) * H + h, dk, K), z, mask=z_inside & first_block)
         if e is not None:
-            b_e = load(e, n, t, h, seen, one, 1).to(ACC)
-            found = read_state(b_k, S, G, n, h, start, end, gates, KG, False, False, DECAY, DOT, ACC)
-            x = x.to(ACC) - b_e * found
+            x = x.to(ACC) - load(e, n, t, h, seen, one, 1).to(ACC) * found
             x = dot(load(I, n, t, h, seen, i, C), x, DOT, ACC)
         if X is not None:
             store(X, n, t, h, seen, dv, V, x)
@@ -250,7 +252,7 @@ def walk_kernel(
                     zq = read_sum(b_q, z, G, n, h, start, end, gates, KG, LAG, DECAY, ACC)
                     zq += tl.sum(b_P.to(ACC), 1)[:, None]
                     b_den = tl.where(zq == 0, 0.0, zq + EPS)
-                    b_o = quotient(b_o, b_den)
+                    b_o *= reciprocal(b_den)
                     store(den, n, t, h * R + r, seen & first_block, one, 1, b_den)
                 store(o, n, t, h * R + r, seen, dv, V, b_o)
         if DECAY > 0:
@@ -292,7 +294,7 @@ def denominator_back_kernel(
     for part in range(tl.cdiv(V, BV)):
         d = part * BV + tl.arange(0, BV)
         total += tl.sum(load(do, n, t, h, seen, d, V).to(ACC) * load(o, n, t, h, seen, d, V).to(ACC), 1)[:, None]
-    store(dden, n, t, h, seen, one, 1, -quotient(total, load(den, n, t, h, seen, one, 1)))
+    store(dden, n, t, h, seen, one, 1, -total * reciprocal(load(den, n, t, h, seen, one, 1)))
 
 
 @triton.jit
@@ -300,7 +302,7 @@ def load_divided(do, den, n, t, h, seen, d, V: tl.constexpr, ACC: tl.constexpr):
     """The gradient of what the denominators, if there are any, divide: [C, len(d)]."""
     x = load(do, n, t, h, seen, d, V)
     if den is not None:
-        x = quotient(x.to(ACC), load(den, n, t, h, seen, tl.arange(0, 1), 1))
+        x = x.to(ACC) * reciprocal(load(den, n, t, h, seen, tl.arange(0, 1), 1))
     return x
 
 
@@ -322,7 +324,7 @@ def walk_back_kernel(
     dw,  # out [B, T, H, V blocks] or None: each V block's share
     p_dS,  # [segments, H, K, V], gradient of the final state, or None
     p_dS0,  # out [segments, H, K, V] or None
-    p_ends,  # out [slots, H, K, V], gradient of the state after each chunk, or None
+    p_ends,  # out [·, H, K, V], gradient of the state after every APART-th chunk and the last, or None
     p_dz,  # [segments, H, K], gradient of the final z, or None
     p_dz0,  # out [segments, H, K] or None
     p_z_ends,  # out [slots, H, K], gradient of z after each chunk, or None
@@ -346,6 +348,7 @@ def walk_back_kernel(
     C: tl.constexpr,
     BK: tl.constexpr,  # all of K
     BV: tl.constexpr,
+    APART: tl.constexpr,
     DECAY: tl.constexpr,
     LAG: tl.constexpr,
     DOT: tl.constexpr,
@@ -353,7 +356,7 @@ def walk_back_kernel(
 ):
     """From the last chunk to the first with a [K, BV] part of dS and dz in registers, as `walk_kernel`."""
     s, h, block, dk, cols, inside = state_block(H, K, V, BK, BV)
-    n, first, length, slot = segment_of(s, p_cu, p_slots, T, NC, NS, CS, C)
+    n, c0, first, length = segment_of(s, p_cu, T, NS, CS, C)
     end = first + length
     i = tl.arange(0, C)
     one = tl.arange(0, 1)
@@ -364,20 +367,22 @@ def walk_back_kernel(
     z_inside = (dk < K)[None, :]
     first_block = block == 0
     chunks = tl.cdiv(length, C).to(tl.int32)
-    for step in range(chunks):
+    for step in tl.range(chunks, disable_licm=True):
         c = chunks - 1 - step
         start = first + c * C
         t = start + i
         seen = t < end
         b_k = features(k, None, n, t, h // GK, seen, dk, K, D, MAP, NORM, 1.0, ACC)
         if p_ends is not None:
-            at = state_at(p_ends, (slot + c) * H + h, dk, cols, K, V)
-            tl.store(at, dS.to(p_ends.dtype.element_ty), mask=inside)
+            at = state_at(p_ends, kept_at(p_slots, n, c0 + c, NC, APART) * H + h, dk, cols, K, V)
+            last = ((c0 + c) % APART == APART - 1) | (step == 0)
+            tl.store(at, dS.to(p_ends.dtype.element_ty), mask=inside & last)
         b_dR = read_state(b_k, dS, G, n, h, start, end, gates, KG, False, True, DECAY, DOT, ACC)
         if DECAY > 0:
             dS = through(dS, G, n, h, start, end, gates, KG, C)
         if p_z_ends is not None:
-            tl.store(row_at(p_z_ends, (slot + c) * H + h, dk, K), dz, mask=z_inside & first_block)
+            at = row_at(p_z_ends, kept_at(p_slots, n, c0 + c, NC, 1) * H + h, dk, K)
+            tl.store(at, dz, mask=z_inside & first_block)
         if DECAY > 0:
             if p_z_ends is not None or p_dz0 is not None:
                 dz *= tl.exp(load_last(G, n, h, start, end, gates, KG, C))
@@ -422,6 +427,118 @@ def load_written(v, w, X, n, t, h, seen, d, V: tl.constexpr, GV: tl.constexpr, A
         if w is not None:
             x = x.to(ACC) * load(w, n, t, h, seen, tl.arange(0, 1), 1).to(ACC)
     return x
+
+
+@triton.jit
+def start_of(
+    p_starts,
+    p_slots,
+    k,
+    k_norms,
+    v,
+    w,
+    X,
+    G,
+    n,
+    c,
+    h,
+    first,
+    end,
+    d,
+    gates,
+    cols,
+    NC,
+    H: tl.constexpr,
+    GK: tl.constexpr,
+    GV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    D: tl.constexpr,
+    MAP: tl.constexpr,
+    NORM: tl.constexpr,
+    C: tl.constexpr,
+    APART: tl.constexpr,
+    DECAY: tl.constexpr,
+    DOT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """S₀ [len(d), len(cols)] of chunk c, in ACC: from the state that was kept last, by what the chunks since wrote."""
+    KG: tl.constexpr = K if DECAY == 2 else 1
+    S = load_state(p_starts, kept_at(p_slots, n, c, NC, APART) * H + h, d, cols, K, V, ACC)
+    if APART > 1:
+        for step in range((c % APART).to(tl.int32)):
+            start = first + (c // APART * APART + step) * C
+            t = start + tl.arange(0, C)
+            seen = t < end
+            b_k = features(k, k_norms, n, t, h // GK, seen, d, K, D, MAP, NORM, 1.0, ACC)
+            x = load_written(v, w, X, n, t, h, seen, cols, V, GV, ACC)
+            if DECAY > 0:
+                S = through(S, G, n, h, start, end, gates, KG, C)
+            S += write_state(b_k, x, G, n, h, start, end, gates, KG, False, True, DECAY, DOT, ACC)
+    return S
+
+
+@triton.jit
+def end_of(
+    p_ends,
+    p_slots,
+    q,
+    k,
+    q_norms,
+    k_norms,
+    G,
+    e,
+    do,
+    den,
+    dR,
+    n,
+    c,
+    h,
+    first,
+    end,
+    d,
+    gates,
+    cols,
+    NC,
+    H: tl.constexpr,
+    GK: tl.constexpr,
+    GQ: tl.constexpr,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    D: tl.constexpr,
+    MAP: tl.constexpr,
+    NORM: tl.constexpr,
+    SCALE: tl.constexpr,
+    C: tl.constexpr,
+    APART: tl.constexpr,
+    DECAY: tl.constexpr,
+    LAG: tl.constexpr,
+    DOT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """dS after chunk c in the same way, from the next that was kept, back through the chunks between."""
+    KG: tl.constexpr = K if DECAY == 2 else 1
+    dS = load_state(p_ends, kept_at(p_slots, n, c, NC, APART) * H + h, d, cols, K, V, ACC)
+    if APART > 1:
+        last = tl.minimum(c // APART * APART + APART, tl.cdiv(end - first, C)) - 1
+        for step in range(tl.maximum(last - c, 0).to(tl.int32)):
+            start = first + (last - step) * C
+            t = start + tl.arange(0, C)
+            seen = t < end
+            if DECAY > 0:
+                dS = through(dS, G, n, h, start, end, gates, KG, C)
+            if do is not None:
+                for r in range(R):
+                    b_q = features(q, q_norms, n, t, (h * R + r) // GQ, seen, d, K, D, MAP, NORM, SCALE, ACC)
+                    b_do = load_divided(do, den, n, t, h * R + r, seen, cols, V, ACC)
+                    dS += write_state(b_q, b_do, G, n, h, start, end, gates, KG, LAG, False, DECAY, DOT, ACC)
+            if e is not None:
+                b_k = features(k, k_norms, n, t, h // GK, seen, d, K, D, MAP, NORM, 1.0, ACC)
+                b_e = load(e, n, t, h, seen, tl.arange(0, 1), 1).to(ACC)
+                b_dR = load(dR, n, t, h, seen, cols, V).to(ACC)
+                dS -= write_state(b_k, b_e * b_dR, G, n, h, start, end, gates, KG, False, False, DECAY, DOT, ACC)
+    return dS
 
 
 @triton.jit
@@ -475,6 +592,7 @@ def gradients_kernel(
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    APART: tl.constexpr,
     DECAY: tl.constexpr,
     LAG: tl.constexpr,
     DOT: tl.constexpr,
@@ -505,13 +623,18 @@ def gradients_kernel(
     kept = tl.zeros([1, BK], ACC)  # Σ_v S₀ ⊙ dS
     for part in range(tl.cdiv(V, BV)):
         cols = part * BV + tl.arange(0, BV)
-        inside = state_mask(d, cols, K, V)
+        dS = end_of(
+            p_ends, p_slots, q, k, q_norms, k_norms, G, e, do, den, dR, n, c, h, first, end, d, gates, cols, NC,
+            H, GK, GQ, R, K, V, D, MAP, NORM, SCALE, C, APART, DECAY, LAG, DOT, ACC,
+        )  # fmt: skip
         x = load_written(v, w, X, n, t, h, seen, cols, V, GV, ACC)
-        dS = tl.load(state_at(p_ends, slot * H + h, d, cols, K, V), mask=inside, other=0.0)
         b_dk += dot(x, tl.trans(dS), DOT, ACC)
         if DECAY > 0 or e is not None:
-            S = tl.load(state_at(p_starts, slot * H + h, d, cols, K, V), mask=inside, other=0.0)
-            kept += tl.sum(S.to(ACC) * dS.to(ACC), 1)[None, :]
+            S = start_of(
+                p_starts, p_slots, k, k_norms, v, w, X, G, n, c, h, first, end, d, gates, cols, NC,
+                H, GK, GV, K, V, D, MAP, NORM, C, APART, DECAY, DOT, ACC,
+            )  # fmt: skip
+            kept += tl.sum(S * dS, 1)[None, :]
             if e is not None:
                 b_dR = load(dR, n, t, h, seen, cols, V)
                 b_dek -= dot(b_dR, tl.trans(S), DOT, ACC)
@@ -548,9 +671,11 @@ def gradients_kernel(
             dP = tl.zeros([C, C], ACC)
             for part in range(tl.cdiv(V, BV)):
                 cols = part * BV + tl.arange(0, BV)
-                inside = state_mask(d, cols, K, V)
+                S = start_of(
+                    p_starts, p_slots, k, k_norms, v, w, X, G, n, c, h, first, end, d, gates, cols, NC,
+                    H, GK, GV, K, V, D, MAP, NORM, C, APART, DECAY, DOT, ACC,
+                )  # fmt: skip
                 x = load_written(v, w, X, n, t, h, seen, cols, V, GV, ACC)
-                S = tl.load(state_at(p_starts, slot * H + h, d, cols, K, V), mask=inside, other=0.0)
                 b_do = load_divided(do, den, n, t, h * R + r, seen, cols, V, ACC)
                 b_dq += dot(b_do, tl.trans(S), DOT, ACC)
                 dP += dot(b_do, tl.trans(x), DOT, ACC)

@@ -47,6 +47,7 @@ class Tiles:
     block: int = 64  # features at a time where the work is split over K or summed over V
     warps: int = 8
     stages: int = 2
+    apart: int = 2  # chunks between the states that the walks of the backward keep; `gradients` makes the others again
 
 
 # By bytes of a matrix product's operand: (K up to, tiles). Chosen so that registers and shared memory hold them.
@@ -117,11 +118,15 @@ def by_rule(K: int, dtype: torch.dtype, decay: int, erase: bool, architecture: s
     elif int(architecture.removeprefix("sm_")) < 90:  # operands of matrix products stand in registers
         stages = 1 if K > (128 if decay == 2 else 512) else row.stages  # some have 99 KiB of shared memory
         row = replace(row, chunk=min(row.chunk, 32), walk=min(row.walk, 32), block=16, stages=stages)
-    if denominator and K > 64:  # z and its sums take registers
+    if denominator and K > 64 and (erase or decay < 2):  # z and its sums take registers
         walk = min(row.walk, 16) if erase else row.walk
-        block = min(row.block, 16) if erase or decay == 2 else row.block
+        block = min(row.block, 16) if erase else row.block
         row = replace(row, chunk=min(row.chunk, 32), walk=walk, block=block, stages=1 if K > 512 else row.stages)
-    return row
+    # A state [K, V] takes K V / C numbers a token to write and to read again: more than all inputs where C is small. To
+    # make it again takes a product or two of K V: 3 / 8 · C · apart operations for each byte that it saves in 16 bits.
+    # Where the registers of `gradients` are full, every state is kept.
+    apart = 1 if erase and (decay == 2 or denominator) else (128 if dtype.itemsize == 2 else 64) // row.chunk
+    return replace(row, apart=max(1, min(4, apart)))
 
 
 def power_of_2(n: int, most: int = 1024) -> int:
@@ -157,7 +162,10 @@ class Layout(NamedTuple):
     firsts: Tensor | None  # the first segment of each sequence
     chunks: int  # slots
     segments: int
-    length: int  # chunks of a segment, 0 if sequences aren't cut
+
+    def kept(self, apart: int) -> int:
+        """States that are kept, at most, as `kept_at` in tiles.py counts."""
+        return (self.chunks + (self.segments + 1) * (apart - 1)) // apart
 
 
 # Outputs of the walks, of which each call makes some.
@@ -183,7 +191,8 @@ class Problem:
     feature_map: str | None = None  # what q and k are yet to pass: one of MAPS or "dpfp-ν", a norm, and q's scale
     norm: str | None = None
     scale: float = 1.0
-    chunk: int | None = None  # None: the table's
+    chunk: int | None = None  # tokens of a chunk; None: the table's
+    segment: int | None = None  # chunks of a segment, 0: sequences aren't cut; None: as `segment_length` says
 
     def __post_init__(self) -> None:
         self.B, self.T, self.Hq, self.D = self.q.shape
@@ -222,16 +231,27 @@ class Problem:
         self.S, self.z = (None if x is None else x.contiguous() for x in (self.S, self.z))
 
     @cached_property
+    def length(self) -> int:
+        """Chunks of a segment, whole groups of those that share a kept state; 0: sequences aren't cut."""
+        if self.empty:
+            return 0
+        length = self.segment
+        if length is None:
+            programs = self.H * triton.cdiv(self.V, power_of_2(self.V, self.tiles.walk))
+            # Cut, a walk takes the time of its segments' own states and of the outputs; with erasing also that of the
+            # matrices, which are K wide.
+            least = 3 + (triton.cdiv(self.K, self.V) if self.e is not None else 0)
+            fill = multiprocessors(self.v.device) // programs
+            length = segment_length(self.B * self.chunks, self.N, fill, least)
+        return triton.cdiv(length, self.tiles.apart) * self.tiles.apart
+
+    @cached_property
     def layout(self) -> Layout:
         """Made without asking the GPU: packed sequences have T // C + N chunks at most, and no more are launched."""
-        programs = self.H * triton.cdiv(self.V, power_of_2(self.V, self.tiles.walk))
-        # Cut, a walk takes the time of its segments' own states and of the outputs; with erasing also that of the
-        # matrices, which are K wide.
-        least = 3 + (triton.cdiv(self.K, self.V) if self.e is not None else 0)
-        length = segment_length(self.B * self.chunks, self.N, multiprocessors(self.v.device) // programs, least)
+        length = self.length
         if self.cu_seqlens is None:
             per = triton.cdiv(self.chunks, length) if length else 1
-            return Layout(None, None, None, None, self.N * self.chunks, self.N * per, length)
+            return Layout(None, None, None, None, self.N * self.chunks, self.N * per)
 
         def starts(parts: Tensor, most: int) -> tuple[Tensor, Tensor]:
             """Where each sequence's parts begin, and the sequence of each of the `most` parts there can be."""
@@ -249,7 +269,7 @@ class Problem:
             cu = torch.cat([torch.minimum(cu[of] + inner * size, cu[of + 1]), cu[-1:]])
         most = self.T // self.C + self.N
         slots, owners = starts((cu.diff() + self.C - 1) // self.C, most)
-        return Layout(cu, slots, owners, firsts, most, segments, length)
+        return Layout(cu, slots, owners, firsts, most, segments)
 
     @cached_property
     def chunked(self) -> dict[str, Any]:
@@ -269,7 +289,9 @@ class Problem:
         """What the walks take beside it."""
         per = self.layout.segments // self.N  # without packing
         return (
-            self.ungated | self.chunked | {"NS": per, "CS": self.layout.length or self.chunks, "BK": power_of_2(self.K)}
+            self.ungated
+            | self.chunked
+            | {"NS": per, "CS": self.length or self.chunks, "BK": power_of_2(self.K), "APART": self.tiles.apart}
         )
 
     @property
@@ -469,7 +491,7 @@ def forward(p: Problem, form: str, over: bool = False) -> tuple[Tensor, Tensor, 
         if form == "chunk":
             prepared = p.prepare()
             outputs: dict[str, Any] = {"o": p.rows(o), "den": p.rows(den)}
-            if p.layout.length:
+            if p.length:
                 p.walk(prepared, *p.join(p.segments(prepared), p.S, p.z, S, z), **outputs)
             else:
                 p.walk(prepared, p.S, p.z, p_S=S, p_z=z, **outputs)
@@ -529,7 +551,7 @@ def backward(
     erases, decays = p.e is not None, p.g is not None
     X = p.buffer(p.H, p.V, p.dot) if erases else None
     dR = p.buffer(p.H, p.V, p.dot) if erases else None
-    starts, ends = p.q.new_empty(2, p.layout.chunks, p.H, p.K, p.V, dtype=p.dot).unbind(0)
+    starts, ends = p.q.new_empty(2, p.layout.kept(p.tiles.apart), p.H, p.K, p.V, dtype=p.dot).unbind(0)
     dv = head_buffer(p.H, p.Hv, p.v)
     if p.alone:
         dq, dk = head_buffer(p.Ho, p.Hq, p.q), head_buffer(p.H, p.Hk, p.k)
@@ -552,7 +574,7 @@ def backward(
         prepared = p.prepare()
         before, after = (p.S, p.z), (d_S, d_z)
         starting: dict[str, Any] = {"p_dS0": dS0, "p_dz0": dz0}
-        if p.layout.length:
+        if p.length:
             segments = p.segments(prepared)
             before = p.join(segments, p.S, p.z, None, None)
             p.walk_back(prepared, None, None, p_dS0=segments["p_N"], p_dz0=segments["p_Nz"], **divided)
@@ -580,7 +602,8 @@ def backward(
             V=p.V,
             BK=BK,
             BV=power_of_2(p.V, p.tiles.block),
-            **p.chunked,
+            APART=p.tiles.apart,
+            **p.chunked | {"num_stages": 1},
         )
         if p.alone:
             dq, dk = summed(dq, p.Hq, p.q), summed(dk, p.Hk, p.k)

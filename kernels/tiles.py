@@ -97,8 +97,8 @@ def chunk_of(slot, p_cu, p_slots, p_owners, NC):
 
 
 @triton.jit
-def segment_of(s, p_cu, p_slots, T, NC, NS, CS, C: tl.constexpr):
-    """Batch row, first token, length and first chunk slot of segment s: CS chunks of a sequence, or a whole one.
+def segment_of(s, p_cu, T, NS, CS, C: tl.constexpr):
+    """Batch row, first chunk in it, first token and length of segment s: CS chunks of a sequence, or a whole one.
 
     Without packing a row has NS segments. Packed, segments are the sequences whose borders are p_cu.
     """
@@ -107,12 +107,24 @@ def segment_of(s, p_cu, p_slots, T, NC, NS, CS, C: tl.constexpr):
         c = s % NS * CS
         first = c * C
         length = tl.minimum(T - first, CS * C)
-        slot = n * NC + c
     else:
         n = s
+        c = s * 0
         first, length = span(p_cu, s, T)
-        slot = tl.load(p_slots + s)
-    return n, first, length, slot
+    return n, c, first, length
+
+
+@triton.jit
+def kept_at(p_slots, n, c, NC, APART: tl.constexpr):
+    """Where a state is kept that chunk c of sequence n shares with the APART chunks around it, from a multiple on.
+
+    Rounded up, sequence by sequence, so that no two share one: ⌈(slots before + n (APART − 1)) / APART⌉ are before it.
+    """
+    if p_slots is None:
+        before = n * NC
+    else:
+        before = tl.load(p_slots + n)
+    return (before + (n + 1) * (APART - 1)) // APART + c // APART
 
 
 @triton.jit
@@ -277,9 +289,9 @@ def write_sum(
 
 
 @triton.jit
-def quotient(x, den):
-    """x / den, 0 where den is 0."""
-    return tl.where(den == 0, 0.0, x / tl.where(den == 0, 1.0, den))
+def reciprocal(x):
+    """1 / x, 0 where x is 0."""
+    return tl.where(x == 0, 0.0, 1 / tl.where(x == 0, 1.0, x))
 
 
 # Products of pairs of tokens: M_ij = Σ_d a_id b_jd exp(G_i − G_j)_d, with LAG (read "before") exp(G_{i−1} − G_j)_d.
@@ -350,7 +362,7 @@ def products(
         M = tl.zeros([C, C], ACC)
         a = a.to(ACC)
         b = b.to(ACC)
-        for level in tl.range(log2(C), num_stages=1):
+        for level in tl.range(log2(C), num_stages=1, disable_licm=True):
             M += products_between(a, b, G, n, h, start, end, d, D, 1 << level, LAG, DOT)
         if DIAGONAL:
             i = tl.arange(0, C)
@@ -394,7 +406,7 @@ def product_gradients(
         da = tl.zeros_like(a)
         db = tl.zeros_like(a)
         dG = tl.zeros_like(a)
-        for level in tl.range(log2(C), num_stages=1):
+        for level in tl.range(log2(C), num_stages=1, disable_licm=True):
             after, before, together = halves(G, n, h, start, end, d, D, 1 << level, LAG, C)
             near = tl.where(together, dM, 0.0)
             a_seen = (a * after).to(DOT)

@@ -124,9 +124,9 @@ def results(run, core, outputs=("o", "S", "z"), seed=1):
     return {name: x.detach() for name, x in found.items()} | {f"d{name}": x for name, x in zip(given, grads)}
 
 
-def kernels(core, form="chunk", chunk=C):
+def kernels(core, form="chunk", chunk=C, segment=None):
     with poisoned_empties():
-        return backend.run(core, form, chunk)
+        return backend.run(core, form, chunk, segment)
 
 
 def agree(core, bound=1e-10, run=kernels, truth=recurrence, **how):

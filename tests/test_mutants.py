@@ -15,7 +15,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -94,7 +93,11 @@ KERNEL_MUTANTS = {
     "gates from beyond the end": (TILES, "tl.minimum(start + i - LAG, end - 1)", "tl.minimum(start + i - LAG, end)"),
     "pairs of the wrong blocks": (TILES, "(2 * half) + half - 1", "(2 * half) + half"),
     "a diagonal left out of a gradient": (TILES, "db += own * a", "db += 0 * a"),
-    "the chunks of the first sequence": (TILES, "slot = tl.load(p_slots + s)", "slot = 0 * tl.load(p_slots + s)"),
+    "the chunks of the first sequence": (TILES, "before = tl.load(p_slots + n)", "before = 0 * tl.load(p_slots + n)"),
+    "a state that isn't brought on to its chunk": (CHUNK, "range((c % APART)", "range((c % 1)"),
+    "a gradient of S that isn't brought back": (CHUNK, "tl.maximum(last - c, 0)", "tl.maximum(-1 - c, 0)"),
+    "a gradient of S of a chunk too far": (CHUNK, "tl.cdiv(end - first, C)) - 1", "tl.cdiv(end - first, C))"),
+    "a state in the place of another's": (TILES, "(before + (n + 1) * (APART - 1)) // APART", "before // APART"),
     "a segment that starts a chunk too early": (TILES, "c = s % NS * CS", "c = s % NS * CS - (s % NS)"),
     "a border of segments without decay": (SEGMENTS, "S = S * tl.trans(decay)", "S = S"),
     "the decay of a segment's last chunk": (CHUNK, "g += load_last(", "g = load_last("),
@@ -142,7 +145,6 @@ def compare_kernels() -> str:
     forget()
     import cells
 
-    launch = importlib.import_module("fwp.kernels.launch")
     features = cells.Features
     packed = {"T": 13, "N": 3, "cu_seqlens": torch.tensor([0, 11, 11, 13])}
     cases = {
@@ -151,14 +153,14 @@ def compare_kernels() -> str:
         "delta": cells.problem((0, True), T=40, K=3, V=2),
         "gla": cells.problem((2, False), T=5, K=3, V=2, features=features("elu+1", None, 0.5)),
         "dpfp": cells.problem((1, False), T=4, H=(1, 2, 2), K=11, V=2, features=features("dpfp-3", "sum", 0.5)),
+        "packed": cells.problem((0, True), K=3, V=2, **packed),
         "l2": cells.problem((2, False), T=3, K=20, V=2, features=features("exp", "l2")),
     }
     cases["kda"].g[:, 10] = -torch.inf
     try:
         for name, core in cases.items():
-            chunk, segment = {"kda": (4, 2), "gla": (1, 2), "delta": (64, 0)}.get(name, (8, 0))
-            with mock.patch.object(launch, "segment_length", lambda *sizes, length=segment: length):
-                cells.agree(core, run=lambda core, chunk=chunk: cells.kernels(core, chunk=chunk))
+            chunk, segment = {"kda": (4, 2), "gla": (1, 4), "delta": (64, 0), "packed": (2, 0)}.get(name, (8, 0))
+            cells.agree(core, run=lambda core, sizes=(chunk, segment): cells.kernels(core, "chunk", *sizes))
         cells.agree(cases["gated_delta"], run=lambda core: cells.kernels(core, "recurrent", 8))
     except AssertionError as error:
         return str(error).partition("\n")[0] or "a difference"

@@ -289,9 +289,25 @@ def test_addresses_beyond_32_bits():
 # ---- sequences in segments, which run side by side ----
 
 
+def kept_apart(monkeypatch, apart):
+    """One state in that many chunks is kept for the backward."""
+    tiles = launch.tiles
+    monkeypatch.setattr(launch, "tiles", lambda *sizes: replace(tiles(*sizes), apart=apart))
+
+
+@CELLS
+def test_states_between_those_that_are_kept(cell, monkeypatch):
+    kept_apart(monkeypatch, 3)
+    agree(problem(cell, B=2, T=5 * C - 1))
+    lengths = (4 * C, 0, 3, 2 * C + 1)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE)
+    agree(problem(cell, T=sum(lengths), N=len(lengths), H=(2, 1, 2), read="before", cu_seqlens=cu_seqlens))
+
+
 @pytest.fixture
 def two_chunks(monkeypatch):
     """A segment has two chunks, however full the GPU is."""
+    kept_apart(monkeypatch, 2)
     monkeypatch.setattr(launch, "segment_length", lambda *sizes: 2)
 
 

@@ -131,6 +131,52 @@ def test_without_gradients_only_the_forward_is_asked(monkeypatch):
     assert trust.doubt(some_core(), "chunk") is not None
 
 
+# ---- sequences in segments ----
+
+
+@pytest.fixture
+def segments(monkeypatch):
+    """Any sequence is long enough to be cut. How many chunks each call's segments had, 0 where it stayed whole."""
+    lengths, forward, backward = [], launch.forward, launch.backward
+    monkeypatch.setattr(trust, "T", 67)
+    monkeypatch.setattr(launch, "segment_length", lambda *sizes, **named: 1)
+    monkeypatch.setattr(launch, "forward", lambda p, *args: lengths.append(p.length) or forward(p, *args))
+    monkeypatch.setattr(launch, "backward", lambda p, *args: lengths.append(p.length) or backward(p, *args))
+    return lengths
+
+
+def test_sequences_are_cut_by_kernels_that_were_checked(segments, canaries):
+    out, _ = fast_weights("kda", **arguments(), backend="triton", form="chunk")
+    out.sum().backward()
+    assert [case.cut for case in canaries] == [False, True] and canaries[1].gradients
+    assert all(segments[-2:])
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_sequences_stay_whole_where_cutting_them_fails(monkeypatch, segments, back):
+    def join(p, *given, back=False):
+        states = right(p, *given, back=back)
+        return tuple(x if x is None or back != wrong else x * 1.5 for x in states)
+
+    right, wrong = launch.Problem.join, back
+    monkeypatch.setattr(launch.Problem, "join", join)
+    inputs = arguments()
+    with pytest.warns(RuntimeWarning, match="^long sequences are not cut into segments, slower: .* off by ") as warned:
+        out, _ = fast_weights("kda", **inputs, backend="triton", form="chunk")
+        grads = torch.autograd.grad(out.sum(), list(inputs.values()))
+    assert len(warned) == 1 and segments[-2:] == [0, 0]
+    out, _ = fast_weights("kda", **inputs, backend="torch")
+    truth = torch.autograd.grad(out.sum(), list(inputs.values()))
+    assert all(deviation(x, y) < 1e-4 for x, y in zip(grads, truth))
+
+
+def test_a_backward_does_not_ask(segments, canaries):
+    """Its thread would wait for the canary's gradients, and they for it."""
+    out, _ = fast_weights("kda", **arguments(), backend="triton", form="recurrent")
+    out.sum().backward()
+    assert not any(case.cut for case in canaries) and segments[-1] == 0
+
+
 # ---- what follows ----
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fwp.core import Core, Features, Form, State, overwrites
+from fwp import trust
+from fwp.core import Core, Features, Form, Read, State, overwrites
 
 MAX_FEATURES = 1024
 
@@ -56,10 +57,11 @@ def _derives() -> bool:
 _derives._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def run(core: Core, form: Form, chunk: int | None = None) -> tuple[Tensor, State]:
+def run(core: Core, form: Form, chunk: int | None = None, segment: int | None = None) -> tuple[Tensor, State]:
     """o [B, T, max(Hq, H), V], and the final state.
 
     chunk: tokens at a time, a power of 2 up to 64 (on a GPU from 16); None chooses by K and dtype.
+    segment: how many chunks walk in one go, beside others of the same sequence, 0: all; None chooses by the GPU's size.
     RuntimeError for a second derivative and a forward derivative, which the kernels don't have.
     """
     forward: Callable[..., Sequence[Tensor]] = _forward if torch.compiler.is_compiling() else _Forward.apply
@@ -74,13 +76,38 @@ def run(core: Core, form: Form, chunk: int | None = None) -> tuple[Tensor, State
 
         o, S, z, _ = launch(Problem(*tensors, core.cu_seqlens, before, eps, *features), form, over=True)
         return o, State(S, z)
-    options = (eps, *features, chunk, form)
+    options = (eps, *features, chunk, segment, form)
     o, S, z, _ = forward(*tensors, core.cu_seqlens, before, *options)
     if not core.causal:  # everybody reads the final state: a walk that writes nothing
         nothing = [x.new_zeros(()).expand(x.shape) for x in (core.k, core.v)]
         end = S, z if core.denominator else None
         o, *_ = forward(core.q, *nothing, None, None, None, *end, core.cu_seqlens, False, *options)
     return o, State(S, z if core.denominator else None)
+
+
+def _problem(
+    tensors: tuple[Any, ...],
+    cu_seqlens: Tensor | None,
+    before: bool,
+    eps: float | None,
+    phi: str | None,
+    norm: str | None,
+    scale: float,
+    chunk: int | None,
+    segment: int | None,
+    ask: bool,
+) -> Any:
+    """What the launch layer takes, with sequences whole where the kernels that cut them are in doubt."""
+    from fwp.kernels.launch import Problem
+
+    problem = Problem(*tensors, cu_seqlens, before, eps, phi, norm, scale, chunk, segment)
+    if segment is None and problem.length:
+        read: Read = "before" if before else "after"
+        q, k, v, g, e, w, S, z = tensors
+        core = Core(q, k, v, g, e, w, S, z, cu_seqlens, read, eps is not None, features=Features(phi, norm, scale))
+        if not trust.may_cut(core, ask):
+            problem.length = 0
+    return problem
 
 
 @torch.library.custom_op("fwp::triton_forward", mutates_args=())
@@ -100,14 +127,16 @@ def _forward(
     norm: str | None,
     scale: float,
     chunk: int | None,
+    segment: int | None,
     form: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o, S, z and the denominators; empty tensors stand for None."""
-    from fwp.kernels.launch import Problem, forward
+    from fwp.kernels.launch import forward
 
     if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():  # it is off where a function brought us here
         _no_forward_derivative(None)
-    o, S, z, den = forward(Problem(q, k, v, g, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, chunk), form)
+    options = (cu_seqlens, before, eps, phi, norm, scale, chunk, segment)
+    o, S, z, den = forward(_problem((q, k, v, g, e, w, S, z), *options, ask=form == "chunk"), form)
     return o, S, *(q.new_empty(0) if x is None else x for x in (z, den))
 
 
@@ -128,22 +157,22 @@ def _backward(
     norm: str | None,
     scale: float,
     chunk: int | None,
+    segment: int | None,
     o: Tensor | None,
     den: Tensor | None,
     d_o: Tensor | None,
     d_S: Tensor | None,
     d_z: Tensor | None,
 ) -> list[Tensor]:
-    from fwp.kernels.launch import Problem, backward
+    from fwp.kernels.launch import backward
 
-    grads = backward(
-        Problem(q, k, v, g, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, chunk), o, den, d_o, d_S, d_z
-    )
+    options = (cu_seqlens, before, eps, phi, norm, scale, chunk, segment)
+    grads = backward(_problem((q, k, v, g, e, w, S, z), *options, ask=False), o, den, d_o, d_S, d_z)
     return [q.new_empty(0) if x is None else x for x in grads]
 
 
 @_forward.register_fake
-def _(q, k, v, g, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, chunk, form):  # type: ignore[no-untyped-def]
+def _(q, k, v, g, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, chunk, segment, form):  # type: ignore[no-untyped-def]
     core = Core(q, k, v, cu_seqlens=cu_seqlens, features=Features(phi, norm, scale))
     rows = (*q.shape[:2], max(q.shape[2], core.heads))
     o = q.new_empty(*rows, v.shape[-1])
@@ -154,12 +183,12 @@ def _(q, k, v, g, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, chunk, 
 
 
 @_backward.register_fake
-def _(q, k, v, g, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, chunk, o, den, d_o, d_S, d_z):  # type: ignore[no-untyped-def]
+def _(q, k, v, g, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, chunk, segment, o, den, d_o, d_S, d_z):  # type: ignore[no-untyped-def]
     return [q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, g, e, w, S, z)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    tensors, ctx.options = inputs[:9], inputs[9:15]
+    tensors, ctx.options = inputs[:9], inputs[9:16]
     o, _, _, den = output
     ctx.save_for_backward(*tensors, *((None, None) if inputs[10] is None else (o, den)))
     ctx.set_materialize_grads(False)
@@ -171,7 +200,7 @@ def _gradients(
     *tensors, o, den = ctx.saved_tensors
     backward: Callable[..., Sequence[Tensor]] = _backward if torch.compiler.is_compiling() else _Backward.apply
     grads = backward(*tensors, *ctx.options, o, den, d_o, d_S, None if den is None else d_z)
-    return *(None if x is None else grad for x, grad in zip(tensors, grads)), *[None] * 8
+    return *(None if x is None else grad for x, grad in zip(tensors, grads)), *[None] * 9
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> Any:
@@ -236,10 +265,10 @@ def _vmap_forward(call: Callable[..., Any]) -> Callable[..., Any]:
 
 def _vmap_backward(call: Callable[..., Any]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        given, options = inputs[:9], inputs[9:15]
+        given, options = inputs[:9], inputs[9:16]
         axis = _Axis(info.batch_size, given[8])
-        rows = [axis.tokens(x, i) for x, i in zip(inputs[15:18], in_dims[15:18])]
-        states = [axis.states(x, i) for x, i in zip(inputs[18:], in_dims[18:])]
+        rows = [axis.tokens(x, i) for x, i in zip(inputs[16:19], in_dims[16:19])]
+        states = [axis.states(x, i) for x, i in zip(inputs[19:], in_dims[19:])]
         grads = call(*axis.inputs(given, in_dims[:9]), *options, *rows, *states)
         split = [axis.split_tokens] * 6 + [axis.split_states] * 2
         found = [x if of is None else back(x) for x, of, back in zip(grads, given, split)]
