@@ -7,7 +7,7 @@ Per sequence and state head, for a chunk that starts from S₀, with G the runni
     (I + A) X = w ⊙ V − e ⊙ (k ⊙ exp G) S₀
     O = (q ⊙ exp G^q) S₀ + P X                              S = exp(G_C) S₀ + (exp(G_C − G) ⊙ k)ᵀ X
 
-Only the inputs are kept for the backward, which makes (I + A)⁻¹, P, X and S₀ of each chunk again, walks back::
+Only the inputs are kept for the backward, which makes (I + A)⁻¹, P, X and S₀ again, walks back::
 
     dX = Pᵀ dO + (exp(G_C − G) ⊙ k) dS,  dR = (I + A)⁻ᵀ dX,  dV = w ⊙ dR,  dw = Σ_v v ⊙ dR
     dS₀ = exp(G_C) dS + (q ⊙ exp G^q)ᵀ dO − (e ⊙ k ⊙ exp G)ᵀ dR
@@ -19,6 +19,8 @@ and then, all chunks at once, from dP = dO Xᵀ and dA = −dR Xᵀ (visible pai
     dk      = exp(G_C − G) ⊙ (X dSᵀ) + Σ_i (dP ⊙ D)_ij q_i + Σ_i (dA ⊙ D)_ij e_i k_i + e ⊙ d(e k)
     dg_s    = what passed the gate of s: from S₀ to readers and erasers i ≥ s, from writers j < s to the end, from S₀
               to the end, from j < s to i ≥ s in the chunk
+
+Of S₀ and dS the walks keep one in APART chunks; from it those of the chunks between are made by the equations above.
 
 A denominator reads z, one more column of S in which X is 1. With O its output, kept with the denominators n, the
 gradient of what it divides is dO / n, and that of n, in the column of z, dn = −Σ_v dO ⊙ O / n.
