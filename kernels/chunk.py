@@ -32,7 +32,7 @@ them by the chain rule.
 import triton
 import triton.language as tl
 
-from .features import features, rows_of, slope
+from .features import features, slope, tokens_of
 from .tiles import (
     chunk_of,
     dot,
@@ -49,6 +49,7 @@ from .tiles import (
     read_sum,
     reciprocal,
     row_at,
+    rows_from,
     segment_of,
     span,
     state_at,
@@ -83,12 +84,11 @@ def sums_kernel(
     h = pid // NK % H
     n, c = chunk_of(pid // NK // H, p_cu, p_slots, p_owners, NC)
     first, length = span(p_cu, n, T)
-    t = first + c * C + tl.arange(0, C)
+    rows = rows_from(n, first + c * C, first + length, C)
     d = pid % NK * BK + tl.arange(0, BK)
-    seen = t < first + length
-    x = load(g, n, t, h, seen, d, KG).to(ACC)
+    x = load(g, rows, h, d, KG).to(ACC)
     x = tl.where(x < FLOOR, FLOOR, x)
-    store(G, n, t, h, seen, d, KG, tl.cumsum(x, 0))
+    store(G, rows, h, d, KG, tl.cumsum(x, 0))
 
 
 @triton.jit(do_not_specialize=["T", "NC"])
@@ -129,27 +129,29 @@ def pairs_kernel(
     first, length = span(p_cu, n, T)
     end = first + length
     start = first + c * C
+    rows = rows_from(n, start, end, C)
     i = tl.arange(0, C)
-    t = start + i
-    seen = t < end
     one = tl.arange(0, 1)
+    KG: tl.constexpr = K if DECAY == 2 else 1
     if I is not None:
         A = tl.zeros([C, C], ACC)
         for block in range(tl.cdiv(K, BK)):
             d = block * BK + tl.arange(0, BK)
-            b_k = features(k, k_norms, n, t, h // GK, seen, d, K, D, MAP, NORM, 1.0, ACC)
-            A += products(b_k, b_k, G, n, h, start, end, d, K, False, False, DECAY, DOT, ACC)
-        A *= load(e, n, t, h, seen, one, 1).to(ACC)
-        store(I, n, t, h, seen, i, C, inverse(A, ACC))
+            gates = (G, n, h, start, end, d if DECAY == 2 else one)
+            b_k = features(k, k_norms, rows, h // GK, d, K, D, MAP, NORM, 1.0, ACC)
+            A += products(b_k, b_k, gates, KG, False, False, DECAY, DOT, ACC)
+        A *= load(e, rows, h, one, 1).to(ACC)
+        store(I, rows, h, i, C, inverse(A, ACC))
     if P is not None:
         for r in range(R):
             b_P = tl.zeros([C, C], ACC)
             for block in range(tl.cdiv(K, BK)):
                 d = block * BK + tl.arange(0, BK)
-                b_q = features(q, q_norms, n, t, (h * R + r) // GQ, seen, d, K, D, MAP, NORM, SCALE, ACC)
-                b_k = features(k, k_norms, n, t, h // GK, seen, d, K, D, MAP, NORM, 1.0, ACC)
-                b_P += products(b_q, b_k, G, n, h, start, end, d, K, not LAG, LAG, DECAY, DOT, ACC)
-            store(P, n, t, h * R + r, seen, i, C, b_P)
+                gates = (G, n, h, start, end, d if DECAY == 2 else one)
+                b_q = features(q, q_norms, rows, (h * R + r) // GQ, d, K, D, MAP, NORM, SCALE, ACC)
+                b_k = features(k, k_norms, rows, h // GK, d, K, D, MAP, NORM, 1.0, ACC)
+                b_P += products(b_q, b_k, gates, KG, not LAG, LAG, DECAY, DOT, ACC)
+            store(P, rows, h * R + r, i, C, b_P)
 
 
 @triton.jit(do_not_specialize=["T", "NC", "NS", "CS"])
@@ -209,7 +211,7 @@ def walk_kernel(
     i = tl.arange(0, C)
     one = tl.arange(0, 1)
     KG: tl.constexpr = K if DECAY == 2 else 1
-    gates = dk if DECAY == 2 else one
+    channels = dk if DECAY == 2 else one
     S = load_state(p_S0, s * H + h, dk, dv, K, V, ACC)
     if v is None:
         S += (dk[:, None] == dv[None, :]).to(ACC)
@@ -217,12 +219,12 @@ def walk_kernel(
     z_inside = (dk < K)[None, :]
     first_block = block == 0  # the programs of the other V blocks find the same z
     if p_decay is not None:
-        g = tl.zeros([1, gates.shape[0]], ACC)
+        g = tl.zeros([1, channels.shape[0]], ACC)
     for c in tl.range(tl.cdiv(length, C).to(tl.int32), disable_licm=True):
         start = first + c * C
-        t = start + i
-        seen = t < end
-        b_k = features(k, None, n, t, h // GK, seen, dk, K, D, MAP, NORM, 1.0, ACC)
+        rows = rows_from(n, start, end, C)
+        gates = (G, n, h, start, end, channels)
+        b_k = features(k, None, rows, h // GK, dk, K, D, MAP, NORM, 1.0, ACC)
         if p_starts is not None:
             at = state_at(p_starts, kept_at(p_slots, n, c0 + c, NC, APART) * H + h, dk, dv, K, V)
             tl.store(at, S.to(p_starts.dtype.element_ty), mask=inside & ((c0 + c) % APART == 0))
@@ -230,50 +232,50 @@ def walk_kernel(
             at = row_at(p_z_starts, kept_at(p_slots, n, c0 + c, NC, 1) * H + h, dk, K)
             tl.store(at, z, mask=z_inside & first_block)
         if e is not None:
-            found = read_state(b_k, S, G, n, h, start, end, gates, KG, False, False, DECAY, DOT, ACC)
+            found = read_state(b_k, S, gates, KG, False, False, DECAY, DOT, ACC)
         x = tl.zeros([C, BV], ACC)
         if v is not None:
-            x = load(v, n, t, h // GV, seen, dv, V)
+            x = load(v, rows, h // GV, dv, V)
             if w is not None:
-                x = x.to(ACC) * load(w, n, t, h, seen, one, 1).to(ACC)
+                x = x.to(ACC) * load(w, rows, h, one, 1).to(ACC)
         if e is not None:
-            x = x.to(ACC) - load(e, n, t, h, seen, one, 1).to(ACC) * found
-            x = dot(load(I, n, t, h, seen, i, C), x, DOT, ACC)
+            x = x.to(ACC) - load(e, rows, h, one, 1).to(ACC) * found
+            x = dot(load(I, rows, h, i, C), x, DOT, ACC)
         if X is not None:
-            store(X, n, t, h, seen, dv, V, x)
+            store(X, rows, h, dv, V, x)
         if o is not None:
             for r in range(R):
-                b_q = features(q, None, n, t, (h * R + r) // GQ, seen, dk, K, D, MAP, NORM, SCALE, ACC)
-                b_o = read_state(b_q, S, G, n, h, start, end, gates, KG, LAG, False, DECAY, DOT, ACC)
+                b_q = features(q, None, rows, (h * R + r) // GQ, dk, K, D, MAP, NORM, SCALE, ACC)
+                b_o = read_state(b_q, S, gates, KG, LAG, False, DECAY, DOT, ACC)
                 if P is not None:
-                    b_P = load(P, n, t, h * R + r, seen, i, C)
+                    b_P = load(P, rows, h * R + r, i, C)
                 else:
-                    b_P = products(b_q, b_k, G, n, h, start, end, dk, K, not LAG, LAG, DECAY, DOT, ACC)
+                    b_P = products(b_q, b_k, gates, KG, not LAG, LAG, DECAY, DOT, ACC)
                 b_o += dot(b_P, x, DOT, ACC)
                 if EPS is not None:
-                    zq = read_sum(b_q, z, G, n, h, start, end, gates, KG, LAG, DECAY, ACC)
+                    zq = read_sum(b_q, z, gates, KG, LAG, DECAY, ACC)
                     zq += tl.sum(b_P.to(ACC), 1)[:, None]
                     b_den = tl.where(zq == 0, 0.0, zq + EPS)
                     b_o *= reciprocal(b_den)
-                    store(den, n, t, h * R + r, seen & first_block, one, 1, b_den)
-                store(o, n, t, h * R + r, seen, dv, V, b_o)
+                    store(den, (n, rows[1], rows[2] & first_block), h * R + r, one, 1, b_den)
+                store(o, rows, h * R + r, dv, V, b_o)
         if DECAY > 0:
-            S = through(S, G, n, h, start, end, gates, KG, C)
+            S = through(S, gates, KG, C)
             if p_decay is not None:
-                g += load_last(G, n, h, start, end, gates, KG, C)
-        S += write_state(b_k, x, G, n, h, start, end, gates, KG, False, True, DECAY, DOT, ACC)
+                g += load_last(gates, KG, C)
+        S += write_state(b_k, x, gates, KG, False, True, DECAY, DOT, ACC)
         if EPS is not None:
             if DECAY > 0:
-                z *= tl.exp(load_last(G, n, h, start, end, gates, KG, C))
+                z *= tl.exp(load_last(gates, KG, C))
             ones = tl.full([C, 1], 1.0, ACC)
-            z += write_sum(b_k, ones, G, n, h, start, end, gates, KG, False, True, DECAY, ACC)
+            z += write_sum(b_k, ones, gates, KG, False, True, DECAY, ACC)
     if p_S is not None:
         tl.store(state_at(p_S, s * H + h, dk, dv, K, V), S, mask=inside)
     if p_z is not None:
         tl.store(row_at(p_z, s * H + h, dk, K), z, mask=z_inside & first_block)
     if p_decay is not None:
-        at = p_decay + (s * H + h) * KG + gates[None, :]
-        tl.store(at, tl.exp(g), mask=(gates[None, :] < KG) & first_block)
+        at = p_decay + (s * H + h) * KG + channels[None, :]
+        tl.store(at, tl.exp(g), mask=(channels[None, :] < KG) & first_block)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -290,21 +292,21 @@ def denominator_back_kernel(
     ACC: tl.constexpr,
 ):
     """Gradients of the denominators. A program BT tokens of a batch row and reader."""
-    n, t, h, seen = rows_of(T, HO, BT)
+    rows, h = tokens_of(T, HO, BT)
     one = tl.arange(0, 1)
     total = tl.zeros([BT, 1], ACC)
     for part in range(tl.cdiv(V, BV)):
         d = part * BV + tl.arange(0, BV)
-        total += tl.sum(load(do, n, t, h, seen, d, V).to(ACC) * load(o, n, t, h, seen, d, V).to(ACC), 1)[:, None]
-    store(dden, n, t, h, seen, one, 1, -total * reciprocal(load(den, n, t, h, seen, one, 1)))
+        total += tl.sum(load(do, rows, h, d, V).to(ACC) * load(o, rows, h, d, V).to(ACC), 1)[:, None]
+    store(dden, rows, h, one, 1, -total * reciprocal(load(den, rows, h, one, 1)))
 
 
 @triton.jit
-def load_divided(do, den, n, t, h, seen, d, V: tl.constexpr, ACC: tl.constexpr):
+def load_divided(do, den, rows, h, d, V: tl.constexpr, ACC: tl.constexpr):
     """The gradient of what the denominators, if there are any, divide: [C, len(d)]."""
-    x = load(do, n, t, h, seen, d, V)
+    x = load(do, rows, h, d, V)
     if den is not None:
-        x = x.to(ACC) * reciprocal(load(den, n, t, h, seen, tl.arange(0, 1), 1))
+        x = x.to(ACC) * reciprocal(load(den, rows, h, tl.arange(0, 1), 1))
     return x
 
 
@@ -363,7 +365,7 @@ def walk_back_kernel(
     i = tl.arange(0, C)
     one = tl.arange(0, 1)
     KG: tl.constexpr = K if DECAY == 2 else 1
-    gates = dk if DECAY == 2 else one
+    channels = dk if DECAY == 2 else one
     dS = load_state(p_dS, s * H + h, dk, cols, K, V, ACC)
     dz = load_sum(p_dz, s * H + h, dk, K, ACC)
     z_inside = (dk < K)[None, :]
@@ -372,47 +374,47 @@ def walk_back_kernel(
     for step in tl.range(chunks, disable_licm=True):
         c = chunks - 1 - step
         start = first + c * C
-        t = start + i
-        seen = t < end
-        b_k = features(k, None, n, t, h // GK, seen, dk, K, D, MAP, NORM, 1.0, ACC)
+        rows = rows_from(n, start, end, C)
+        gates = (G, n, h, start, end, channels)
+        b_k = features(k, None, rows, h // GK, dk, K, D, MAP, NORM, 1.0, ACC)
         if p_ends is not None:
             at = state_at(p_ends, kept_at(p_slots, n, c0 + c, NC, APART) * H + h, dk, cols, K, V)
             last = ((c0 + c) % APART == APART - 1) | (step == 0)
             tl.store(at, dS.to(p_ends.dtype.element_ty), mask=inside & last)
-        b_dR = read_state(b_k, dS, G, n, h, start, end, gates, KG, False, True, DECAY, DOT, ACC)
+        b_dR = read_state(b_k, dS, gates, KG, False, True, DECAY, DOT, ACC)
         if DECAY > 0:
-            dS = through(dS, G, n, h, start, end, gates, KG, C)
+            dS = through(dS, gates, KG, C)
         if p_z_ends is not None:
             at = row_at(p_z_ends, kept_at(p_slots, n, c0 + c, NC, 1) * H + h, dk, K)
             tl.store(at, dz, mask=z_inside & first_block)
         if DECAY > 0:
             if p_z_ends is not None or p_dz0 is not None:
-                dz *= tl.exp(load_last(G, n, h, start, end, gates, KG, C))
+                dz *= tl.exp(load_last(gates, KG, C))
         if do is not None:
             for r in range(R):
-                b_q = features(q, None, n, t, (h * R + r) // GQ, seen, dk, K, D, MAP, NORM, SCALE, ACC)
-                b_do = load_divided(do, den, n, t, h * R + r, seen, cols, V, ACC)
+                b_q = features(q, None, rows, (h * R + r) // GQ, dk, K, D, MAP, NORM, SCALE, ACC)
+                b_do = load_divided(do, den, rows, h * R + r, cols, V, ACC)
                 if den is not None:
-                    b_dden = load(dden, n, t, h * R + r, seen, one, 1)
-                    dz += write_sum(b_q, b_dden, G, n, h, start, end, gates, KG, LAG, False, DECAY, ACC)
+                    b_dden = load(dden, rows, h * R + r, one, 1)
+                    dz += write_sum(b_q, b_dden, gates, KG, LAG, False, DECAY, ACC)
                 if P is not None:
-                    b_P = load(P, n, t, h * R + r, seen, i, C)
+                    b_P = load(P, rows, h * R + r, i, C)
                 else:
-                    b_P = products(b_q, b_k, G, n, h, start, end, dk, K, not LAG, LAG, DECAY, DOT, ACC)
+                    b_P = products(b_q, b_k, gates, KG, not LAG, LAG, DECAY, DOT, ACC)
                 b_dR += dot(tl.trans(b_P), b_do, DOT, ACC)
-                dS += write_state(b_q, b_do, G, n, h, start, end, gates, KG, LAG, False, DECAY, DOT, ACC)
+                dS += write_state(b_q, b_do, gates, KG, LAG, False, DECAY, DOT, ACC)
         if e is not None:
-            b_dR = dot(tl.trans(load(I, n, t, h, seen, i, C)), b_dR, DOT, ACC)
-            b_e = load(e, n, t, h, seen, one, 1).to(ACC)
-            dS -= write_state(b_k, b_e * b_dR, G, n, h, start, end, gates, KG, False, False, DECAY, DOT, ACC)
+            b_dR = dot(tl.trans(load(I, rows, h, i, C)), b_dR, DOT, ACC)
+            b_e = load(e, rows, h, one, 1).to(ACC)
+            dS -= write_state(b_k, b_e * b_dR, gates, KG, False, False, DECAY, DOT, ACC)
             if dR is not None:
-                store(dR, n, t, h, seen, cols, V, b_dR)
+                store(dR, rows, h, cols, V, b_dR)
         if dw is not None:
-            b_v = load(v, n, t, h // GV, seen, cols, V).to(ACC)
-            store(dw, n, t, h, seen, block + one, (V + BV - 1) // BV, tl.sum(b_v * b_dR, 1)[:, None])
-            b_dR *= load(w, n, t, h, seen, one, 1).to(ACC)
+            b_v = load(v, rows, h // GV, cols, V).to(ACC)
+            store(dw, rows, h, block + one, (V + BV - 1) // BV, tl.sum(b_v * b_dR, 1)[:, None])
+            b_dR *= load(w, rows, h, one, 1).to(ACC)
         if dv is not None:
-            store(dv, n, t, h, seen, cols, V, b_dR)
+            store(dv, rows, h, cols, V, b_dR)
     if p_dS0 is not None:
         tl.store(state_at(p_dS0, s * H + h, dk, cols, K, V), dS, mask=inside)
     if p_dz0 is not None:
@@ -420,14 +422,14 @@ def walk_back_kernel(
 
 
 @triton.jit
-def load_written(v, w, X, n, t, h, seen, d, V: tl.constexpr, GV: tl.constexpr, ACC: tl.constexpr):
+def load_written(v, w, X, rows, h, d, V: tl.constexpr, GV: tl.constexpr, ACC: tl.constexpr):
     """X [C, len(d)], what the tokens write: kept by the walk where something is erased, else w ⊙ v."""
     if X is not None:
-        x = load(X, n, t, h, seen, d, V)
+        x = load(X, rows, h, d, V)
     else:
-        x = load(v, n, t, h // GV, seen, d, V)
+        x = load(v, rows, h // GV, d, V)
         if w is not None:
-            x = x.to(ACC) * load(w, n, t, h, seen, tl.arange(0, 1), 1).to(ACC)
+            x = x.to(ACC) * load(w, rows, h, tl.arange(0, 1), 1).to(ACC)
     return x
 
 
@@ -447,7 +449,7 @@ def start_of(
     first,
     end,
     d,
-    gates,
+    channels,
     cols,
     NC,
     H: tl.constexpr,
@@ -470,13 +472,13 @@ def start_of(
     if APART > 1:
         for step in range((c % APART).to(tl.int32)):
             start = first + (c // APART * APART + step) * C
-            t = start + tl.arange(0, C)
-            seen = t < end
-            b_k = features(k, k_norms, n, t, h // GK, seen, d, K, D, MAP, NORM, 1.0, ACC)
-            x = load_written(v, w, X, n, t, h, seen, cols, V, GV, ACC)
+            rows = rows_from(n, start, end, C)
+            gates = (G, n, h, start, end, channels)
+            b_k = features(k, k_norms, rows, h // GK, d, K, D, MAP, NORM, 1.0, ACC)
+            x = load_written(v, w, X, rows, h, cols, V, GV, ACC)
             if DECAY > 0:
-                S = through(S, G, n, h, start, end, gates, KG, C)
-            S += write_state(b_k, x, G, n, h, start, end, gates, KG, False, True, DECAY, DOT, ACC)
+                S = through(S, gates, KG, C)
+            S += write_state(b_k, x, gates, KG, False, True, DECAY, DOT, ACC)
     return S
 
 
@@ -499,7 +501,7 @@ def end_of(
     first,
     end,
     d,
-    gates,
+    channels,
     cols,
     NC,
     H: tl.constexpr,
@@ -526,20 +528,20 @@ def end_of(
         last = tl.minimum(c // APART * APART + APART, tl.cdiv(end - first, C)) - 1
         for step in range(tl.maximum(last - c, 0).to(tl.int32)):
             start = first + (last - step) * C
-            t = start + tl.arange(0, C)
-            seen = t < end
+            rows = rows_from(n, start, end, C)
+            gates = (G, n, h, start, end, channels)
             if DECAY > 0:
-                dS = through(dS, G, n, h, start, end, gates, KG, C)
+                dS = through(dS, gates, KG, C)
             if do is not None:
                 for r in range(R):
-                    b_q = features(q, q_norms, n, t, (h * R + r) // GQ, seen, d, K, D, MAP, NORM, SCALE, ACC)
-                    b_do = load_divided(do, den, n, t, h * R + r, seen, cols, V, ACC)
-                    dS += write_state(b_q, b_do, G, n, h, start, end, gates, KG, LAG, False, DECAY, DOT, ACC)
+                    b_q = features(q, q_norms, rows, (h * R + r) // GQ, d, K, D, MAP, NORM, SCALE, ACC)
+                    b_do = load_divided(do, den, rows, h * R + r, cols, V, ACC)
+                    dS += write_state(b_q, b_do, gates, KG, LAG, False, DECAY, DOT, ACC)
             if e is not None:
-                b_k = features(k, k_norms, n, t, h // GK, seen, d, K, D, MAP, NORM, 1.0, ACC)
-                b_e = load(e, n, t, h, seen, tl.arange(0, 1), 1).to(ACC)
-                b_dR = load(dR, n, t, h, seen, cols, V).to(ACC)
-                dS -= write_state(b_k, b_e * b_dR, G, n, h, start, end, gates, KG, False, False, DECAY, DOT, ACC)
+                b_k = features(k, k_norms, rows, h // GK, d, K, D, MAP, NORM, 1.0, ACC)
+                b_e = load(e, rows, h, tl.arange(0, 1), 1).to(ACC)
+                b_dR = load(dR, rows, h, cols, V).to(ACC)
+                dS -= write_state(b_k, b_e * b_dR, gates, KG, False, False, DECAY, DOT, ACC)
     return dS
 
 
@@ -610,13 +612,13 @@ def gradients_kernel(
     first, length = span(p_cu, n, T)
     end = first + length
     start = first + c * C
-    t = start + tl.arange(0, C)
-    seen = t < end
+    rows = rows_from(n, start, end, C)
     one = tl.arange(0, 1)
     d = block * BK + tl.arange(0, BK)
     KG: tl.constexpr = K if DECAY == 2 else 1
-    gates = d if DECAY == 2 else one
-    b_k = features(k, k_norms, n, t, h // GK, seen, d, K, D, MAP, NORM, 1.0, ACC).to(ACC)
+    channels = d if DECAY == 2 else one
+    gates = (G, n, h, start, end, channels)
+    b_k = features(k, k_norms, rows, h // GK, d, K, D, MAP, NORM, 1.0, ACC).to(ACC)
 
     # Writers to the state after the chunk, erasers from the state before it.
     b_dk = tl.zeros([C, BK], ACC)
@@ -626,19 +628,19 @@ def gradients_kernel(
     for part in range(tl.cdiv(V, BV)):
         cols = part * BV + tl.arange(0, BV)
         dS = end_of(
-            p_ends, p_slots, q, k, q_norms, k_norms, G, e, do, den, dR, n, c, h, first, end, d, gates, cols, NC,
+            p_ends, p_slots, q, k, q_norms, k_norms, G, e, do, den, dR, n, c, h, first, end, d, channels, cols, NC,
             H, GK, GQ, R, K, V, D, MAP, NORM, SCALE, C, APART, DECAY, LAG, DOT, ACC,
         )  # fmt: skip
-        x = load_written(v, w, X, n, t, h, seen, cols, V, GV, ACC)
+        x = load_written(v, w, X, rows, h, cols, V, GV, ACC)
         b_dk += dot(x, tl.trans(dS), DOT, ACC)
         if DECAY > 0 or e is not None:
             S = start_of(
-                p_starts, p_slots, k, k_norms, v, w, X, G, n, c, h, first, end, d, gates, cols, NC,
+                p_starts, p_slots, k, k_norms, v, w, X, G, n, c, h, first, end, d, channels, cols, NC,
                 H, GK, GV, K, V, D, MAP, NORM, C, APART, DECAY, DOT, ACC,
             )  # fmt: skip
             kept += tl.sum(S * dS, 1)[None, :]
             if e is not None:
-                b_dR = load(dR, n, t, h, seen, cols, V)
+                b_dR = load(dR, rows, h, cols, V)
                 b_dek -= dot(b_dR, tl.trans(S), DOT, ACC)
                 dA -= dot(b_dR, tl.trans(x), DOT, ACC)
     if p_z_ends is not None:
@@ -648,63 +650,59 @@ def gradients_kernel(
         b_dk += dz
         kept += z * dz
     if DECAY > 0:
-        b_dk = to_end(b_dk, G, n, h, start, end, gates, KG)
+        b_dk = to_end(b_dk, gates, KG)
         # dG, and what the gates get beside its sum over the later tokens: all of what reaches the chunk's end
         b_dG = -per_gate(b_k * b_dk, DECAY)
-        b_dg = per_gate(kept * tl.exp(load_last(G, n, h, start, end, gates, KG, C)), DECAY)
+        b_dg = per_gate(kept * tl.exp(load_last(gates, KG, C)), DECAY)
         b_dg += tl.zeros_like(b_dG) - tl.sum(b_dG, 0)[None, :]
 
     if e is not None:
-        b_e = load(e, n, t, h, seen, one, 1).to(ACC)
-        d_eraser, d_writer, dG, _ = product_gradients(
-            dA, b_e * b_k, b_k, G, n, h, start, end, d, K, False, False, DECAY, DOT, ACC
-        )
+        b_e = load(e, rows, h, one, 1).to(ACC)
+        d_eraser, d_writer, dG, _ = product_gradients(dA, b_e * b_k, b_k, gates, KG, False, False, DECAY, DOT, ACC)
         if DECAY > 0:
-            b_dek = from_start(b_dek, G, n, h, start, end, gates, KG, False)
+            b_dek = from_start(b_dek, gates, KG, False)
             b_dG += per_gate(b_e * b_k * b_dek, DECAY) + dG
         b_dek += d_eraser
         b_dk += d_writer + b_e * b_dek
-        store(de, n, t, h, seen, block + one, NK, tl.sum(b_k * b_dek, 1)[:, None])
+        store(de, rows, h, block + one, NK, tl.sum(b_k * b_dek, 1)[:, None])
 
     if do is not None:
         for r in range(R):
-            b_q = features(q, q_norms, n, t, (h * R + r) // GQ, seen, d, K, D, MAP, NORM, SCALE, ACC).to(ACC)
+            b_q = features(q, q_norms, rows, (h * R + r) // GQ, d, K, D, MAP, NORM, SCALE, ACC).to(ACC)
             b_dq = tl.zeros([C, BK], ACC)
             dP = tl.zeros([C, C], ACC)
             for part in range(tl.cdiv(V, BV)):
                 cols = part * BV + tl.arange(0, BV)
                 S = start_of(
-                    p_starts, p_slots, k, k_norms, v, w, X, G, n, c, h, first, end, d, gates, cols, NC,
+                    p_starts, p_slots, k, k_norms, v, w, X, G, n, c, h, first, end, d, channels, cols, NC,
                     H, GK, GV, K, V, D, MAP, NORM, C, APART, DECAY, DOT, ACC,
                 )  # fmt: skip
-                x = load_written(v, w, X, n, t, h, seen, cols, V, GV, ACC)
-                b_do = load_divided(do, den, n, t, h * R + r, seen, cols, V, ACC)
+                x = load_written(v, w, X, rows, h, cols, V, GV, ACC)
+                b_do = load_divided(do, den, rows, h * R + r, cols, V, ACC)
                 b_dq += dot(b_do, tl.trans(S), DOT, ACC)
                 dP += dot(b_do, tl.trans(x), DOT, ACC)
             if den is not None:
-                b_dden = load(dden, n, t, h * R + r, seen, one, 1)
+                b_dden = load(dden, rows, h * R + r, one, 1)
                 b_dq += b_dden * z
                 dP += b_dden
-            d_reader, d_writer, dG, lagging = product_gradients(
-                dP, b_q, b_k, G, n, h, start, end, d, K, not LAG, LAG, DECAY, DOT, ACC
-            )
+            d_reader, d_writer, dG, lagging = product_gradients(dP, b_q, b_k, gates, KG, not LAG, LAG, DECAY, DOT, ACC)
             b_dk += d_writer
             if DECAY > 0:
-                b_dq = from_start(b_dq, G, n, h, start, end, gates, KG, LAG)
+                b_dq = from_start(b_dq, gates, KG, LAG)
                 border = b_q * b_dq
                 b_dG += per_gate(border, DECAY) + dG
                 if LAG:  # a reader is one gate behind its token
                     b_dg -= per_gate(border, DECAY) + lagging
             b_dq += d_reader
             if MAP < 4 and NORM == 0:
-                b_dq *= slope(q, n, t, (h * R + r) // GQ, seen, d, D, MAP, ACC) * SCALE
-            store(dq, n, t, h * R + r, seen, d, K, b_dq)
+                b_dq *= slope(q, rows, (h * R + r) // GQ, d, D, MAP, ACC) * SCALE
+            store(dq, rows, h * R + r, d, K, b_dq)
     if MAP < 4 and NORM == 0:
-        b_dk *= slope(k, n, t, h // GK, seen, d, D, MAP, ACC)
-    store(dk, n, t, h, seen, d, K, b_dk)
+        b_dk *= slope(k, rows, h // GK, d, D, MAP, ACC)
+    store(dk, rows, h, d, K, b_dk)
     if DECAY > 0:
         b_dg += tl.cumsum(b_dG, 0, reverse=True)
         if DECAY == 2:
-            store(dg, n, t, h, seen, d, K, b_dg)
+            store(dg, rows, h, d, K, b_dg)
         else:
-            store(dg, n, t, h, seen, block + one, NK, b_dg)
+            store(dg, rows, h, block + one, NK, b_dg)

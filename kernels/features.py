@@ -8,27 +8,27 @@ for relu, 2 for elu + 1, 3 for exp and 4 for DPFP, whose feature 2D(i − 1) + j
 import triton
 import triton.language as tl
 
-from .tiles import load, reciprocal, store
+from .tiles import load, reciprocal, rows_from, store
 
 
 @triton.jit
-def rectified(x, n, t, h, seen, j, D: tl.constexpr, ACC: tl.constexpr):
+def rectified(x, rows, h, j, D: tl.constexpr, ACC: tl.constexpr):
     """r_j of relu([x, −x]) [2D], j taken modulo 2D: [C, len(j)]."""
     j = (j % (2 * D) + 2 * D) % (2 * D)
-    b = load(x, n, t, h, seen, j % D, D).to(ACC)
+    b = load(x, rows, h, j % D, D).to(ACC)
     b = tl.where(j[None, :] < D, b, -b)
     return tl.where(b < 0, 0.0, b)
 
 
 @triton.jit
-def mapped(x, n, t, h, seen, f, K: tl.constexpr, D: tl.constexpr, MAP: tl.constexpr, ACC: tl.constexpr):
-    """Features f of φ(x) in ACC, 0 where not seen and beyond K: [C, len(f)]."""
+def mapped(x, rows, h, f, K: tl.constexpr, D: tl.constexpr, MAP: tl.constexpr, ACC: tl.constexpr):
+    """Features f of φ(x) in ACC, 0 where there is no token and beyond K: [C, len(f)]."""
     if MAP == 4:
         f = tl.where(f < K, f, K)  # what lies beyond is 0 below
-        b = rectified(x, n, t, h, seen, f, D, ACC)
-        b *= rectified(x, n, t, h, seen, f % (2 * D) - f // (2 * D) - 1, D, ACC)
+        b = rectified(x, rows, h, f, D, ACC)
+        b *= rectified(x, rows, h, f % (2 * D) - f // (2 * D) - 1, D, ACC)
     else:
-        b = load(x, n, t, h, seen, f, K).to(ACC)
+        b = load(x, rows, h, f, K).to(ACC)
         if MAP == 1:
             b = tl.where(b < 0, 0.0, b)
         if MAP == 2:
@@ -36,7 +36,7 @@ def mapped(x, n, t, h, seen, f, K: tl.constexpr, D: tl.constexpr, MAP: tl.conste
         if MAP == 3:
             b = tl.exp(b)
     if MAP > 1:
-        b = tl.where(seen[:, None] & (f[None, :] < K), b, 0.0)
+        b = tl.where(rows[2][:, None] & (f[None, :] < K), b, 0.0)
     return b
 
 
@@ -62,10 +62,8 @@ def factor_of(total, NORM: tl.constexpr):
 def features(
     x,
     norms,  # [B, T, H, 1], what the norm multiplies by; None if f holds all features
-    n,
-    t,
+    rows,
     h,
-    seen,
     f,
     K: tl.constexpr,
     D: tl.constexpr,
@@ -74,22 +72,22 @@ def features(
     SCALE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Features f of what x becomes [C, len(f)], in its dtype, 0 where not seen and beyond K."""
+    """Features f of what x becomes [C, len(f)], in its dtype, 0 where there is no token and beyond K."""
     if MAP == 0 and NORM == 0 and SCALE == 1:
-        return load(x, n, t, h, seen, f, K)
+        return load(x, rows, h, f, K)
     else:
-        b = mapped(x, n, t, h, seen, f, K, D, MAP, ACC)
+        b = mapped(x, rows, h, f, K, D, MAP, ACC)
         if norms is not None:
-            b *= load(norms, n, t, h, seen, tl.arange(0, 1), 1)
+            b *= load(norms, rows, h, tl.arange(0, 1), 1)
         elif NORM > 0:
             b *= factor_of(sum_for(b, NORM), NORM)
         return (b * SCALE).to(x[0].dtype.element_ty)
 
 
 @triton.jit
-def slope(x, n, t, h, seen, f, D: tl.constexpr, MAP: tl.constexpr, ACC: tl.constexpr):
+def slope(x, rows, h, f, D: tl.constexpr, MAP: tl.constexpr, ACC: tl.constexpr):
     """φ' of a map that takes each feature alone: [C, len(f)]."""
-    b = load(x, n, t, h, seen, f, D).to(ACC)
+    b = load(x, rows, h, f, D).to(ACC)
     if MAP == 0:
         b = tl.full(b.shape, 1.0, ACC)
     if MAP == 1:
@@ -116,30 +114,27 @@ def norms_kernel(
     ACC: tl.constexpr,
 ):
     """What the norm multiplies the features of each row by. A program BT tokens of a batch row and head."""
-    n, t, h, seen = rows_of(T, H, BT)
+    rows, h = tokens_of(T, H, BT)
     total = tl.zeros([BT, 1], ACC)
     for block in range(tl.cdiv(K, BK)):
         f = block * BK + tl.arange(0, BK)
-        total += sum_for(mapped(x, n, t, h, seen, f, K, D, MAP, ACC), NORM)
-    store(norms, n, t, h, seen, tl.arange(0, 1), 1, factor_of(total, NORM))
+        total += sum_for(mapped(x, rows, h, f, K, D, MAP, ACC), NORM)
+    store(norms, rows, h, tl.arange(0, 1), 1, factor_of(total, NORM))
 
 
 @triton.jit
-def rows_of(T, H: tl.constexpr, BT: tl.constexpr):
-    """Batch row, tokens, head and which tokens there are, of a program that takes BT tokens."""
+def tokens_of(T, H: tl.constexpr, BT: tl.constexpr):
+    """Rows and head of a program that takes BT tokens."""
     blocks = tl.cdiv(T, BT)
     pid = tl.program_id(0).to(tl.int64)
-    t = pid % blocks * BT + tl.arange(0, BT)
-    return pid // blocks // H, t, pid // blocks % H, t < T
+    return rows_from(pid // blocks // H, pid % blocks * BT, T, BT), pid // blocks % H
 
 
 @triton.jit
 def summed(
     dy,
-    n,
-    t,
+    rows,
     h,
-    seen,
     f,
     SHARE: tl.constexpr,
     K: tl.constexpr,
@@ -147,9 +142,9 @@ def summed(
     ACC: tl.constexpr,
 ):
     """Gradients of features f before they were scaled, summed over the SHARE heads that share head h: [C, len(f)]."""
-    total = tl.zeros([t.shape[0], f.shape[0]], ACC)
+    total = tl.zeros([rows[1].shape[0], f.shape[0]], ACC)
     for s in range(SHARE):
-        total += load(dy, n, t, h * SHARE + s, seen, f, K)
+        total += load(dy, rows, h * SHARE + s, f, K)
     return total * SCALE
 
 
@@ -183,35 +178,35 @@ def features_back_kernel(
     ACC: tl.constexpr,
 ):
     """Gradient of x from that of its features. A program BT tokens of a batch row and head."""
-    n, t, h, seen = rows_of(T, H, BT)
+    rows, h = tokens_of(T, H, BT)
     along = tl.zeros([BT, 1], ACC)
     factor = along
     if NORM > 0:
-        factor = load(norms, n, t, h, seen, tl.arange(0, 1), 1)
+        factor = load(norms, rows, h, tl.arange(0, 1), 1)
         for block in range(tl.cdiv(K, BK)):
             f = block * BK + tl.arange(0, BK)
-            b = mapped(x, n, t, h, seen, f, K, D, MAP, ACC)
-            along += tl.sum(b * summed(dy, n, t, h, seen, f, SHARE, K, SCALE, ACC), 1)[:, None]
+            b = mapped(x, rows, h, f, K, D, MAP, ACC)
+            along += tl.sum(b * summed(dy, rows, h, f, SHARE, K, SCALE, ACC), 1)[:, None]
         along *= factor
     for block in range(tl.cdiv(D, BK)):
         d = block * BK + tl.arange(0, BK)
         if MAP < 4:
-            b_dx = summed(dy, n, t, h, seen, d, SHARE, K, SCALE, ACC)
-            b_dx = before_norm(b_dx, mapped(x, n, t, h, seen, d, K, D, MAP, ACC), along, factor, NORM)
-            b_dx *= slope(x, n, t, h, seen, d, D, MAP, ACC)
+            b_dx = summed(dy, rows, h, d, SHARE, K, SCALE, ACC)
+            b_dx = before_norm(b_dx, mapped(x, rows, h, d, K, D, MAP, ACC), along, factor, NORM)
+            b_dx *= slope(x, rows, h, d, D, MAP, ACC)
         else:
             b_dx = tl.zeros([BT, BK], ACC)
             for half in range(2):
                 # r_j is in the features that begin with it, r_j r_{j−i}, and in those that end with it, r_{j+i} r_j
                 j = tl.where(d < D, d, 0) + half * D
-                own = rectified(x, n, t, h, seen, j, D, ACC)
+                own = rectified(x, rows, h, j, D, ACC)
                 b_dr = tl.zeros([BT, BK], ACC)
                 for i in range(1, K // (2 * D) + 1):
-                    other = rectified(x, n, t, h, seen, j - i, D, ACC)
-                    b_dy = summed(dy, n, t, h, seen, (i - 1) * 2 * D + j, SHARE, K, SCALE, ACC)
+                    other = rectified(x, rows, h, j - i, D, ACC)
+                    b_dy = summed(dy, rows, h, (i - 1) * 2 * D + j, SHARE, K, SCALE, ACC)
                     b_dr += other * before_norm(b_dy, own * other, along, factor, NORM)
-                    other = rectified(x, n, t, h, seen, j + i, D, ACC)
-                    b_dy = summed(dy, n, t, h, seen, (i - 1) * 2 * D + (j + i) % (2 * D), SHARE, K, SCALE, ACC)
+                    other = rectified(x, rows, h, j + i, D, ACC)
+                    b_dy = summed(dy, rows, h, (i - 1) * 2 * D + (j + i) % (2 * D), SHARE, K, SCALE, ACC)
                     b_dr += other * before_norm(b_dy, own * other, along, factor, NORM)
                 b_dx += tl.where(own > 0, b_dr, 0.0) * (1 - 2 * half)
-        store(dx, n, t, h, seen, d, D, b_dx)
+        store(dx, rows, h, d, D, b_dx)

@@ -32,7 +32,7 @@ def token_features(
 ):
     """`features` of row t alone, all of them, in ACC: [len(f)]."""
     row = tl.arange(0, 1)
-    return tl.sum(features(x, None, n, t + row, h, row == 0, f, K, D, MAP, NORM, SCALE, ACC).to(ACC), 0)
+    return tl.sum(features(x, None, (n, t + row, row == 0), h, f, K, D, MAP, NORM, SCALE, ACC).to(ACC), 0)
 
 
 @triton.jit

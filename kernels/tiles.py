@@ -1,9 +1,9 @@
 """The device functions that the kernels are made of.
 
 Letters: C tokens in a chunk, K key and V value features. A tensor [B, T, H, D] with neighbouring features travels as a
-tuple (pointer, stride of B, of T, of H), one number a head as D = 1. DECAY is 0 without decay, 1 for one a head
-(tiles [C, 1]), 2 for one a key channel (tiles [C, K]). DOT is the dtype in which matrix products take their operands,
-ACC that of everything else.
+tuple (pointer, stride of B, of T, of H), one number a head as D = 1; the tokens of a chunk as `rows`, its decays as
+`gates`. DECAY is 0 without decay, 1 for one a head (tiles [C, 1]), 2 for one a key channel (tiles [C, K]), KG then 1 or
+K. DOT is the dtype in which matrix products take their operands, ACC that of everything else.
 
 Gates are summed within chunks, from a floor whose exponential is 0 (an exact reset, −inf too), and every exponent is
 ≤ 0: so nothing overflows, and a gate of −1e4 costs the decays after it few digits.
@@ -19,15 +19,24 @@ def log2(n):
 
 
 @triton.jit
-def load(x, n, t, h, seen, d, D: tl.constexpr):
-    """Rows t [C], features d of head h: [C, len(d)] in the tensor's dtype, 0 where not seen [C] and beyond D."""
+def rows_from(n, start, end, C: tl.constexpr):
+    """Rows: batch row, C tokens from `start`, and which of them there are [C]."""
+    t = start + tl.arange(0, C)
+    return n, t, t < end
+
+
+@triton.jit
+def load(x, rows, h, d, D: tl.constexpr):
+    """Features d of head h: [C, len(d)] in the tensor's dtype, 0 where there is no token and beyond D."""
+    n, t, seen = rows
     at = x[0] + n * x[1] + t[:, None] * x[2] + h * x[3] + d[None, :]
     return tl.load(at, mask=seen[:, None] & (d[None, :] < D), other=0.0)
 
 
 @triton.jit
-def store(x, n, t, h, seen, d, D: tl.constexpr, value):
+def store(x, rows, h, d, D: tl.constexpr, value):
     """The reverse of `load`."""
+    n, t, seen = rows
     at = x[0] + n * x[1] + t[:, None] * x[2] + h * x[3] + d[None, :]
     tl.store(at, value.to(x[0].dtype.element_ty), mask=seen[:, None] & (d[None, :] < D))
 
@@ -133,62 +142,60 @@ def dot(a, b, DOT: tl.constexpr, ACC: tl.constexpr):
     return tl.dot(a.to(DOT), b.to(DOT), input_precision="ieee", out_dtype=ACC)
 
 
-# Decays. G [B, T, H, D] is the running sum of the gates from the start of a token's chunk. Rows
-# beyond the sequence's end repeat its last one, so that no exponent is ever positive.
+# Decays. `gates` is a tuple (G, n, h, start, end, d): G [B, T, H, KG] is the running sum of the gates from the start of
+# a token's chunk, here the one that starts at `start`, and d are the features of G that are wanted. Rows beyond the
+# sequence's end repeat its last one, so that no exponent is ever positive.
 
 
 @triton.jit
-def load_sums(G, n, h, start, end, i, d, D: tl.constexpr, LAG: tl.constexpr):
-    """G of tokens start + i of the chunk that starts at `start`; with LAG of the tokens before them, 0 at the start."""
-    row = tl.minimum(start + i - LAG, end - 1)
-    return load(G, n, row, h, row >= start, d, D)
+def load_sums(gates, i, KG: tl.constexpr, LAG: tl.constexpr):
+    """G of tokens start + i of the chunk; with LAG of the tokens before them, 0 at the start."""
+    G, n, h, start, end, d = gates
+    t = tl.minimum(start + i - LAG, end - 1)
+    return load(G, (n, t, t >= start), h, d, KG)
 
 
 @triton.jit
-def load_last(G, n, h, start, end, d, D: tl.constexpr, C: tl.constexpr):
-    """G of the chunk's last token, [1, D]."""
-    return load_sums(G, n, h, start, end, C - 1 + tl.arange(0, 1), d, D, False)
+def load_last(gates, KG: tl.constexpr, C: tl.constexpr):
+    """G of the chunk's last token, [1, ·]."""
+    return load_sums(gates, C - 1 + tl.arange(0, 1), KG, False)
 
 
 @triton.jit
-def from_start(x, G, n, h, start, end, d, D: tl.constexpr, LAG: tl.constexpr):
+def from_start(x, gates, KG: tl.constexpr, LAG: tl.constexpr):
     """x [C, ·] decayed from the chunk's start to each token."""
-    return x.to(G[0].dtype.element_ty) * tl.exp(load_sums(G, n, h, start, end, tl.arange(0, x.shape[0]), d, D, LAG))
+    x = x.to(gates[0][0].dtype.element_ty)
+    return x * tl.exp(load_sums(gates, tl.arange(0, x.shape[0]), KG, LAG))
 
 
 @triton.jit
-def to_end(x, G, n, h, start, end, d, D: tl.constexpr):
+def to_end(x, gates, KG: tl.constexpr):
     """x [C, ·] decayed from each token to the chunk's end."""
-    last = load_last(G, n, h, start, end, d, D, x.shape[0])
-    return x.to(last.dtype) * tl.exp(last - load_sums(G, n, h, start, end, tl.arange(0, x.shape[0]), d, D, False))
+    last = load_last(gates, KG, x.shape[0])
+    return x.to(last.dtype) * tl.exp(last - load_sums(gates, tl.arange(0, x.shape[0]), KG, False))
 
 
 @triton.jit
-def through(S, G, n, h, start, end, d, D: tl.constexpr, C: tl.constexpr):
+def through(S, gates, KG: tl.constexpr, C: tl.constexpr):
     """S [K, ·] decayed from the chunk's start to its end."""
-    return S * tl.trans(tl.exp(load_last(G, n, h, start, end, d, D, C)))
+    return S * tl.trans(tl.exp(load_last(gates, KG, C)))
 
 
 @triton.jit
-def decayed(x, G, n, h, start, end, d, D: tl.constexpr, LAG: tl.constexpr, END: tl.constexpr):
+def decayed(x, gates, KG: tl.constexpr, LAG: tl.constexpr, END: tl.constexpr):
     """x [C, ·] decayed from the chunk's start to each token, or with END from each token to the chunk's end."""
     if END:
-        return to_end(x, G, n, h, start, end, d, D)
+        return to_end(x, gates, KG)
     else:
-        return from_start(x, G, n, h, start, end, d, D, LAG)
+        return from_start(x, gates, KG, LAG)
 
 
 @triton.jit
 def read_state(
     x,
     S,
-    G,
-    n,
-    h,
-    start,
-    end,
-    d,
-    D: tl.constexpr,
+    gates,
+    KG: tl.constexpr,
     LAG: tl.constexpr,
     END: tl.constexpr,
     DECAY: tl.constexpr,
@@ -197,11 +204,11 @@ def read_state(
 ):
     """decayed(x) S for x [C, K]. One gate a head scales the product's rows, so that x goes into it as it was loaded."""
     if DECAY == 2:
-        y = dot(decayed(x, G, n, h, start, end, d, D, LAG, END), S, DOT, ACC)
+        y = dot(decayed(x, gates, KG, LAG, END), S, DOT, ACC)
     else:
         y = dot(x, S, DOT, ACC)
         if DECAY == 1:
-            y = decayed(y, G, n, h, start, end, d, D, LAG, END)
+            y = decayed(y, gates, KG, LAG, END)
     return y
 
 
@@ -209,13 +216,8 @@ def read_state(
 def write_state(
     x,
     y,
-    G,
-    n,
-    h,
-    start,
-    end,
-    d,
-    D: tl.constexpr,
+    gates,
+    KG: tl.constexpr,
     LAG: tl.constexpr,
     END: tl.constexpr,
     DECAY: tl.constexpr,
@@ -224,9 +226,9 @@ def write_state(
 ):
     """decayed(x)ᵀ y for x [C, K] and y [C, V]. One gate a head scales the rows of y."""
     if DECAY == 2:
-        x = decayed(x, G, n, h, start, end, d, D, LAG, END)
+        x = decayed(x, gates, KG, LAG, END)
     elif DECAY == 1:
-        y = decayed(y, G, n, h, start, end, d, D, LAG, END)
+        y = decayed(y, gates, KG, LAG, END)
     return dot(tl.trans(x), y, DOT, ACC)
 
 
@@ -241,50 +243,25 @@ def row_at(p_z, index, d, K: tl.constexpr):
 
 
 @triton.jit
-def read_sum(
-    x,
-    z,
-    G,
-    n,
-    h,
-    start,
-    end,
-    d,
-    D: tl.constexpr,
-    LAG: tl.constexpr,
-    DECAY: tl.constexpr,
-    ACC: tl.constexpr,
-):
+def read_sum(x, z, gates, KG: tl.constexpr, LAG: tl.constexpr, DECAY: tl.constexpr, ACC: tl.constexpr):
     """`read_state` of z from the chunk's start: [C, 1]."""
     if DECAY == 2:
-        x = from_start(x, G, n, h, start, end, d, D, LAG)
+        x = from_start(x, gates, KG, LAG)
     y = tl.sum(x.to(ACC) * z, 1)[:, None]
     if DECAY == 1:
-        y = from_start(y, G, n, h, start, end, d, D, LAG)
+        y = from_start(y, gates, KG, LAG)
     return y
 
 
 @triton.jit
 def write_sum(
-    x,
-    y,
-    G,
-    n,
-    h,
-    start,
-    end,
-    d,
-    D: tl.constexpr,
-    LAG: tl.constexpr,
-    END: tl.constexpr,
-    DECAY: tl.constexpr,
-    ACC: tl.constexpr,
+    x, y, gates, KG: tl.constexpr, LAG: tl.constexpr, END: tl.constexpr, DECAY: tl.constexpr, ACC: tl.constexpr
 ):
     """`write_state` of y [C, 1] to z: [1, K]."""
     if DECAY == 2:
-        x = decayed(x, G, n, h, start, end, d, D, LAG, END)
+        x = decayed(x, gates, KG, LAG, END)
     elif DECAY == 1:
-        y = decayed(y, G, n, h, start, end, d, D, LAG, END)
+        y = decayed(y, gates, KG, LAG, END)
     return tl.sum(x.to(ACC) * y, 0)[None, :]
 
 
@@ -311,31 +288,30 @@ def visible(C: tl.constexpr, DIAGONAL: tl.constexpr):
 
 
 @triton.jit
-def halves(G, n, h, start, end, d, D: tl.constexpr, half, LAG: tl.constexpr, C: tl.constexpr):
+def halves(gates, KG: tl.constexpr, half, LAG: tl.constexpr, C: tl.constexpr):
     """For blocks of 2 half tokens, the decays since the middle [C, len(d)], 0 in the earlier half, those until the
     middle, 0 in the later half, and which pairs share a block [C, C]."""
     i = tl.arange(0, C)
-    middle = load_sums(G, n, h, start, end, i // (2 * half) * (2 * half) + half - 1, d, D, False)
+    middle = load_sums(gates, i // (2 * half) * (2 * half) + half - 1, KG, False)
     late = ((i // half) % 2 == 1)[:, None]
     # masked before the exponential, where exponents would be positive
-    after = tl.exp(tl.where(late, load_sums(G, n, h, start, end, i, d, D, LAG) - middle, -float("inf")))
-    before = tl.exp(tl.where(late, -float("inf"), middle - load_sums(G, n, h, start, end, i, d, D, False)))
+    after = tl.exp(tl.where(late, load_sums(gates, i, KG, LAG) - middle, -float("inf")))
+    before = tl.exp(tl.where(late, -float("inf"), middle - load_sums(gates, i, KG, False)))
     return after, before, i[:, None] // (2 * half) == i[None, :] // (2 * half)
 
 
 @triton.jit
-def decays_between(G, n, h, start, end, LAG: tl.constexpr, C: tl.constexpr):
+def decays_between(gates, LAG: tl.constexpr, C: tl.constexpr):
     """exp(G_i − G_j) for one gate a head, 1 above the diagonal: [C, C]."""
     i = tl.arange(0, C)
-    one = tl.arange(0, 1)
-    reader = load_sums(G, n, h, start, end, i, one, 1, LAG)
-    writer = load_sums(G, n, h, start, end, i, one, 1, False)
+    reader = load_sums(gates, i, 1, LAG)
+    writer = load_sums(gates, i, 1, False)
     return tl.exp(tl.where(i[:, None] > i[None, :], reader - tl.trans(writer), 0.0))
 
 
 @triton.jit
-def products_between(a, b, G, n, h, start, end, d, D: tl.constexpr, half, LAG: tl.constexpr, DOT: tl.constexpr):
-    after, before, together = halves(G, n, h, start, end, d, D, half, LAG, a.shape[0])
+def products_between(a, b, gates, KG: tl.constexpr, half, LAG: tl.constexpr, DOT: tl.constexpr):
+    after, before, together = halves(gates, KG, half, LAG, a.shape[0])
     return tl.where(together, dot(a * after, tl.trans(b * before), DOT, after.dtype), 0.0)
 
 
@@ -343,34 +319,29 @@ def products_between(a, b, G, n, h, start, end, d, D: tl.constexpr, half, LAG: t
 def products(
     a,
     b,
-    G,
-    n,
-    h,
-    start,
-    end,
-    d,
-    D: tl.constexpr,
+    gates,
+    KG: tl.constexpr,
     DIAGONAL: tl.constexpr,
     LAG: tl.constexpr,
     DECAY: tl.constexpr,
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """M [C, C] for the features d of a and b [C, len(d)], 0 where not visible."""
+    """M [C, C] for some features of a and b [C, ·], 0 where not visible."""
     C: tl.constexpr = a.shape[0]
     if DECAY == 2:
         M = tl.zeros([C, C], ACC)
         a = a.to(ACC)
         b = b.to(ACC)
         for level in tl.range(log2(C), num_stages=1, disable_licm=True):
-            M += products_between(a, b, G, n, h, start, end, d, D, 1 << level, LAG, DOT)
+            M += products_between(a, b, gates, KG, 1 << level, LAG, DOT)
         if DIAGONAL:
             i = tl.arange(0, C)
             M = tl.where(i[:, None] == i[None, :], tl.sum(a * b, 1)[:, None], M)
     else:
         M = dot(a, tl.trans(b), DOT, ACC)
         if DECAY == 1:
-            M *= decays_between(G, n, h, start, end, LAG, C)
+            M *= decays_between(gates, LAG, C)
         M = tl.where(visible(C, DIAGONAL), M, 0.0)
     return M
 
@@ -380,21 +351,16 @@ def product_gradients(
     dM,
     a,
     b,
-    G,
-    n,
-    h,
-    start,
-    end,
-    d,
-    D: tl.constexpr,
+    gates,
+    KG: tl.constexpr,
     DIAGONAL: tl.constexpr,
     LAG: tl.constexpr,
     DECAY: tl.constexpr,
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Gradients of Σ dM ⊙ products(a, b): for a and b [C, len(d)], for G, and with LAG how much of the last is a's:
-    [C, len(d)], or [C, 1] for one gate a head, those features' share.
+    """Gradients of Σ dM ⊙ products(a, b): for a and b [C, ·], for G, and with LAG how much of the last is a's:
+    [C, ·], or [C, 1] for one gate a head, those features' share.
 
     A pair (i, j) adds to that of G_i what it takes from that of G_j, with a and b as the products see them, rounded: so
     in the gradient of a gate, a sum over G, pairs that lie on one side of it cancel to the last digits of ACC.
@@ -407,7 +373,7 @@ def product_gradients(
         db = tl.zeros_like(a)
         dG = tl.zeros_like(a)
         for level in tl.range(log2(C), num_stages=1, disable_licm=True):
-            after, before, together = halves(G, n, h, start, end, d, D, 1 << level, LAG, C)
+            after, before, together = halves(gates, KG, 1 << level, LAG, C)
             near = tl.where(together, dM, 0.0)
             a_seen = (a * after).to(DOT)
             b_seen = (b * before).to(DOT)
@@ -427,7 +393,7 @@ def product_gradients(
         dG = tl.zeros([C, 1], ACC)
         lagging = dG
         if DECAY == 1:
-            dM *= decays_between(G, n, h, start, end, LAG, C)
+            dM *= decays_between(gates, LAG, C)
             pairs = dM * dot(a, tl.trans(b), DOT, ACC)  # before dM is rounded as an operand
             lagging = tl.sum(pairs, 1)[:, None]
             dG = lagging - tl.sum(pairs, 0)[:, None]
