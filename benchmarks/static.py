@@ -23,13 +23,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from fwp.backends.triton import widest
 from fwp.kernels import launch
 
 TABLE = Path(__file__).parent / "results" / "static.csv"
-LIMITS = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB of shared memory a program
+LIMITS = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # KiB of shared memory a program
 # The matrix instructions that a GPU is built for, and those it still takes.
-MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 OLDER = "mma.sync"
+MATRIX = {"sm_80": OLDER, "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "sm_120": OLDER, "gfx942": "v_mfma"}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -49,7 +50,7 @@ class Case(NamedTuple):
 SIZES = [(64, 64), (128, 128), (256, 256), (768, 128)]
 CELLS = [(decay, erase) for decay in (0, 1, 2) for erase in (0, 1)]
 CASES = [Case(*cell, *size) for size in SIZES for cell in CELLS]
-CASES += [Case(*cell, *size, "float32") for size in SIZES[:2] for cell in CELLS]
+CASES += [Case(*cell, *size, "float32") for size in SIZES for cell in CELLS]
 CASES += [
     Case(*cell, *size, feature_map=feature_map, norm=norm, denominator=denominator)
     for cell, size, feature_map, norm, denominator in [
@@ -177,10 +178,12 @@ def rows(target: str, case: Case, only: str | None = None) -> Iterator[dict[str,
 
 
 def cases(target: str) -> list[Case]:
-    """What the backend serves there; for sm_100, whose assembler is slow, only the sizes that matter most."""
-    if target == "sm_100":
-        return [case for case in CASES if case.K <= 128 and case.dtype == "bfloat16"]
-    return [case for case in CASES if target != "gfx942" or case.decay < 2 or case.K <= 512]
+    """What the backend serves there; for sm_100 and sm_120, whose assembler is slow, only what matters most."""
+    memory = LIMITS[target] * 1024 * (2 if target.startswith("gfx") else 1)
+    served = [case for case in CASES if widest(DTYPES[case.dtype].itemsize, case.decay == 2, memory) >= case.K]
+    if target in ("sm_100", "sm_120"):
+        return [case for case in served if case.dtype == "bfloat16" and (case.K <= 128 or target == "sm_120")]
+    return served
 
 
 def main(*targets: str) -> None:

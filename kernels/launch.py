@@ -59,7 +59,12 @@ TABLE: dict[int, list[tuple[int, Tiles]]] = {
         (512, Tiles(16, 32)),
         (1024, Tiles(16, 16)),
     ],
-    4: [(64, Tiles(32, 32, 32)), (256, Tiles(16, 32, 32)), (1024, Tiles(16, 16, 32))],
+    4: [
+        (64, Tiles(32, 32, 32)),
+        (256, Tiles(16, 32, 32)),
+        (512, Tiles(16, 16, 32)),
+        (1024, Tiles(16, 16, 32, stages=1)),
+    ],
     8: [(64, Tiles(16, 16, 16, stages=1)), (1024, Tiles(16, 16, 16, stages=1))],
 }
 
@@ -115,7 +120,7 @@ def by_rule(K: int, dtype: torch.dtype, decay: int, erase: bool, architecture: s
         row = replace(row, walk=min(row.walk, 32), block=min(row.block, 32))
     if architecture.startswith("gfx"):  # warps of 64 threads, twice the registers, a quarter of the shared memory
         row = replace(row, chunk=min(row.chunk, 32 if decay == 2 else 64), warps=4, stages=1)
-    elif int(architecture.removeprefix("sm_")) < 90:  # operands of matrix products stand in registers
+    elif not 90 <= int(architecture.removeprefix("sm_")) < 120:  # operands of matrix products stand in registers
         stages = 1 if K > (128 if decay == 2 else 512) else row.stages  # some have 99 KiB of shared memory
         row = replace(row, chunk=min(row.chunk, 32), walk=min(row.walk, 32), block=16, stages=stages)
     if denominator and K > 64 and (erase or decay < 2):  # z and its sums take registers

@@ -550,3 +550,19 @@ def test_refusals():
         (moved(core, lambda x: x.to("meta")), "expected CUDA tensors, got meta"),
     ):
         assert backend.refuses(other, "chunk").startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("itemsize", "channels", "kib", "most"),
+    [(2, False, 99, 1024), (2, True, 99, 512), (4, False, 99, 512), (4, True, 163, 1024), (8, False, 227, 512)],
+)
+def test_wide_states_need_shared_memory(itemsize, channels, kib, most, monkeypatch):
+    monkeypatch.setattr(backend, "_shared_memory", lambda device: kib * 1024)
+    dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[itemsize]
+    for K in (most, most + 1):
+        k = torch.zeros(1, 2, 1, K, dtype=dtype, device=DEVICE)
+        reason = backend.refuses(Core(k, k, k[..., :2], g=k.float() if channels else None), "chunk")
+        if most == K:
+            assert reason is None
+        elif most < 1024:
+            assert reason == f"K: expected at most {most} features of these inputs for the memory of this GPU, got {K}"

@@ -32,12 +32,29 @@ def refuses(core: Core, form: Form) -> str | None:
             return f"{name}: expected one strength a head [B, T, H], got one a channel {tuple(gate.shape)}"
     if torch.compiler.is_compiling() and _derives():
         return "torch.func.grad and jvp inside a compiled function don't see into its ops"
-    if torch.version.hip is not None and core.g is not None and core.g.dim() == 4 and core.width > 512:
-        return f"K: expected at most 512 features with a decay per channel on AMD, got {core.width}"
     for name, size in (("K", core.width), ("V", core.v.shape[-1])):
         if not 1 <= size <= MAX_FEATURES:
             return f"{name}: expected 1 to {MAX_FEATURES} features, got {size}"
+    most = widest(core.v.dtype.itemsize, core.g is not None and core.g.dim() == 4, _shared_memory(core.v.device))
+    if core.width > most:
+        return f"K: expected at most {most} features of these inputs for the memory of this GPU, got {core.width}"
     return None
+
+
+def widest(itemsize: int, channels: bool, memory: int) -> int:
+    """K up to which two tiles [16, K], of inputs or of a decay per channel, fit into a program's shared memory."""
+    sizes = (size for size in (1024, 512, 256) if 32 * size * max(itemsize, 4 if channels else 0) + 4096 <= memory)
+    return next(sizes, 128)
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have. On AMD, where tiles pass through it one by one, as if it were twice as many."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 2**20
+    from triton.compiler import max_shared_mem
+
+    memory = int(max_shared_mem(device.index if device.index is not None else torch.cuda.current_device()))
+    return memory if torch.version.hip is None else 2 * memory
 
 
 def _interpreted() -> bool:
@@ -55,6 +72,7 @@ def _derives() -> bool:
 
 # All that torch.compiler.assume_constant_result does, which would import half of PyTorch for it.
 _derives._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_shared_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def run(core: Core, form: Form, chunk: int | None = None, segment: int | None = None) -> tuple[Tensor, State]:
