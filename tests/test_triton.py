@@ -27,7 +27,7 @@ from cells import (
 )
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fwp import feature_maps
+from fwp import feature_maps, trust
 from fwp.backends import triton as backend
 from fwp.core import Core, Features, State, overwriting
 from fwp.kernels import launch
@@ -309,6 +309,7 @@ def two_chunks(monkeypatch):
     """A segment has two chunks, however full the GPU is."""
     kept_apart(monkeypatch, 2)
     monkeypatch.setattr(launch, "segment_length", lambda *sizes: 2)
+    monkeypatch.setattr(trust, "may_cut", lambda core, ask: True)
 
 
 @READS
