@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
@@ -107,10 +106,12 @@ def tiles(
     K: int, V: int, dtype: torch.dtype, decay: int, erase: bool, architecture: str, denominator: bool = False
 ) -> Tiles:
     """What was measured for this cell, these sizes and this GPU without a denominator, else what the rule says."""
-    row = None if denominator else measured().get(key(K, V, dtype, decay, erase, architecture))
+    table = {} if denominator else measured()
+    row = table.get(key(K, V, dtype, decay, erase, architecture)) if table else None
     return row or by_rule(K, dtype, decay, erase, architecture, denominator)
 
 
+@cache
 def by_rule(K: int, dtype: torch.dtype, decay: int, erase: bool, architecture: str, denominator: bool = False) -> Tiles:
     """TABLE's row for K key features and operands of `dtype`, narrower where a cell or a GPU needs room."""
     row = next(row for limit, row in TABLE[dtype.itemsize] if limit >= K)
@@ -134,9 +135,14 @@ def by_rule(K: int, dtype: torch.dtype, decay: int, erase: bool, architecture: s
     return replace(row, apart=max(1, min(4, apart)))
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own takes microseconds to find out that it isn't in a kernel."""
+    return -(-a // b)
+
+
 def power_of_2(n: int, most: int = 1024) -> int:
     """The block that holds n features: a power of 2 from 16, the least that matrix instructions take, to `most`."""
-    return min(most, max(16, triton.next_power_of_2(n)))
+    return min(most, max(16, 1 << (n - 1).bit_length()))
 
 
 SHORTEST = 8  # chunks of a segment, at least: less is not worth the launches
@@ -154,7 +160,7 @@ def segment_length(chunks: int, sequences: int, fill: int, least: int) -> int:
     As long as `fill` segments of all `chunks` make them, but only where the sequences have `least` segments or more on
     average. A pure function of shapes and the GPU: the same call always computes the same.
     """
-    length = max(SHORTEST, -(-chunks // max(1, fill)))
+    length = max(SHORTEST, cdiv(chunks, max(1, fill)))
     return length if chunks >= least * sequences * length else 0
 
 
@@ -216,7 +222,7 @@ class Problem:
         gpu = architecture(self.v.device)
         self.tiles = tiles(self.K, self.V, self.dot, decay, self.e is not None, gpu, self.eps is not None)
         self.C = self.chunk or self.tiles.chunk
-        self.chunks = -(-self.T // self.C)
+        self.chunks = cdiv(self.T, self.C)
         self.common: dict[str, Any] = {
             "T": self.T,
             "H": self.H,
@@ -242,20 +248,20 @@ class Problem:
             return 0
         length = self.segment
         if length is None:
-            programs = self.H * triton.cdiv(self.V, power_of_2(self.V, self.tiles.walk))
+            programs = self.H * cdiv(self.V, power_of_2(self.V, self.tiles.walk))
             # Cut, a walk takes the time of its segments' own states and of the outputs; with erasing also that of the
             # matrices, which are K wide.
-            least = 3 + (triton.cdiv(self.K, self.V) if self.e is not None else 0)
+            least = 3 + (cdiv(self.K, self.V) if self.e is not None else 0)
             fill = multiprocessors(self.v.device) // programs
             length = segment_length(self.B * self.chunks, self.N, fill, least)
-        return triton.cdiv(length, self.tiles.apart) * self.tiles.apart
+        return cdiv(length, self.tiles.apart) * self.tiles.apart
 
     @cached_property
     def layout(self) -> Layout:
         """Made without asking the GPU: packed sequences have T // C + N chunks at most, and no more are launched."""
         length = self.length
         if self.cu_seqlens is None:
-            per = triton.cdiv(self.chunks, length) if length else 1
+            per = cdiv(self.chunks, length) if length else 1
             return Layout(None, None, None, None, self.N * self.chunks, self.N * per)
 
         def starts(parts: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -329,7 +335,7 @@ class Problem:
         if not self.kept_norms:
             for x in (self.q, self.k):
                 found = self.buffer(x.shape[2], 1, self.acc)
-                norms_kernel[(self.B * x.shape[2] * triton.cdiv(self.T, ROWS),)](
+                norms_kernel[(self.B * x.shape[2] * cdiv(self.T, ROWS),)](
                     x=self.rows(x),
                     norms=self.rows(found),
                     T=self.T,
@@ -347,7 +353,7 @@ class Problem:
         """Of q or k [B, T, Hx, D] from that of the features [B, T, H or Ho, K] in ACC."""
         x = getattr(self, name)
         found = self.buffer(x.shape[2], self.D, x.dtype)
-        features_back_kernel[(self.B * x.shape[2] * triton.cdiv(self.T, ROWS),)](
+        features_back_kernel[(self.B * x.shape[2] * cdiv(self.T, ROWS),)](
             x=self.rows(x),
             norms=self.norms()[f"{name}_norms"],
             dy=self.rows(d_features),
@@ -372,7 +378,7 @@ class Problem:
             features = self.K if decay == 2 else 1
             G = self.buffer(self.H, features, self.acc)
             BK = block if decay == 2 else 1
-            sums_kernel[(self.layout.chunks * self.H * triton.cdiv(features, BK),)](
+            sums_kernel[(self.layout.chunks * self.H * cdiv(features, BK),)](
                 g=self.inputs["g"],
                 G=self.rows(G),
                 p_owners=self.layout.owners,
@@ -402,14 +408,14 @@ class Problem:
         BV = power_of_2(self.V, self.tiles.walk)
         given = self.walked | prepared | WALKED | {"EPS": self.eps, "GV": self.H // self.Hv, "V": self.V, "BV": BV}
         given |= {"p_S0": S0, "p_z0": z0} | outputs
-        walk_kernel[(self.layout.segments * self.H * triton.cdiv(given["V"], given["BV"]),)](**given)
+        walk_kernel[(self.layout.segments * self.H * cdiv(given["V"], given["BV"]),)](**given)
 
     def walk_back(self, prepared: dict[str, Any], dS: Tensor | None, dz: Tensor | None, **others: Any) -> None:
         """From the gradients of the states after each segment. Others: as `walk_back_kernel` names them."""
         BV = power_of_2(self.V, self.tiles.walk)
         given = self.walked | prepared | WALKED_BACK | {"GV": self.H // self.Hv, "V": self.V, "BV": BV}
         given |= {"p_dS": dS, "p_dz": dz} | others
-        walk_back_kernel[(self.layout.segments * self.H * triton.cdiv(self.V, BV),)](**given)
+        walk_back_kernel[(self.layout.segments * self.H * cdiv(self.V, BV),)](**given)
 
     def segments(self, prepared: dict[str, Any]) -> dict[str, Tensor | None]:
         """N, M, decay and Nz of `join_kernel`: what each segment makes of a state of 0, and what it does to a state."""
@@ -435,7 +441,7 @@ class Problem:
         """S and z before each segment, from S0 and z0 before the first. Those after the last go to S and z."""
         starts, z_starts = self.states(self.layout.segments), self.vectors(self.layout.segments)
         BK, BV = power_of_2(self.K), power_of_2(self.V, 16)
-        join_kernel[(self.N * self.H * triton.cdiv(self.V, BV),)](
+        join_kernel[(self.N * self.H * cdiv(self.V, BV),)](
             **segments,
             p_S0=S0,
             p_starts=starts,
@@ -459,7 +465,7 @@ class Problem:
     def denominator_gradient(self, d_o: Tensor, o: Tensor, den: Tensor) -> Tensor:
         """[B, T, Ho, 1] of the outputs' [B, T, Ho, V]."""
         found = torch.empty_like(den)
-        denominator_back_kernel[(self.B * self.Ho * triton.cdiv(self.T, ROWS),)](
+        denominator_back_kernel[(self.B * self.Ho * cdiv(self.T, ROWS),)](
             do=self.rows(d_o),
             o=self.rows(o),
             den=self.rows(den),
@@ -502,7 +508,7 @@ def forward(p: Problem, form: str, over: bool = False) -> tuple[Tensor, Tensor, 
                 p.walk(prepared, p.S, p.z, p_S=S, p_z=z, **outputs)
         else:
             BK, BV = power_of_2(p.K), power_of_2(p.V, 32 if p.K <= 256 else 16)
-            token_kernel[(p.N * p.H * triton.cdiv(p.V, BV),)](
+            token_kernel[(p.N * p.H * cdiv(p.V, BV),)](
                 **p.inputs,
                 o=p.rows(o),
                 den=p.rows(den),
@@ -550,8 +556,8 @@ def backward(
         """… and its sum over those that share a head."""
         return x if x.shape[2] == heads else x.unflatten(2, (heads, -1)).sum(3).to(like.dtype)
 
-    NV, BK = triton.cdiv(p.V, power_of_2(p.V, p.tiles.walk)), power_of_2(p.K, p.tiles.block)
-    NK = triton.cdiv(p.K, BK)
+    NV, BK = cdiv(p.V, power_of_2(p.V, p.tiles.walk)), power_of_2(p.K, p.tiles.block)
+    NK = cdiv(p.K, BK)
     d_S, d_z = (None if x is None else x.contiguous() for x in (d_S, d_z))
     erases, decays = p.e is not None, p.g is not None
     X = p.buffer(p.H, p.V, p.dot) if erases else None

@@ -82,7 +82,6 @@ def run(core: Core, form: Form, chunk: int | None = None, segment: int | None = 
     segment: how many chunks walk in one go, beside others of the same sequence, 0: all; None chooses by the GPU's size.
     RuntimeError for a second derivative and a forward derivative, which the kernels don't have.
     """
-    forward: Callable[..., Sequence[Tensor]] = _forward if torch.compiler.is_compiling() else _Forward.apply
     if not core.causal:
         core = core.applied()
     tensors = (core.q, core.k, core.v, core.g, core.e, core.w, core.S, core.z)
@@ -95,37 +94,46 @@ def run(core: Core, form: Form, chunk: int | None = None, segment: int | None = 
         o, S, z, _ = launch(Problem(*tensors, core.cu_seqlens, before, eps, *features), form, over=True)
         return o, State(S, z)
     options = (eps, *features, chunk, segment, form)
-    o, S, z, _ = forward(*tensors, core.cu_seqlens, before, *options)
+    o, S, z, _ = _call(*tensors, core.cu_seqlens, before, *options)
     if not core.causal:  # everybody reads the final state: a walk that writes nothing
         nothing = [x.new_zeros(()).expand(x.shape) for x in (core.k, core.v)]
         end = S, z if core.denominator else None
-        o, *_ = forward(core.q, *nothing, None, None, None, *end, core.cu_seqlens, False, *options)
+        o, *_ = _call(core.q, *nothing, None, None, None, *end, core.cu_seqlens, False, *options)
     return o, State(S, z if core.denominator else None)
 
 
-def _problem(
-    tensors: tuple[Any, ...],
-    cu_seqlens: Tensor | None,
-    before: bool,
-    eps: float | None,
-    phi: str | None,
-    norm: str | None,
-    scale: float,
-    chunk: int | None,
-    segment: int | None,
-    ask: bool,
-) -> Any:
+def _problem(*inputs: Any, ask: bool) -> Any:
     """What the launch layer takes, with sequences whole where the kernels that cut them are in doubt."""
     from fwp.kernels.launch import Problem
 
-    problem = Problem(*tensors, cu_seqlens, before, eps, phi, norm, scale, chunk, segment)
-    if segment is None and problem.length:
+    problem = Problem(*inputs)
+    if problem.segment is None and problem.length:
+        q, k, v, g, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, *_ = inputs
         read: Read = "before" if before else "after"
-        q, k, v, g, e, w, S, z = tensors
         core = Core(q, k, v, g, e, w, S, z, cu_seqlens, read, eps is not None, features=Features(phi, norm, scale))
         if not trust.may_cut(core, ask):
             problem.length = 0
     return problem
+
+
+def _call(*inputs: Any) -> Sequence[Tensor]:
+    """`_forward` by the shortest way: an op takes longer to call than all that it does before its kernels run."""
+    if torch.compiler.is_compiling():
+        return _forward(*inputs)
+    grads = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    if not grads and _plain(inputs):
+        return _launch_forward(*inputs)
+    return _Forward.apply(*inputs)
+
+
+def _plain(inputs: Sequence[Any]) -> bool:
+    """Whether the tensors are what they seem, and no mode or transform of torch sees what is done to them."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and all(type(x) in (Tensor, torch.nn.Parameter) for x in inputs if isinstance(x, Tensor))
+    )
 
 
 @torch.library.custom_op("fwp::triton_forward", mutates_args=())
@@ -149,13 +157,17 @@ def _forward(
     form: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o, S, z and the denominators; empty tensors stand for None."""
-    from fwp.kernels.launch import forward
-
     if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():  # it is off where a function brought us here
         _no_forward_derivative(None)
-    options = (cu_seqlens, before, eps, phi, norm, scale, chunk, segment)
-    o, S, z, den = forward(_problem((q, k, v, g, e, w, S, z), *options, ask=form == "chunk"), form)
-    return o, S, *(q.new_empty(0) if x is None else x for x in (z, den))
+    return _launch_forward(q, k, v, g, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, chunk, segment, form)
+
+
+def _launch_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from fwp.kernels.launch import forward
+
+    *given, form = inputs
+    o, S, z, den = forward(_problem(*given, ask=form == "chunk"), form)
+    return o, S, *(o.new_empty(0) if x is None else x for x in (z, den))
 
 
 @torch.library.custom_op("fwp::triton_backward", mutates_args=())
@@ -182,11 +194,16 @@ def _backward(
     d_S: Tensor | None,
     d_z: Tensor | None,
 ) -> list[Tensor]:
+    return _launch_backward(
+        q, k, v, g, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, chunk, segment, o, den, d_o, d_S, d_z
+    )
+
+
+def _launch_backward(*inputs: Any) -> list[Tensor]:
     from fwp.kernels.launch import backward
 
-    options = (cu_seqlens, before, eps, phi, norm, scale, chunk, segment)
-    grads = backward(_problem((q, k, v, g, e, w, S, z), *options, ask=False), o, den, d_o, d_S, d_z)
-    return [q.new_empty(0) if x is None else x for x in grads]
+    grads = backward(_problem(*inputs[:16], ask=False), *inputs[16:])
+    return [inputs[0].new_empty(0) if x is None else x for x in grads]
 
 
 @_forward.register_fake
@@ -305,7 +322,7 @@ _backward.register_vmap(_vmap_backward(_backward))
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        return _forward(*inputs)
+        return (_launch_forward if _plain(inputs) else _forward)(*inputs)
 
     @staticmethod
     def vmap(*args: Any) -> Any:
@@ -319,7 +336,7 @@ class _Forward(torch.autograd.Function):
 class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        return tuple(_backward(*inputs))
+        return tuple((_launch_backward if _plain(inputs) else _backward)(*inputs))
 
     @staticmethod
     def vmap(*args: Any) -> Any:
