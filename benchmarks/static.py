@@ -65,6 +65,7 @@ CASES += [
         ((2, 1), (128, 128), "", "", 1),
     ]
 ]
+CASES += [Case(*cell, 512, 128, "float32", "relu", "l2") for cell in CELLS]
 
 
 def launches(case: Case) -> list[tuple[str, Any, dict[str, Any]]]:
@@ -180,7 +181,11 @@ def rows(target: str, case: Case, only: str | None = None) -> Iterator[dict[str,
 def cases(target: str) -> list[Case]:
     """What the backend serves there; for sm_100 and sm_120, whose assembler is slow, only what matters most."""
     memory = LIMITS[target] * 1024 * (2 if target.startswith("gfx") else 1)
-    served = [case for case in CASES if widest(DTYPES[case.dtype].itemsize, case.decay == 2, memory) >= case.K]
+    served = []
+    for case in CASES:
+        more = bool(case.feature_map or case.norm)
+        if widest(DTYPES[case.dtype].itemsize, case.decay == 2, more, memory) >= case.K:
+            served.append(case)
     if target in ("sm_100", "sm_120"):
         return [case for case in served if case.dtype == "bfloat16" and (case.K <= 128 or target == "sm_120")]
     return served

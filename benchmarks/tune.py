@@ -43,6 +43,7 @@ def fastest(start: launch.Tiles, times: Callable[[list[launch.Tiles]], list[floa
     best, gained = start, 1.0
     for name, values in CHOICES.items():
         tried = [best, *(replace(best, **{name: value}) for value in values if value != getattr(best, name))]
+        tried = [tiles for tiles in tried if tiles.chunk * tiles.apart <= launch.KEPT]
         found = times(tried)
         quickest = min(range(len(tried)), key=found.__getitem__)
         if found[0] > GAIN * found[quickest]:

@@ -110,6 +110,12 @@ class Core:
         """The dtype of state, gates and all accumulation."""
         return state_dtype(self.v.dtype)
 
+    @property
+    def wants_gradients(self) -> bool:
+        """Whether a gradient of these inputs can be asked for."""
+        given = (self.q, self.k, self.v, self.g, self.e, self.w, self.S, self.z)
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+
     def initial(self) -> State:
         """The initial state, zeros where none was given."""
         shape = (self.sequences, self.heads, self.width, self.v.shape[-1])

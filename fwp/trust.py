@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fwp.core import Core, Features, Form, state_dtype
+from fwp.core import Core, Features, Form, state_dtype, without_autocast
 
 # (architecture, version of Triton) on which all tests passed. None has been measured yet.
 KNOWN_GOOD: frozenset[tuple[str, str]] = frozenset()
 
-T = 131  # tokens of a canary: two chunks of 64 at most, and a piece
+T = 131  # tokens of a canary: two chunks of 64 at most, and a piece; of a sequence that is cut, two segments at least
 
 
 class Case(NamedTuple):
@@ -77,18 +77,12 @@ def doubt(core: Core, form: Form) -> str | None:
     return _verdict(*constants(core, form))
 
 
-def may_cut(core: Core, ask: bool) -> bool:
-    """Whether sequences may be cut into segments. ask: else only what was asked before is known.
-
-    A backward must not ask: the gradients of a canary would wait for its thread.
-    """
+def may_cut(core: Core) -> bool:
+    """Whether sequences may be cut into segments, forward and backward alike, since a backward cuts as its forward."""
     if not runs_on_gpu(core.v):
         return True
-    case = Case(*constants(core, "chunk"))._replace(gradients=True, cut=True)
-    if not ask and case not in _asked:
-        return False
-    reason = _verdict(*case)
-    if reason is not None and ask:
+    reason = _verdict(*Case(*constants(core, "chunk"))._replace(gradients=True, cut=True))
+    if reason is not None:
         warnings.warn(f"long sequences are not cut into segments, slower: {reason}", RuntimeWarning, stacklevel=2)
     return reason is None
 
@@ -105,7 +99,6 @@ def runs_on_gpu(x: Tensor) -> bool:
 
 def constants(core: Core, form: Form) -> tuple[Any, ...]:
     """The fields of the inputs' `Case`; torch.compile takes a plain tuple."""
-    given = (core.q, core.k, core.v, core.g, core.e, core.w, core.S, core.z)
     scaled = False
     if core.features.scale != 1.0:  # a branch makes a constant of what is traced
         scaled = True
@@ -119,7 +112,7 @@ def constants(core: Core, form: Form) -> tuple[Any, ...]:
         core.read,
         core.denominator,
         core.cu_seqlens is not None,
-        torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given),
+        core.wants_gradients,
         core.features.phi,
         core.features.norm,
         scaled,
@@ -135,8 +128,9 @@ def _verdict(*constants: Any) -> str | None:
     case = Case(*constants)
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing() and case not in _asked:
         return "this use of the kernels was not yet checked on this GPU; call it once before a CUDA graph is captured"
+    reason = _ask(case)
     _asked.add(case)
-    return _ask(case)
+    return reason
 
 
 # Traced calls run these as they are, all that torch.compiler.assume_constant_result does.
@@ -163,8 +157,12 @@ def _ask(case: Case) -> str | None:
             return None
     except OSError:
         pass
-    with ThreadPoolExecutor(1) as thread:  # of its own: no trace, vmap, autocast or mode of the caller's reaches there
-        wrong = thread.submit(canary, case).result()
+    if torch._C._current_graph_task_id() >= 0:  # in a backward, for whose thread the canary's would wait
+        with torch.enable_grad(), without_autocast(torch.empty(0, device=case.device)):
+            wrong = canary(case)
+    else:
+        with ThreadPoolExecutor(1) as thread:  # of its own: no trace, vmap, autocast or mode of the caller's is there
+            wrong = thread.submit(canary, case).result()
     if wrong is not None:
         versions = f"Triton {triton.__version__} and torch {torch.__version__} on {gpu} ({architecture})"
         return f"the kernels fail a check with {versions}: {wrong}"
@@ -215,6 +213,7 @@ def canary(case: Case) -> str | None:
 def small(case: Case) -> Core:
     """Random inputs of a case: keys of unit length, gates that let a state live through some chunks."""
     H, N = max(case.Hk, case.Hv), 3 if case.packed else 1
+    length = T * (2 if case.cut and case.packed else 1)
     generator = torch.Generator().manual_seed(0)
     kept, features = state_dtype(case.dtype), Features(case.phi, case.norm, 0.5 if case.scaled else 1.0)
     width = features.width(case.K)
@@ -227,15 +226,15 @@ def small(case: Case) -> Core:
         return torch.rand(size, generator=generator).to(case.device, kept)
 
     core = Core(
-        normal(1, T, case.Hq, case.K).to(case.device, case.dtype),
-        F.normalize(normal(1, T, case.Hk, case.K), dim=-1).to(case.device, case.dtype),
-        normal(1, T, case.Hv, case.V).to(case.device, case.dtype),
-        g=-0.05 * uniform(1, T, H, *[width] * (case.decay - 1)) if case.decay else None,
-        e=uniform(1, T, H) if case.erase else None,
-        w=uniform(1, T, H) if case.write else None,
+        normal(1, length, case.Hq, case.K).to(case.device, case.dtype),
+        F.normalize(normal(1, length, case.Hk, case.K), dim=-1).to(case.device, case.dtype),
+        normal(1, length, case.Hv, case.V).to(case.device, case.dtype),
+        g=-0.05 * uniform(1, length, H, *[width] * (case.decay - 1)) if case.decay else None,
+        e=uniform(1, length, H) if case.erase else None,
+        w=uniform(1, length, H) if case.write else None,
         S=normal(N, H, width, case.V).to(case.device, kept),
         z=uniform(N, H, width) + 1 if case.denominator else None,
-        cu_seqlens=torch.tensor([0, T // 2, T // 2, T], device=case.device) if case.packed else None,
+        cu_seqlens=torch.tensor([0, length // 2, length // 2, length], device=case.device) if case.packed else None,
         read=case.read,
         denominator=case.denominator,
         features=features,

@@ -45,9 +45,9 @@ from .tiles import (
     load_sum,
     product_gradients,
     products,
+    quotient,
     read_state,
     read_sum,
-    reciprocal,
     row_at,
     rows_from,
     segment_of,
@@ -256,7 +256,7 @@ def walk_kernel(
                     zq = read_sum(b_q, z, gates, KG, LAG, DECAY, ACC)
                     zq += tl.sum(b_P.to(ACC), 1)[:, None]
                     b_den = tl.where(zq == 0, 0.0, zq + EPS)
-                    b_o *= reciprocal(b_den)
+                    b_o = quotient(b_o, b_den)
                     store(den, (n, rows[1], rows[2] & first_block), h * R + r, one, 1, b_den)
                 store(o, rows, h * R + r, dv, V, b_o)
         if DECAY > 0:
@@ -298,7 +298,7 @@ def denominator_back_kernel(
     for part in range(tl.cdiv(V, BV)):
         d = part * BV + tl.arange(0, BV)
         total += tl.sum(load(do, rows, h, d, V).to(ACC) * load(o, rows, h, d, V).to(ACC), 1)[:, None]
-    store(dden, rows, h, one, 1, -total * reciprocal(load(den, rows, h, one, 1)))
+    store(dden, rows, h, one, 1, -quotient(total, load(den, rows, h, one, 1)))
 
 
 @triton.jit
@@ -306,7 +306,7 @@ def load_divided(do, den, rows, h, d, V: tl.constexpr, ACC: tl.constexpr):
     """The gradient of what the denominators, if there are any, divide: [C, len(d)]."""
     x = load(do, rows, h, d, V)
     if den is not None:
-        x = x.to(ACC) * reciprocal(load(den, rows, h, tl.arange(0, 1), 1))
+        x = quotient(x.to(ACC), load(den, rows, h, tl.arange(0, 1), 1))
     return x
 
 

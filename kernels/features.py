@@ -8,7 +8,7 @@ for relu, 2 for elu + 1, 3 for exp and 4 for DPFP, whose feature 2D(i − 1) + j
 import triton
 import triton.language as tl
 
-from .tiles import load, reciprocal, rows_from, store
+from .tiles import load, quotient, rows_from, store
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def sum_for(b, NORM: tl.constexpr):
 def factor_of(total, NORM: tl.constexpr):
     """What the norm multiplies features by, of that sum."""
     if NORM == 1:
-        y = reciprocal(total)
+        y = quotient(tl.full(total.shape, 1.0, total.dtype), total)
     else:
         y = 1 / tl.sqrt(total + 1e-6)
     return y

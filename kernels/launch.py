@@ -61,13 +61,14 @@ TABLE: dict[int, list[tuple[int, Tiles]]] = {
     4: [
         (64, Tiles(32, 32, 32)),
         (256, Tiles(16, 32, 32)),
-        (512, Tiles(16, 16, 32)),
+        (512, Tiles(16, 16, 32, stages=1)),
         (1024, Tiles(16, 16, 32, stages=1)),
     ],
     8: [(64, Tiles(16, 16, 16, stages=1)), (1024, Tiles(16, 16, 16, stages=1))],
 }
 
 
+KEPT = 128  # tokens in which a state is kept for the backward, at least
 ROWS = 16  # tokens of a program where tokens don't meet
 
 
@@ -128,10 +129,10 @@ def by_rule(K: int, dtype: torch.dtype, decay: int, erase: bool, architecture: s
         walk = min(row.walk, 16) if erase else row.walk
         block = min(row.block, 16) if erase else row.block
         row = replace(row, chunk=min(row.chunk, 32), walk=walk, block=block, stages=1 if K > 512 else row.stages)
-    # A state [K, V] takes K V / C numbers a token to write and to read again: more than all inputs where C is small. To
-    # make it again takes a product or two of K V: 3 / 8 · C · apart operations for each byte that it saves in 16 bits.
-    # Where the registers of `gradients` are full, every state is kept.
-    apart = 1 if erase and (decay == 2 or denominator) else (128 if dtype.itemsize == 2 else 64) // row.chunk
+    # A state [K, V] takes K V / C numbers a token to write and to read: more than all inputs where C is small. To make it
+    # again takes a product or two of K V, and neighbours read the same kept one at the same time. Where the registers of
+    # `gradients` are full, every state is kept.
+    apart = 1 if erase and (decay == 2 or denominator) else (KEPT if dtype.itemsize == 2 else KEPT // 2) // row.chunk
     return replace(row, apart=max(1, min(4, apart)))
 
 

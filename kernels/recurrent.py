@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .features import features
-from .tiles import load_state, load_sum, reciprocal, span, state_at, state_block
+from .tiles import load_state, load_sum, quotient, span, state_at, state_block
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def read_token(
         if EPS is not None:
             found = tl.sum(z * b_q, 0)
             b_den = tl.where(found == 0, 0.0, found + EPS)
-            b_o *= reciprocal(b_den)
+            b_o = quotient(b_o, b_den)
             tl.store(den[0] + n * den[1] + t * den[2] + (h * R + r) * den[3], b_den, mask=first_block)
         at = o[0] + n * o[1] + t * o[2] + (h * R + r) * o[3] + dv
         tl.store(at, b_o.to(o[0].dtype.element_ty), mask=dv < V)

@@ -266,9 +266,9 @@ def write_sum(
 
 
 @triton.jit
-def reciprocal(x):
-    """1 / x, 0 where x is 0."""
-    return tl.where(x == 0, 0.0, 1 / tl.where(x == 0, 1.0, x))
+def quotient(x, den):
+    """x / den, 0 where den is 0. The reciprocal of a small den would overflow."""
+    return tl.where(den == 0, 0.0, x / tl.where(den == 0, 1.0, den))
 
 
 # Products of pairs of tokens: M_ij = Σ_d a_id b_jd exp(G_i − G_j)_d, with LAG (read "before") exp(G_{i−1} − G_j)_d.

@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.gpu] if GPU else []
 def no_canary(monkeypatch):
     """These tests are to find out what the canary would, and more."""
     monkeypatch.setattr(trust, "doubt", lambda core, form: None)
-    monkeypatch.setattr(trust, "may_cut", lambda core, ask: True)
+    monkeypatch.setattr(trust, "may_cut", lambda core: True)
 
 
 def drawn(rule, dtype, **options):
@@ -85,7 +85,7 @@ def test_every_configuration_alone(size, dtype, rule, form):
     """All that the table of block sizes has, the last chunk not full, outputs of NaN before they are written."""
     inputs = drawn(rule, dtype, B=1, T=T, K=size[0], V=size[1], state=True)
     channels = "g" in inputs and inputs["g"].dim() == 4
-    if size[0] > triton.widest(dtype.itemsize, channels, triton._shared_memory(inputs["v"].device)):
+    if size[0] > triton.widest(dtype.itemsize, channels, False, triton._shared_memory(inputs["v"].device)):
         pytest.skip("this GPU has too little shared memory")
     agree(rule, inputs, form)
 
@@ -206,7 +206,7 @@ def test_compute_sanitizer(tool):
 
 
 def small_run():
-    trust.doubt, trust.may_cut = lambda core, form: None, lambda core, ask: True
+    trust.doubt, trust.may_cut = lambda core, form: None, lambda core: True
     for rule in ("additive", "kda"):
         for form in FORMS:
             x = drawn(rule, LOW, B=1, T=T if GPU else 5, H=1, K=64 if GPU else 2, V=64 if GPU else 2, state=True)

@@ -309,7 +309,7 @@ def two_chunks(monkeypatch):
     """A segment has two chunks, however full the GPU is."""
     kept_apart(monkeypatch, 2)
     monkeypatch.setattr(launch, "segment_length", lambda *sizes: 2)
-    monkeypatch.setattr(trust, "may_cut", lambda core, ask: True)
+    monkeypatch.setattr(trust, "may_cut", lambda core: True)
 
 
 @READS
@@ -562,7 +562,9 @@ def test_wide_states_need_shared_memory(itemsize, channels, kib, most, monkeypat
     dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[itemsize]
     for K in (most, most + 1):
         k = torch.zeros(1, 2, 1, K, dtype=dtype, device=DEVICE)
-        reason = backend.refuses(Core(k, k, k[..., :2], g=k.float() if channels else None), "chunk")
+        core = Core(k, k, k[..., :2], g=k.float() if channels else None)
+        assert K > 1024 or backend.refuses(core, "recurrent") is None
+        reason = backend.refuses(core, "chunk")
         if most == K:
             assert reason is None
         elif most < 1024:

@@ -1,5 +1,7 @@
 """Whether kernels that a compiler got wrong are found out before anybody relies on them."""
 
+import threading
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +20,7 @@ from fwp.kernels import launch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 NAMES = ("q", "k", "v", "g", "e", "w", "S")
+REAL_T = trust.T
 PAIR = f"Triton {triton.__version__} and torch {torch.__version__} on Some GPU 9000 (sm_99)"
 
 
@@ -170,11 +173,33 @@ def test_sequences_stay_whole_where_cutting_them_fails(monkeypatch, segments, ba
     assert all(deviation(x, y) < 1e-4 for x, y in zip(grads, truth))
 
 
-def test_a_backward_does_not_ask(segments, canaries):
-    """Its thread would wait for the canary's gradients, and they for it."""
+def test_a_backward_asks_in_its_own_thread(monkeypatch, segments, canaries):
+    """The canary's gradients would wait for it."""
+    asked = []
+    run = trust.canary
+    monkeypatch.setattr(trust, "canary", lambda case: asked.append(threading.get_ident()) or run(case))
     out, _ = fast_weights("kda", **arguments(), backend="triton", form="recurrent")
     out.sum().backward()
-    assert not any(case.cut for case in canaries) and segments[-1] == 0
+    assert [case.cut for case in canaries] == [False, True] and segments[-1] > 0
+    assert asked[0] != threading.get_ident() == asked[1]
+
+
+def test_an_interrupted_canary_has_told_nothing(monkeypatch):
+    def interrupted(case):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trust, "canary", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trust.doubt(some_core(), "chunk")
+    assert not trust._asked
+
+
+def test_a_canary_has_two_segments():
+    """Of its longest sequence, whatever the block sizes."""
+    for dtype, K, erase, denominator in product(launch.TYPES, (64, 1024), (False, True), (False, True)):
+        for decay, architecture in product(range(3), ("sm_80", "sm_90", "gfx942")):
+            tiles = launch.by_rule(K, dtype, decay, erase, architecture, denominator)
+            assert tiles.chunk * tiles.apart <= launch.KEPT < REAL_T
 
 
 # ---- what follows ----

@@ -35,16 +35,22 @@ def refuses(core: Core, form: Form) -> str | None:
     for name, size in (("K", core.width), ("V", core.v.shape[-1])):
         if not 1 <= size <= MAX_FEATURES:
             return f"{name}: expected 1 to {MAX_FEATURES} features, got {size}"
-    most = widest(core.v.dtype.itemsize, core.g is not None and core.g.dim() == 4, _shared_memory(core.v.device))
-    if core.width > most:
+    phi, norm, scale = core.features.phi, core.features.norm, core.features.scale
+    more = phi is not None or norm is not None or scale != 1.0 or core.q.shape[2] > core.heads
+    channels = core.g is not None and core.g.dim() == 4
+    most = widest(core.v.dtype.itemsize, channels, more, _shared_memory(core.v.device))
+    if core.width > most and (form == "chunk" or core.wants_gradients):
         return f"K: expected at most {most} features of these inputs for the memory of this GPU, got {core.width}"
     return None
 
 
-def widest(itemsize: int, channels: bool, memory: int) -> int:
-    """K up to which two tiles [16, K], of inputs or of a decay per channel, fit into a program's shared memory."""
-    sizes = (size for size in (1024, 512, 256) if 32 * size * max(itemsize, 4 if channels else 0) + 4096 <= memory)
-    return next(sizes, 128)
+def widest(itemsize: int, channels: bool, more: bool, memory: int) -> int:
+    """K up to which the chunk form's tiles [16, K] fit into a program's shared memory.
+
+    Two of them, of inputs or of a decay per channel; three if a state has several readers, or q and k pass features.
+    """
+    tile = 16 * max(itemsize, 4 if channels else 0)
+    return next((K for K in (1024, 512, 256) if (3 if more else 2) * tile * K + 3072 <= memory), 128)
 
 
 def _shared_memory(device: torch.device) -> int:
@@ -102,7 +108,7 @@ def run(core: Core, form: Form, chunk: int | None = None, segment: int | None = 
     return o, State(S, z if core.denominator else None)
 
 
-def _problem(*inputs: Any, ask: bool) -> Any:
+def _problem(*inputs: Any) -> Any:
     """What the launch layer takes, with sequences whole where the kernels that cut them are in doubt."""
     from fwp.kernels.launch import Problem
 
@@ -111,7 +117,7 @@ def _problem(*inputs: Any, ask: bool) -> Any:
         q, k, v, g, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, *_ = inputs
         read: Read = "before" if before else "after"
         core = Core(q, k, v, g, e, w, S, z, cu_seqlens, read, eps is not None, features=Features(phi, norm, scale))
-        if not trust.may_cut(core, ask):
+        if not trust.may_cut(core):
             problem.length = 0
     return problem
 
@@ -163,10 +169,10 @@ def _forward(
 
 
 def _launch_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from fwp.kernels.launch import forward
+    from fwp.kernels.launch import Problem, forward
 
     *given, form = inputs
-    o, S, z, den = forward(_problem(*given, ask=form == "chunk"), form)
+    o, S, z, den = forward((Problem if form == "recurrent" else _problem)(*given), form)
     return o, S, *(o.new_empty(0) if x is None else x for x in (z, den))
 
 
@@ -202,7 +208,7 @@ def _backward(
 def _launch_backward(*inputs: Any) -> list[Tensor]:
     from fwp.kernels.launch import backward
 
-    grads = backward(_problem(*inputs[:16], ask=False), *inputs[16:])
+    grads = backward(_problem(*inputs[:16]), *inputs[16:])
     return [inputs[0].new_empty(0) if x is None else x for x in grads]
 
 
