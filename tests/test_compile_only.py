@@ -18,7 +18,8 @@ FEATURES = {"norms", "features_back", "denominator_back"}  # where there are som
 WITHOUT = {"token", "sums", "join", "join_back", *FEATURES}  # nothing to multiply but float32
 KERNELS = {"token", "sums", "pairs", "walk", "walk_again", "walk_back", "gradients"}
 KERNELS |= {"walk_state", "walk_matrix", "walk_back_state", "join", "join_back"}  # where T is cut into segments
-SPILLED = 32  # bytes a thread that kernels with all 255 registers in use spill at most: some do
+SPILLED = 32  # bytes a thread that kernels with all 255 registers in use spill at most: some do …
+CONSUMER = 80  # … and on GPUs whose matrix products take their operands from registers, with the newest assembler
 ELSEWHERE = 1024  # with a Triton that the table was not made with: a layout gone wrong spills several KiB
 FUSED = [(1, 1, 128, 128, "bfloat16", "", "", 1), (2, 1, 128, 128, "bfloat16", "relu", "l2", 0)]
 CASES = {  # decay, erase, K, V; dtype, feature map, norm, denominator
@@ -49,7 +50,7 @@ def test_all_that_ships_fits():
         check(row)
         plain = not row["feature_map"] and row["denominator"] == "0"
         if plain and row["dtype"] == "bfloat16" and max(int(row["K"]), int(row["V"])) <= 128:
-            assert int(row["spilled"]) <= SPILLED, row
+            assert int(row["spilled"]) <= (CONSUMER if row["target"] == "sm_120" else SPILLED), row
 
 
 @pytest.mark.parametrize("target", CASES)

@@ -127,7 +127,7 @@ KERNEL_MUTANTS = {
     "a gradient of negative x": (FEATURES, "(1 - 2 * half)", "1"),
     "a gradient of the first that shares a head": (FEATURES, "h * SHARE + s, f", "h * SHARE, f"),
     "a slope of 1 everywhere": (FEATURES, "b > 0, 1.0, tl.exp(b))", "b > 0, 1.0, 1.0)"),
-    "keys that are scaled": (CHUNK, "D, MAP, NORM, 1.0, ACC)", "D, MAP, NORM, SCALE, ACC)"),
+    "keys that are scaled": (CHUNK, "dk, K, D, MAP, NORM, 1.0, ACC)", "dk, K, D, MAP, NORM, SCALE, ACC)"),
     "a gradient of unscaled queries": (CHUNK, "MAP, ACC) * SCALE", "MAP, ACC)"),
     "a token's sum of keys that doesn't decay": (TOKEN, "z *= decay", "z *= 1 + 0 * decay"),
     "a token that doesn't erase": (TOKEN, "x -= b_e * tl.sum(S", "x -= 0 * tl.sum(S"),
