@@ -42,8 +42,9 @@ def fastest(start: launch.Tiles, times: Callable[[list[launch.Tiles]], list[floa
     """The best found and by what factor it is faster than `start`. times: of each; infinite for what fails."""
     best, gained = start, 1.0
     for name, values in CHOICES.items():
-        tried = [best, *(replace(best, **{name: value}) for value in values if value != getattr(best, name))]
-        tried = [tiles for tiles in tried if tiles.chunk * tiles.apart <= launch.KEPT]
+        others = [replace(best, **{name: value}) for value in values]
+        others = [replace(tiles, apart=min(tiles.apart, launch.KEPT // tiles.chunk)) for tiles in others]
+        tried = [*dict.fromkeys([best, *others])]
         found = times(tried)
         quickest = min(range(len(tried)), key=found.__getitem__)
         if found[0] > GAIN * found[quickest]:

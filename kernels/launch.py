@@ -14,14 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from .chunk import (
-    denominator_back_kernel,
-    gradients_kernel,
-    pairs_kernel,
-    sums_kernel,
-    walk_back_kernel,
-    walk_kernel,
-)
+from .chunk import pairs_kernel, sums_kernel, walk_kernel
+from .chunk_back import denominator_back_kernel, gradients_kernel, walk_back_kernel
 from .features import features_back_kernel, norms_kernel
 from .recurrent import token_kernel
 from .segments import join_kernel
