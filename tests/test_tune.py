@@ -31,6 +31,12 @@ def test_the_fastest_that_works():
     assert broken != START
 
 
+def test_every_chunk_is_tried_with_the_states_that_may_be_kept():
+    tried = []
+    tune.fastest(launch.Tiles(32, 32, apart=4), lambda some: tried.extend(some) or [1.0] * len(some))
+    assert launch.Tiles(64, 32, apart=2) in tried and all(x.chunk * x.apart <= launch.KEPT for x in tried)
+
+
 def test_what_fails_has_no_time(monkeypatch):
     monkeypatch.setattr(tune, "works", lambda rule, D, device, tiles: tiles.warps == 8)
     monkeypatch.setattr(tune, "timed", lambda run, device: launch.tiles().chunk)
