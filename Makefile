@@ -22,7 +22,7 @@ test: $(VENV)/.installed
 # On the Python, PyTorch and Triton that the machine has, from a bare checkout.
 test-gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "test-gpu: PyTorch finds no GPU here")'
-	OMP_NUM_THREADS=1 PYTHONPATH=. $(PYTHON) -m pytest -m gpu $$(grep -lE 'mark\.gpu|MARKS' tests/test_*.py)
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:benchmarks $(PYTHON) -m pytest -m gpu $$(grep -lE 'mark\.gpu|MARKS' tests/test_*.py)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -38,7 +38,7 @@ bench: $(VENV)/.installed
 
 # Compiles the Triton kernels for GPUs that need not be there, into benchmarks/results/static.csv.
 static: $(VENV)/.installed
-	TRITON_INTERPRET=0 $(BIN)/python -m fwp.benchmarks.static
+	TRITON_INTERPRET=0 $(BIN)/python -m fwp_benchmarks.static
 
 # Takes over what was edited last, .ipynb or .py, and runs all of them anew, outputs kept.
 notebooks: $(VENV)/.installed

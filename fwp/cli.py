@@ -114,7 +114,7 @@ def check(
 
     Exit status 1 if a row fails, or if nothing could be compared.
     """
-    equivalence = import_module("fwp.benchmarks.equivalence")  # by name: in a checkout it lies outside of fwp/
+    equivalence = import_module("fwp_benchmarks.equivalence")  # by name: in a checkout it lies outside of fwp/
     from fwp.validate import BACKENDS
 
     if rule is not None:
@@ -149,11 +149,11 @@ def bench(
     if tune:
         if device == "cpu" or not import_module("torch").cuda.is_available():
             raise typer.BadParameter("tune: expected a machine with a CUDA GPU, found none")
-        for row in import_module("fwp.benchmarks.tune").rows():
+        for row in import_module("fwp_benchmarks.tune").rows():
             typer.echo(" ".join(f"{name}={value}" for name, value in row.items()))
         raise typer.Exit()
     writable(json)
-    raise typer.Exit(import_module("fwp.benchmarks.speed").main(device, peers, json))
+    raise typer.Exit(import_module("fwp_benchmarks.speed").main(device, peers, json))
 
 
 def writable(json: Path | None) -> None:
@@ -190,7 +190,7 @@ def reproduce(
 
     Ctrl-C keeps the finished runs; the same command goes on from there.
     """
-    runner = import_module("fwp.benchmarks.reproduce")
+    runner = import_module("fwp_benchmarks.reproduce")
 
     known("scale", scale, runner.SCALES)
     for name in ids or ():
@@ -259,7 +259,7 @@ def verdicts(path: Path, ids: Collection[str]) -> None:
     """The claims of these ids, each with its published and measured value."""
     import json
 
-    in_words = import_module("fwp.benchmarks.report").in_words
+    in_words = import_module("fwp_benchmarks.report").in_words
 
     table = Table(title="Claims", title_justify="left")
     for column in ("claim", "published", "measured", "holds"):

@@ -2,12 +2,12 @@
 
 Per sequence and state head, with S of shape [K, V] kept in float32 (float64 for float64 inputs)::
 
-    S ← Diag(exp g_t) S
-    S ← S + k_t (w_t ⊙ v_t − Sᵀ (e_t ⊙ k_t))ᵀ
+    S ← Diag(exp g_t) S + k_t (w_t v_t − e_t S'ᵀ a_t)ᵀ     S' is S after this decay, or before it
     o_t = Sᵀ q_t                                   read "after" this update, or S before it
     z ← Diag(exp g_t) z + k_t,  o_t ← o_t / (zᵀ q_t + eps)   with denominator=True, 0 where zᵀ q_t = 0
 
-A rule *lowers* onto it by choosing the decay g, the erase strength e and the write strength w, see `fwp.rules`.
+The erase key a_t is k_t unless it is given. With n writes per read, the first line runs n times for each o_t.
+A rule *lowers* onto this recurrence by choosing g, a, e and w, or by changing k and v; see `fwp.rules`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -60,6 +60,9 @@ class Features:
 class Core:
     """The inputs of the recurrence above. Letters: B batch, T time, H state heads, K key and V value features.
 
+    q has T tokens. k, v and the gates have n·T, with n = `writes`: token t of q reads after writes n·t … n·t + n − 1,
+    or with read "before" ahead of them. `cu_seqlens` counts tokens of q.
+
     q [B, T, Hq, K] is already scaled; q and k have passed the feature map and its norm, or with `features` are yet to.
     Hk and Hv divide H = max(Hk, Hv); Hq is a multiple or a divisor of H. State head h uses key head h // (H / Hk) and
     value head h // (H / Hv); query head i of Hq ≥ H reads state head i // (Hq / H). Masked tokens arrive with v = 0,
@@ -68,11 +71,12 @@ class Core:
     """
 
     q: Tensor  # [B, T, Hq, K]
-    k: Tensor  # [B, T, Hk, K]
-    v: Tensor  # [B, T, Hv, V]
-    g: Tensor | None = None  # decay in log space ≤ 0: [B, T, H] or [B, T, H, K]; None: no decay
-    e: Tensor | None = None  # erase strength: [B, T, H] or [B, T, H, K]; None: nothing is erased
-    w: Tensor | None = None  # write strength: [B, T, H] or [B, T, H, V]; None: 1
+    k: Tensor  # [B, n·T, Hk, K]
+    v: Tensor  # [B, n·T, Hv, V]
+    g: Tensor | None = None  # decay in log space ≤ 0: [B, n·T, H] or [B, n·T, H, K]; None: no decay
+    a: Tensor | None = None  # erase key, after any feature map: [B, n·T, H, K], in k's dtype; None: k
+    e: Tensor | None = None  # erase strength: [B, n·T, H]; None: 1 with an erase key of its own, else nothing is erased
+    w: Tensor | None = None  # write strength: [B, n·T, H]; None: 1
     S: Tensor | None = None  # initial state [N, H, K, V]; None: 0
     z: Tensor | None = None  # initial sum of keys [N, H, K]; None: 0
     cu_seqlens: Tensor | None = None
@@ -81,19 +85,18 @@ class Core:
     eps: float = 1e-6
     causal: bool = True
     features: Features = Features()
+    writes: int = 1  # n
+    erase_before_decay: bool = False  # what the erase key finds is read before the decay of its own token
+
+    @property
+    def erases(self) -> bool:
+        """Whether anything is removed before a write."""
+        return self.e is not None or self.a is not None
 
     @property
     def width(self) -> int:
         """K, the number of key features of the state."""
         return self.features.width(self.k.shape[-1])
-
-    def applied(self) -> Core:
-        """The same with q and k as they have passed their features."""
-        from fwp.feature_maps import transform  # which needs this module
-
-        phi, norm, scale = self.features.phi, self.features.norm, self.features.scale
-        q, k = transform(self.q, phi, norm, scale), transform(self.k, phi, norm)
-        return replace(self, q=q, k=k, features=Features())
 
     @property
     def heads(self) -> int:
@@ -113,7 +116,7 @@ class Core:
     @property
     def wants_gradients(self) -> bool:
         """Whether a gradient of these inputs can be asked for."""
-        given = (self.q, self.k, self.v, self.g, self.e, self.w, self.S, self.z)
+        given = (self.q, self.k, self.v, self.g, self.a, self.e, self.w, self.S, self.z)
         return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
 
     def initial(self) -> State:
@@ -151,6 +154,12 @@ def overwrites() -> bool:
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 inputs, else float32: a bf16 state drifts by percents within a few thousand tokens."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and 0 where b = 0, with finite gradients there."""
+    zero = b == 0
+    return (a / b.masked_fill(zero, 1)).masked_fill(zero, 0)
 
 
 def to_heads(x: Tensor, heads: int) -> Tensor:

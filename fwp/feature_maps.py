@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from operator import index
 
@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fwp import validate
-from fwp.core import Features, state_dtype, without_autocast
+from fwp import errors
+from fwp.core import Core, Features, ratio, state_dtype, without_autocast
 from fwp.errors import suggest
-from fwp.rules.reference import ratio
 
 FeatureMap = Callable[[Tensor], Tensor]
 
@@ -64,8 +63,8 @@ class FavorPlus:
 def directions(d: int, m: int | None = None, generator: torch.Generator | None = None) -> Tensor:
     """R [m, d] of `FavorPlus.draw`, in float64."""
     m = d if m is None else m
-    validate.size("d", d)
-    validate.size("m", m)
+    errors.size("d", d)
+    errors.size("m", m)
     blocks = [
         torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))[0].T
         for _ in range(math.ceil(m / d))
@@ -164,7 +163,7 @@ def get(feature_map: str | FeatureMap | None) -> FeatureMap:
 def apply(phi: FeatureMap, x: Tensor) -> Tensor:
     """φ(x), if it is what a feature map has to make of x."""
     y = phi(x)
-    validate.tensor("feature_map", y, (*x.shape[:-1], None), device=x.device)
+    errors.tensor("feature_map", y, (*x.shape[:-1], None), device=x.device)
     if y.shape[-1] == 0:
         raise ValueError(f"feature_map: expected at least one feature, got {tuple(y.shape)}")
     return y
@@ -190,6 +189,13 @@ def transform(x: Tensor, feature_map: str | FeatureMap | None, kind: str | None,
         with without_autocast(x):
             x = norm(apply(phi, x.to(state_dtype(dtype))), kind)
     return (x if scale == 1.0 else x * scale).to(dtype)
+
+
+def applied(core: Core) -> Core:
+    """The same core with q and k as they have passed its features."""
+    phi, norm, scale = core.features.phi, core.features.norm, core.features.scale
+    q, k = transform(core.q, phi, norm, scale), transform(core.k, phi, norm)
+    return replace(core, q=q, k=k, features=Features())
 
 
 def description(feature_map: str | FeatureMap | None, kind: str | None, scale: float) -> Features | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fwp import feature_maps, rules, trust, validate
+from fwp import errors, feature_maps, rules, trust, validate
 from fwp.core import Core, Features, Form, Read, State, overwrites, without_autocast
 from fwp.feature_maps import FeatureMap
 from fwp.rules import Rule
@@ -99,7 +99,7 @@ def fast_weights(
     if cu_seqlens is not None:
         validate.packing(cu_seqlens, B, T, check, device=v.device)
     if mask is not None:
-        validate.tensor("mask", mask, (B, T), torch.bool, v.device)
+        errors.tensor("mask", mask, (B, T), torch.bool, v.device)
         q, k, v = (x.masked_fill(~mask[:, :, None, None], 0) for x in (q, k, v))
     # a rule of the caller's own may look at φ(k)
     known = causal and row is rules.RULES.get(row.name)
@@ -131,7 +131,7 @@ def fast_weights(
     else:
         validate.own_state(row, core, state)
     if check:
-        seen = core.applied()
+        seen = feature_maps.applied(core)
         validate.values(row, seen.q, seen.k, v, given, state)
 
     lowered = None
@@ -176,10 +176,10 @@ def read(
     `fast_weights`, with the feature map the state was written with. Returns [N or 1, T, max(Hq, H), V] in q's dtype.
     Under autocast q is cast as there. For cross attention and inspection. Errors as in `fast_weights`.
     """
-    validate.number("scale", scale)
-    validate.number("eps", eps, 0)
+    errors.number("scale", scale)
+    errors.number("eps", eps, 0)
     (q,) = _under_autocast(q)
-    validate.tensor("q", q, (None, None, None, None))
+    errors.tensor("q", q, (None, None, None, None))
     x = feature_maps.transform(q, feature_map, feature_norm, scale)
     validate.readable(state, x, cu_seqlens)
     B, T = q.shape[:2]

@@ -25,11 +25,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import fwp
-from fwp import functional, rules, validate
+from fwp import errors, functional, rules, validate
 from fwp.backends import reference
-from fwp.core import State
+from fwp.core import State, ratio
 from fwp.rules import Rule
-from fwp.rules.reference import ratio
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,7 +66,7 @@ def states(
     over_time = {name: x for name, x in given.items() if x is not None}
     for name, x in over_time.items():
         free = [None] * (x.dim() - 2 if isinstance(x, Tensor) else 0)
-        validate.tensor(name, x, (B, T, *free), torch.bool if name == "mask" else None)
+        errors.tensor(name, x, (B, T, *free), torch.bool if name == "mask" else None)
     bounds = [0, T]
     if cu_seqlens is not None:
         validate.packing(cu_seqlens, B, T, check=True)
@@ -119,7 +118,7 @@ def spectrum(S: Tensor, rtol: float | None = None) -> Spectrum:
         more than it still holds keeps rounding errors of the erased, and needs a larger one.
     ValueError unless S has two axes or more; TypeError unless it is floating.
     """
-    validate.tensor("S", S, (*[None] * max(S.dim() - 2, 0), None, None))
+    errors.tensor("S", S, (*[None] * max(S.dim() - 2, 0), None, None))
     if rtol is None:
         rtol = max(S.shape[-2:]) * torch.finfo(S.dtype).eps
     values = torch.linalg.svdvals(S)
@@ -168,7 +167,7 @@ def attention(rule: str | Rule, q: Tensor, k: Tensor, v: Tensor, *, state: Any =
     if not by_feature:
         return matrix()
     for name in by_feature:
-        validate.tensor(name, options[name], (B, T, max(k.shape[2], Hv), V))
+        errors.tensor(name, options[name], (B, T, max(k.shape[2], Hv), V))
     features = range(V)
     return torch.stack(
         [matrix(**{name: options[name][..., c, None].expand(-1, -1, -1, T) for name in by_feature}) for c in features],
@@ -219,7 +218,7 @@ def plot_state(S: Tensor, steps: Sequence[int] | None = None) -> Figure:
 
     steps: what `states` was asked for; None: 0, 1, …
     """
-    validate.tensor("S", S, (None, None, None))
+    errors.tensor("S", S, (None, None, None))
     titles = [f"after token {t}" for t in _numbers(steps, len(S))]
     return _heatmaps(dict(zip(titles, S)), "value feature", "key feature", "fast weight", cell=1.5)
 
@@ -229,7 +228,7 @@ def plot_attention(A: Panels) -> Figure:
     if isinstance(A, Tensor):
         A = {f"head {h}": x for h, x in enumerate(A)} if A.dim() == 3 else {"": A}
     for name, x in A.items():
-        validate.tensor(f"A[{name!r}]" if name else "A", x, (None, None))
+        errors.tensor(f"A[{name!r}]" if name else "A", x, (None, None))
     return _heatmaps(A, "written token s", "reading token t", "attention A", cell=2.4)
 
 
@@ -247,7 +246,7 @@ def plot_rank(S: Panels, steps: Sequence[int] | None = None, rtol: float | None 
     panels = figure.subplots(1, 3)
     bounds: list[tuple[Sequence[int], list[int]]] = []
     for i, (name, x) in enumerate(lines.items()):
-        validate.tensor(f"S[{name!r}]" if name else "S", x, (None, None, None))
+        errors.tensor(f"S[{name!r}]" if name else "S", x, (None, None, None))
         at, found = _numbers(steps, len(x)), spectrum(x.detach(), rtol)
         bounds.append((at, [min(t + 1, *x.shape[1:]) for t in at]))
         width = len(lines) - i + 0.5  # ranks often coincide: later lines lie on earlier, thicker ones

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fwp.core import Core, Features, Form, state_dtype, without_autocast
+from fwp.feature_maps import applied
 
 # (architecture, version of Triton) on which all tests passed. None has been measured yet.
 KNOWN_GOOD: frozenset[tuple[str, str]] = frozenset()
@@ -241,7 +242,7 @@ def small(case: Case) -> Core:
     )
     if core.e is None:
         return core
-    longest = core.applied().k.to(kept).square().sum(-1).amax().clamp(min=1)
+    longest = applied(core).k.to(kept).square().sum(-1).amax().clamp(min=1)
     return replace(core, e=core.e / longest)  # else the state blows up
 
 

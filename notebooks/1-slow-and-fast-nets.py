@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 import fwp
-from fwp.benchmarks.papers import fast_weight_memories as experiment
 from fwp.nn import FastWeightAttention, SlowFastNet
+from fwp_benchmarks.papers import fast_weight_memories as experiment
 
 _ = torch.manual_seed(0)
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import fwp
-from fwp.benchmarks.papers import secretly_fast_weights as experiment
+from fwp_benchmarks.papers import secretly_fast_weights as experiment
 
 _ = torch.manual_seed(0)
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fwp.core import Core, Features, State
+from fwp.feature_maps import applied
 from fwp.testing import deviation, poisoned_empties
 
 pytest.importorskip("triton")
@@ -65,7 +66,7 @@ def moved(core, fn):
 
 def recurrence(core):
     """The definition at the top of `fwp.core`, in the dtype of its inputs."""
-    core = core.applied()
+    core = applied(core)
     o, S = numerators(core)
     if not core.denominator:
         return o, State(S)

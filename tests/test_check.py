@@ -16,7 +16,7 @@ from fwp.backends import torch as chunked
 from fwp.cli import main
 from fwp.rules import lowering
 
-equivalence = import_module("fwp.benchmarks.equivalence")
+equivalence = import_module("fwp_benchmarks.equivalence")
 
 KEYS = {"rule", "case", "backend", "form", "dtype", "device", "interpreted", "quantity", "error", "bound", "ok"}
 OUTSIDE = Path(__file__).parent / "outside"

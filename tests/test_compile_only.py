@@ -71,7 +71,7 @@ def test_kernels_are_those_of_the_table(target):
 
 
 if __name__ == "__main__":
-    from fwp.benchmarks import static
+    from fwp_benchmarks import static
 
     for case in CASES[sys.argv[1]]:
         for row in static.rows(sys.argv[1], static.Case(*case)):

@@ -6,14 +6,14 @@ import json
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from torch import nn
 
-from fwp.benchmarks.claims import Claim
-from fwp.benchmarks.papers import fast_weight_memories as paper
 from fwp.nn import SlowFastNet
+from fwp_benchmarks import oracle
+from fwp_benchmarks.claims import Claim
+from fwp_benchmarks.papers import fast_weight_memories as paper
 
 
 def generators(count: int) -> list[torch.Generator]:

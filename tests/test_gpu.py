@@ -60,7 +60,7 @@ def agree(rule, inputs, form, **options):
 @pytest.mark.parametrize("rule", RULES)
 def test_every_case_form_and_dtype(rule, monkeypatch):
     """What `fwp check` compares."""
-    equivalence = import_module("fwp.benchmarks.equivalence")
+    equivalence = import_module("fwp_benchmarks.equivalence")
     if not GPU:
         monkeypatch.setattr(equivalence, "CASES", equivalence.CASES[:1])
     rows = equivalence.kernel_rows(rule)
@@ -134,7 +134,7 @@ def test_sixty_runs_have_the_same_bits(rule, form):
 
 def captured(call):
     """What replays the call: a CUDA graph."""
-    return import_module("fwp.benchmarks.speed").graphed(call) if GPU else call
+    return import_module("fwp_benchmarks.speed").graphed(call) if GPU else call
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])

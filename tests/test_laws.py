@@ -7,7 +7,6 @@ import typing
 from dataclasses import replace
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from laws import (
@@ -35,6 +34,7 @@ from fwp.core import State
 from fwp.functional import fast_weights
 from fwp.rules.spec import OPTIONS
 from fwp.testing import deviation, evaluate, sample
+from fwp_benchmarks import oracle
 
 TABLE = fwp.RULES.values()
 

@@ -72,14 +72,14 @@ MUTANTS = {
 
 
 FEATURES, CHUNK, BACK, TILES, LAUNCH, TOKEN = (
-    "kernels/features.py",
-    "kernels/chunk.py",
-    "kernels/chunk_back.py",
-    "kernels/tiles.py",
-    "kernels/launch.py",
-    "kernels/recurrent.py",
+    "kernels/fwp_kernels/features.py",
+    "kernels/fwp_kernels/chunk.py",
+    "kernels/fwp_kernels/chunk_back.py",
+    "kernels/fwp_kernels/tiles.py",
+    "kernels/fwp_kernels/launch.py",
+    "kernels/fwp_kernels/recurrent.py",
 )
-SEGMENTS = "kernels/segments.py"
+SEGMENTS = "kernels/fwp_kernels/segments.py"
 KERNEL_MUTANTS = {
     "gates that count below the floor": (CHUNK, "tl.where(x < FLOOR, FLOOR, x)", "x"),
     "gates that aren't summed": (CHUNK, "KG, tl.cumsum(x, 0))", "KG, x)"),
@@ -171,7 +171,7 @@ def compare_kernels() -> str:
 def compare() -> str:
     """What is wrong with the sources as they are now, "" if nothing is."""
     forget()
-    import oracle
+    from fwp_benchmarks import oracle
 
     testing, backend, lowering = (
         importlib.import_module(f"fwp.{name}") for name in ("testing", "backends.torch", "rules.lowering")

@@ -1,9 +1,10 @@
 """The oracle against numbers worked out by hand, before anything is measured against the oracle."""
 
 import numpy as np
-import oracle
 import pytest
 from numpy.testing import assert_allclose
+
+from fwp_benchmarks import oracle
 
 # Two tokens, one head, K = 2, V = 1, from S_0 = (2, −4) and z_0 = (1, 1).
 Q = np.array([[1.0, 0.0], [1.0, 1.0]]).reshape(1, 2, 1, 2)

@@ -6,7 +6,6 @@ The laws of test_laws.py, test_shapes.py and test_transforms.py hold for them to
 import ast
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
 from laws import RULES, forms
@@ -17,6 +16,7 @@ import fwp
 from fwp.cli import main
 from fwp.nn import FastWeightAttention
 from fwp.testing import deviation, sample
+from fwp_benchmarks import oracle
 
 HERE = Path(__file__).parent
 PACKAGE = Path(fwp.__file__).parent

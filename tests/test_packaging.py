@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("kernels", "benchmarks")  # they enter the wheel as fwp/kernels and fwp/benchmarks
+FOLDERS = ("kernels", "benchmarks")  # each holds a package
+PACKAGES = ("kernels/fwp_kernels", "benchmarks/fwp_benchmarks")
 built = pytest.mark.xdist_group("built")  # one worker builds wheel and sdist, once
 
 
@@ -98,8 +99,7 @@ def wheel(dist: Path) -> Path:
 def test_wheel(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
-    kept = {name for name in files("benchmarks") if name.startswith("benchmarks/results/")}  # in the repository alone
-    assert held == files("fwp") | {f"fwp/{name}" for folder in FOLDERS for name in files(folder) - kept}
+    assert held == files("fwp") | {name.partition("/")[2] for package in PACKAGES for name in files(package)}
     assert "fwp/py.typed" in held
 
 
@@ -108,28 +108,27 @@ def test_sdist(dist: Path) -> None:
     (path,) = dist.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    top = {"pyproject.toml", "hatch_build.py", "constraints.txt", "Makefile", "README.md", "CHANGELOG.md", "LICENSE"}
+    top = {"pyproject.toml", "constraints.txt", "Makefile", "README.md", "CHANGELOG.md", "LICENSE"}
     assert held >= top.union(*(files(folder) for folder in ("fwp", "tests", "notebooks", *FOLDERS)))
 
 
 @built
 def test_installed_wheel(wheel: Path, tmp_path: Path) -> None:
-    """Outside the checkout, every module of kernels and benchmarks is found inside the package, data files too."""
+    """Outside the checkout every module of the kernels and benchmarks is found where the wheel was installed."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site")]
     subprocess.run([*command, str(wheel)], check=True, timeout=300)
     names = sorted(
-        "fwp." + name.removesuffix(".py").replace("/", ".")
-        for folder in FOLDERS
-        for name in files(folder)
-        if name.endswith(".py") and (folder != "kernels" or importlib.util.find_spec("triton"))
+        name.partition("/")[2].removesuffix(".py").replace("/", ".")
+        for package in PACKAGES
+        for name in files(package)
+        if name.endswith(".py") and ("kernels" not in package or importlib.util.find_spec("triton"))
     )
     assert names
     code = f"""
-import importlib, fwp, fwp.kernels, fwp.benchmarks
+import importlib, fwp
 site = {str(tmp_path / "site")!r}
 for module in map(importlib.import_module, {names!r}):
     assert module.__file__.startswith(site), module.__file__
-assert len(fwp.kernels.__path__) == len(fwp.benchmarks.__path__) == 1
 print(fwp.__version__)
 """
     assert python(code, cwd=tmp_path, path=(tmp_path / "site",)) in wheel.name
@@ -154,8 +153,8 @@ for name in {sources!r}:
 
 
 def test_no_kernel_is_stray() -> None:
-    """Every file in kernels/ is imported by a backend, itself or through another kernel."""
-    kernels = {path.stem: path for path in (ROOT / "kernels").glob("*.py")}
+    """Every file of the kernels is imported by a backend, itself or through another kernel."""
+    kernels = {path.stem: path for path in (ROOT / "kernels" / "fwp_kernels").glob("*.py") if path.stem != "__init__"}
 
     def imported(path: Path) -> set[str]:
         text = path.read_text(encoding="utf-8")
@@ -171,15 +170,15 @@ def test_no_kernel_is_stray() -> None:
 
 
 def _names(node: ast.AST) -> set[str]:
-    """The modules of fwp.kernels that an import statement names: absolute in a backend, relative among the kernels."""
+    """The modules of fwp_kernels that an import statement names: absolute in a backend, relative among the kernels."""
     if isinstance(node, ast.Import):
-        return {alias.name.removeprefix("fwp.kernels.") for alias in node.names}
+        return {alias.name.removeprefix("fwp_kernels.") for alias in node.names}
     if isinstance(node, ast.ImportFrom):
         module = node.module or ""
-        if module == "fwp.kernels" or (node.level == 1 and not module):
+        if module == "fwp_kernels" or (node.level == 1 and not module):
             return {alias.name for alias in node.names}
-        if module.startswith("fwp.kernels.") or node.level == 1:
-            return {module.removeprefix("fwp.kernels.")}
+        if module.startswith("fwp_kernels.") or node.level == 1:
+            return {module.removeprefix("fwp_kernels.")}
     return set()
 
 
@@ -204,7 +203,7 @@ def test_readme_examples_run() -> None:
 
 
 def test_claims_in_readme_are_those_of_the_kept_results() -> None:
-    from fwp.benchmarks.report import tally
+    from fwp_benchmarks.report import tally
 
     found = {}
     for scale in ("quick", "reduced"):

@@ -3,13 +3,13 @@
 import warnings
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from laws import close
 from torch import nn
 
 from fwp.nn import PRESETS
+from fwp_benchmarks import oracle
 
 
 def test_shapes_of_the_presets_parameters():

@@ -19,9 +19,9 @@ import torch
 
 import fwp
 from fwp import cli
-from fwp.benchmarks import reproduce, workers
-from fwp.benchmarks.claims import Claim, Family, Outcome, Scale
-from fwp.benchmarks.papers.secretly_fast_weights_1 import SETTING_1
+from fwp_benchmarks import reproduce, workers
+from fwp_benchmarks.claims import Claim, Family, Outcome, Scale
+from fwp_benchmarks.papers.secretly_fast_weights_1 import SETTING_1
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -204,7 +204,7 @@ def test_unjudged_and_unfinished(family: Family, tmp_path: Path) -> None:
 
     file = reproduce.results(family, tmp_path)
     file.write_text(file.read_text(encoding="utf-8").split("\n")[0] + "\n", encoding="utf-8")
-    from fwp.benchmarks import report
+    from fwp_benchmarks import report
 
     report.write([family], "quick", tmp_path, [])
     assert [claim["note"] for claim in strict(tmp_path / "claims.json")] == ["1 of 5 runs are there"] * 2
@@ -335,7 +335,7 @@ def test_bad_arguments(
 
 @pytest.mark.parametrize("status", [0, 1])
 def test_check_passes_on(status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from fwp.benchmarks import equivalence
+    from fwp_benchmarks import equivalence
 
     seen: list[Any] = []
     monkeypatch.setattr(equivalence, "main", lambda *arguments: seen.append(arguments) or status)

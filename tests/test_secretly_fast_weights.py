@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 import fwp
-from fwp.benchmarks.claims import Claim
-from fwp.benchmarks.papers import secretly_fast_weights as paper
-from fwp.benchmarks.papers import secretly_fast_weights_1 as setting_1
-from fwp.benchmarks.papers import secretly_fast_weights_2 as setting_2
+from fwp_benchmarks.claims import Claim
+from fwp_benchmarks.papers import secretly_fast_weights as paper
+from fwp_benchmarks.papers import secretly_fast_weights_1 as setting_1
+from fwp_benchmarks.papers import secretly_fast_weights_2 as setting_2
 
 # ---- the experiment ----
 

@@ -13,16 +13,16 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from oracle import fast_weights as oracle
 
 from fwp import rules, testing
 from fwp.cli import main
 from fwp.testing import row_error
+from fwp_benchmarks.oracle import fast_weights as oracle
 
-speed = import_module("fwp.benchmarks.speed")
-peers = import_module("fwp.benchmarks.peers")
-report = import_module("fwp.benchmarks.speed_report")
-beforehand = import_module("fwp.benchmarks.beforehand")
+speed = import_module("fwp_benchmarks.speed")
+peers = import_module("fwp_benchmarks.peers")
+report = import_module("fwp_benchmarks.speed_report")
+beforehand = import_module("fwp_benchmarks.beforehand")
 Point = speed.Point
 RATES = (1e9, 1e10)
 
@@ -547,6 +547,6 @@ def test_bad_arguments_exit_2_before_any_work(arguments, message, capsys):
 def test_tuning_says_what_it_finds(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     found = SimpleNamespace(rows=lambda: [{"K": 64, "warps": 4}, {"K": 128, "warps": 8}])
-    monkeypatch.setitem(sys.modules, "fwp.benchmarks.tune", found)
+    monkeypatch.setitem(sys.modules, "fwp_benchmarks.tune", found)
     assert main(["bench", "--tune"]) == 0
     assert capsys.readouterr().out == "K=64 warps=4\nK=128 warps=8\n"

@@ -30,9 +30,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fwp import feature_maps, trust
 from fwp.backends import triton as backend
 from fwp.core import Core, Features, State, overwriting
-from fwp.kernels import launch
+from fwp.feature_maps import applied
 from fwp.nn import FastWeightAttention
 from fwp.testing import budgets, deviation, evaluate, row_error, sample
+from fwp_kernels import launch
 
 pytestmark = MARKS
 
@@ -478,9 +479,9 @@ def test_features_of_packed_sequences_and_strange_tensors():
 @pytest.mark.parametrize("phi", ["relu", "dpfp-2"])
 def test_features_are_rounded_as_those_that_lie_in_memory(phi, dtype):
     core = problem(ADDITIVE, T=C + 3, K=4, dtype=dtype, features=Features(phi, None, 0.3))
-    assert core.applied().k.dtype == dtype
+    assert applied(core).k.dtype == dtype
     for form in ("chunk", "recurrent"):
-        for found, truth in zip(kernels(core, form), kernels(core.applied(), form)):
+        for found, truth in zip(kernels(core, form), kernels(applied(core), form)):
             assert found is truth or torch.equal(*(found, truth) if torch.is_tensor(found) else (found.S, truth.S))
 
 

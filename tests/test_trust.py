@@ -15,7 +15,7 @@ from fwp.testing import deviation, sample
 pytest.importorskip("triton")
 import triton
 
-from fwp.kernels import launch
+from fwp_kernels import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []

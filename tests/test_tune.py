@@ -7,9 +7,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from fwp.benchmarks import tune
 from fwp.cli import main
-from fwp.kernels import launch
+from fwp_benchmarks import tune
+from fwp_kernels import launch
 
 START = launch.Tiles(64, 64)
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fwp.benchmarks import reproduce
-from fwp.benchmarks.claims import Claim
-from fwp.benchmarks.papers import zoology as paper
+from fwp_benchmarks import reproduce
+from fwp_benchmarks.claims import Claim
+from fwp_benchmarks.papers import zoology as paper
 
 TINY = {"vocabulary": 24, "sequences": 2000, "passes": 4, "batch": 20, "test_sequences": 100}
 

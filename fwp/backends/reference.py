@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map as _tree_map
 
-from fwp.core import Core, State, to_heads
-from fwp.rules.reference import ratio
+from fwp.core import Core, State, ratio, to_heads
+from fwp.feature_maps import applied
 from fwp.rules.spec import Rule
 
 
@@ -26,7 +26,7 @@ def run(rule: Rule, core: Core, gates: Mapping[str, Tensor], mask: Tensor | None
 
     Returns o [B, T, max(Hq, H), V] in the state's dtype and the final state.
     """
-    core, H = core.applied(), core.heads
+    core, H = applied(core), core.heads
     if state is None:
         state = rule.init((core.sequences, H), core.k.shape[-1], core.v.shape[-1], core.initial().S)
     q = to_heads(core.q, max(core.q.shape[2], H)).to(core.dtype)

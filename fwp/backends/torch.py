@@ -27,11 +27,12 @@ from fwp.core import (
     State,
     check_bounds,
     opaque,
+    ratio,
     refuse_forward_derivatives,
     to_heads,
     without_autocast,
 )
-from fwp.rules.reference import ratio
+from fwp.feature_maps import applied
 
 CHUNK = 64
 
@@ -43,7 +44,7 @@ def refuses(core: Core, form: Form) -> str | None:
 
 def run(core: Core, form: Form, chunk: int = CHUNK) -> tuple[Tensor, State]:
     """o [B, T, max(Hq, H), V] in the state's dtype, and the final state."""
-    core, V = _with_z(core.applied()), core.v.shape[-1]
+    core, V = _with_z(applied(core)), core.v.shape[-1]
     if core.causal or core.cu_seqlens is not None or form == "recurrent":
         walk = _opaque_walk if opaque() else _walk
     else:
@@ -398,7 +399,7 @@ def _chunk_backward(p: Piece, S: Tensor, read: Read, d_out: Tensor, d_S: Tensor)
 
 def _core(tensors: list[Tensor | None], read: str, causal: bool) -> Core:
     q, k, v, g, e, w, S, cu_seqlens = tensors
-    return Core(q, k, v, g, e, w, S, None, cu_seqlens, read=read, causal=causal)  # type: ignore[arg-type]
+    return Core(q, k, v, g, e=e, w=w, S=S, cu_seqlens=cu_seqlens, read=read, causal=causal)  # type: ignore[arg-type]
 
 
 @torch.library.custom_op("fwp::walk", mutates_args=())

@@ -1,4 +1,4 @@
-"""The recurrence on the Triton kernels of `fwp.kernels`, forward and backward as opaque ops of torch.
+"""The recurrence on the Triton kernels of `fwp_kernels`, forward and backward as opaque ops of torch.
 
 They serve no decay, one a head or one a key channel, with or without erasing, erase and write strengths one a head.
 Triton is imported when the first kernel runs, so that the ops and their shapes are known wherever torch is.
@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from fwp import trust
 from fwp.core import Core, Features, Form, Read, State, overwrites
+from fwp.feature_maps import applied
 
 MAX_FEATURES = 1024
 
@@ -65,7 +66,7 @@ def _shared_memory(device: torch.device) -> int:
 
 def _interpreted() -> bool:
     """Whether Triton runs the kernels on a CPU, in Python."""
-    from fwp.kernels.launch import INTERPRETED
+    from fwp_kernels.launch import INTERPRETED
 
     return bool(INTERPRETED)
 
@@ -89,13 +90,13 @@ def run(core: Core, form: Form, chunk: int | None = None, segment: int | None = 
     RuntimeError for a second derivative and a forward derivative, which the kernels don't have.
     """
     if not core.causal:
-        core = core.applied()
+        core = applied(core)
     tensors = (core.q, core.k, core.v, core.g, core.e, core.w, core.S, core.z)
     before, eps = core.causal and core.read == "before", core.eps if core.denominator else None
     features = (core.features.phi, core.features.norm, core.features.scale)
     if overwrites() and form == "recurrent" and core.causal:
-        from fwp.kernels.launch import Problem
-        from fwp.kernels.launch import forward as launch
+        from fwp_kernels.launch import Problem
+        from fwp_kernels.launch import forward as launch
 
         o, S, z, _ = launch(Problem(*tensors, core.cu_seqlens, before, eps, *features), form, over=True)
         return o, State(S, z)
@@ -110,13 +111,26 @@ def run(core: Core, form: Form, chunk: int | None = None, segment: int | None = 
 
 def _problem(*inputs: Any) -> Any:
     """What the launch layer takes, with sequences whole where the kernels that cut them are in doubt."""
-    from fwp.kernels.launch import Problem
+    from fwp_kernels.launch import Problem
 
     problem = Problem(*inputs)
     if problem.segment is None and problem.length:
         q, k, v, g, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, *_ = inputs
         read: Read = "before" if before else "after"
-        core = Core(q, k, v, g, e, w, S, z, cu_seqlens, read, eps is not None, features=Features(phi, norm, scale))
+        core = Core(
+            q,
+            k,
+            v,
+            g,
+            e=e,
+            w=w,
+            S=S,
+            z=z,
+            cu_seqlens=cu_seqlens,
+            read=read,
+            denominator=eps is not None,
+            features=Features(phi, norm, scale),
+        )
         if not trust.may_cut(core):
             problem.length = 0
     return problem
@@ -169,11 +183,11 @@ def _forward(
 
 
 def _launch_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from fwp.kernels.launch import Problem, forward
+    from fwp_kernels.launch import Problem, forward
 
     *given, form = inputs
     o, S, z, den = forward((Problem if form == "recurrent" else _problem)(*given), form)
-    return o, S, *(o.new_empty(0) if x is None else x for x in (z, den))
+    return o, S, o.new_empty(0) if z is None else z, o.new_empty(0) if den is None else den
 
 
 @torch.library.custom_op("fwp::triton_backward", mutates_args=())
@@ -206,7 +220,7 @@ def _backward(
 
 
 def _launch_backward(*inputs: Any) -> list[Tensor]:
-    from fwp.kernels.launch import backward
+    from fwp_kernels.launch import backward
 
     grads = backward(_problem(*inputs[:16]), *inputs[16:])
     return [inputs[0].new_empty(0) if x is None else x for x in grads]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fwp import validate
+from fwp import errors
 from fwp.nn import PRESETS, Block, FastWeightAttention, FeedForward, LayerState
 from fwp.nn.block import NORMS, Norm, Placement, pick
 
@@ -44,7 +44,7 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "ff_dim"):
             if getattr(self, name) is not None:
-                validate.size(name, getattr(self, name))
+                errors.size(name, getattr(self, name))
 
     def block(self) -> Block:
         """One of the blocks."""
@@ -87,7 +87,7 @@ class Decoder(nn.Module):
 
         state, mask [B, T] and cu_seqlens [N + 1] as in `FastWeightAttention`.
         """
-        validate.tensor("tokens", tokens, (None, None), torch.int64)
+        errors.tensor("tokens", tokens, (None, None), torch.int64)
         states = [None] * len(self.blocks) if state is None else state
         if len(states) != len(self.blocks):
             raise ValueError(f"state: expected {len(self.blocks)} layer states, got {len(states)}")
@@ -115,17 +115,17 @@ class Decoder(nn.Module):
         generator: of the draws. mask: [B, T] bool, False for padding; each row needs a True.
         Dropout is active in training mode, as anywhere. ValueError and TypeError for options that can't be.
         """
-        validate.tensor("tokens", tokens, (None, None), torch.int64)
+        errors.tensor("tokens", tokens, (None, None), torch.int64)
         B, T = tokens.shape
         if T == 0:
             raise ValueError(f"tokens: expected (B, T) with T ≥ 1, got {tuple(tokens.shape)}")
-        validate.size("max_new_tokens", max_new_tokens, 0)
-        validate.number("temperature", temperature, 0)
+        errors.size("max_new_tokens", max_new_tokens, 0)
+        errors.number("temperature", temperature, 0)
         if top_k is not None:
-            validate.size("top_k", top_k)
+            errors.size("top_k", top_k)
         last = tokens.new_full((B,), T - 1)  # the last real token of each row
         if mask is not None:
-            validate.tensor("mask", mask, (B, T), torch.bool, tokens.device)
+            errors.tensor("mask", mask, (B, T), torch.bool, tokens.device)
             if not mask.any(1).all():
                 raise ValueError("mask: expected a True in each row, got a row without")
             last = (mask * torch.arange(1, T + 1, device=mask.device)).argmax(1)

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fwp import feature_maps, rules, validate
+from fwp import errors, feature_maps, rules, validate
 from fwp.core import Read, overwriting, without_autocast
 from fwp.feature_maps import FeatureMap
 from fwp.functional import Backend, fast_weights
@@ -38,7 +38,7 @@ def projection(embed_dim: int, width: int, rank: int | None = None, bias: bool =
     """A linear map of [..., embed_dim] to [..., width], through `rank` features if given."""
     if rank is None:
         return nn.Linear(embed_dim, width, bias=bias)
-    validate.size("rank", rank)
+    errors.size("rank", rank)
     return nn.Sequential(nn.Linear(embed_dim, rank, bias=False), nn.Linear(rank, width, bias=bias))
 
 
@@ -186,14 +186,14 @@ class FastWeightAttention(nn.Module):
         row = rules.get(rule)
         factor = 1.0 if scale is None else scale
         validate.options(row, read=read, scale=factor, denominator=denominator, backend=backend)
-        validate.number("norm_eps", norm_eps, 0)
+        errors.number("norm_eps", norm_eps, 0)
         feature_maps.norm(torch.zeros(1), feature_norm)
-        validate.size("short_conv", short_conv, 0)
+        errors.size("short_conv", short_conv, 0)
         widths = {"embed_dim": embed_dim, "num_heads": num_heads, "head_dim": head_dim, "value_dim": value_dim}
         widths |= {"num_key_heads": num_key_heads, "num_value_heads": num_value_heads, "out_gate_rank": out_gate_rank}
         for name, width in widths.items():
             if width is not None:
-                validate.size(name, width)
+                errors.size(name, width)
         if head_dim is None and embed_dim % num_heads:
             raise ValueError(
                 f"num_heads: expected a divisor of embed_dim = {embed_dim} without head_dim, got {num_heads}"
@@ -310,15 +310,15 @@ class FastWeightAttention(nn.Module):
 
     def _check(self, x: Tensor, state: Any, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
         """What the convolution needs before the op looks at the rest."""
-        validate.tensor("x", x, (None, None, self.embed_dim))
-        weights = next((p.dtype for p in self.q_proj.parameters() if p.dtype in validate.FLOATS), x.dtype)
+        errors.tensor("x", x, (None, None, self.embed_dim))
+        weights = next((p.dtype for p in self.q_proj.parameters() if p.dtype in errors.FLOATS), x.dtype)
         cast = not x.is_meta and torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weights)
         if x.dtype != weights and not cast:
             raise TypeError(f"x: expected {weights}, as the weights, got {x.dtype}")
         B, T, _ = x.shape
         N = B
         if mask is not None:
-            validate.tensor("mask", mask, (B, T), torch.bool, x.device)
+            errors.tensor("mask", mask, (B, T), torch.bool, x.device)
         if cu_seqlens is not None:
             validate.packing(cu_seqlens, 1, T, device=x.device)
             if B != 1:
@@ -328,10 +328,10 @@ class FastWeightAttention(nn.Module):
             return
         if not isinstance(state, LayerState):
             raise TypeError(f"state: expected LayerState, got {type(state).__name__}")
-        validate.tensor("state.position", state.position, (N,), torch.int64, x.device)
+        errors.tensor("state.position", state.position, (N,), torch.int64, x.device)
         if self.conv is not None:
             C, _, W = self.conv.weight.shape
-            validate.tensor("state.conv", state.conv, (N, W - 1, C), None, x.device)
+            errors.tensor("state.conv", state.conv, (N, W - 1, C), None, x.device)
         elif state.conv is not None:
             raise ValueError("state.conv: expected None without short_conv, got a tensor")
 

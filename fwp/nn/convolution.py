@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fwp import validate
+from fwp import errors
 
 
 def borders(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -27,8 +27,8 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        validate.size("channels", channels)
-        validate.size("width", width)
+        errors.size("channels", channels)
+        errors.size("width", width)
         self.weight = nn.Parameter(torch.empty(channels, 1, width).uniform_(-(width**-0.5), width**-0.5))
 
     def forward(

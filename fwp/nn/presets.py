@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fwp import validate
+from fwp import errors
 from fwp.nn.attention import FastWeightAttention, GateProjection, SoftplusDecay
 
 
@@ -97,7 +97,7 @@ def gla(embed_dim: int, num_heads: int, *, gate_rank: int = 16, **options: Any) 
     flash-linear-attention's GatedLinearAttention: gk_proj is gates.g.proj, g_proj is out_gate, g_norm_swish_gate is
     out_norm.
     """
-    validate.size("num_heads", num_heads)
+    errors.size("num_heads", num_heads)
     if embed_dim % (2 * num_heads) and "head_dim" not in options:
         raise ValueError(f"num_heads: expected a divisor of embed_dim / 2 = {embed_dim / 2:g}, got {num_heads}")
     return _layer(
@@ -144,7 +144,7 @@ def kda(embed_dim: int, num_heads: int, *, gate_rank: int | None = None, **optio
     sigmoid. transformers' KimiLinearDeltaAttention: forget_gate.f_a_proj and f_b_proj are gates.g.proj.0 and .1,
     b_proj gates.beta.proj, g_a_proj and g_b_proj out_gate.0 and .1, o_norm out_norm, conv1d conv.
     """
-    validate.size("num_heads", num_heads)
+    errors.size("num_heads", num_heads)
     rank = (options.get("head_dim") or embed_dim // num_heads) if gate_rank is None else gate_rank
     return _layer(
         embed_dim,

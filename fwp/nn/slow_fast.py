@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 
-from fwp import validate
+from fwp import errors
 from fwp.core import Read
 from fwp.errors import suggest
 
@@ -208,7 +208,7 @@ class SlowFastNet(nn.Module):
         if set(state) != set(self.shapes):
             raise ValueError(f"state: expected the weights {', '.join(self.shapes)}, got {', '.join(state) or 'none'}")
         for name, shape in self.shapes.items():
-            validate.tensor(f"state[{name!r}]", state[name], (B, *shape))
+            errors.tensor(f"state[{name!r}]", state[name], (B, *shape))
         return state
 
     def extra_repr(self) -> str:
@@ -258,15 +258,15 @@ class FastWeightRNN(nn.Module):
 
     def forward(self, x: Tensor, state: RecurrentState | None = None) -> tuple[Tensor, RecurrentState]:
         """x [B, T, inputs] → y [B, T, units], each step's y(t + 1), which is the first to see x(t), and the state."""
-        validate.tensor("x", x, (None, None, self.inputs))
+        errors.tensor("x", x, (None, None, self.inputs))
         units = self.weight.shape[0]
         if state is None:
             state = RecurrentState(
                 self.weight.expand(x.shape[0], -1, -1), self.activation(x.new_zeros(x.shape[0], units))
             )
         W, y = state
-        validate.tensor("state.weight", W, (x.shape[0], *self.weight.shape))
-        validate.tensor("state.y", y, (x.shape[0], units))
+        errors.tensor("state.weight", W, (x.shape[0], *self.weight.shape))
+        errors.tensor("state.y", y, (x.shape[0], units))
         found = []
         for now in x.unbind(1):
             seen = torch.cat([now, y], 1)  # [B, inputs + units]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fwp.core import Core, opaque, refuse_forward_derivatives, to_heads
-from fwp.rules.reference import ratio
+from fwp.core import Core, opaque, ratio, refuse_forward_derivatives, to_heads
+from fwp.feature_maps import applied
 
 
 def additive(core: Core) -> Core:
@@ -30,7 +30,7 @@ def delta(core: Core, beta: Tensor, g: Tensor | None = None) -> Core:
     core = replace(core, g=g, w=beta, e=beta)
     if not core.denominator:
         return core
-    core = core.applied()
+    core = applied(core)
     k = to_heads(core.k, core.heads).to(core.dtype)  # [B, T, H, K]
     return replace(core, e=ratio(beta, (keys_before(core, k) * k).sum(-1)))
 

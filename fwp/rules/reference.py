@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fwp.core import ratio
+
 
 def outer(k: Tensor, v: Tensor) -> Tensor:
     """k vᵀ: [..., K], [..., V] → [..., K, V]."""
@@ -17,12 +19,6 @@ def outer(k: Tensor, v: Tensor) -> Tensor:
 def retrieve(S: Tensor, k: Tensor) -> Tensor:
     """Sᵀ k, the value stored under k: [..., K, V], [..., K] → [..., V]."""
     return (S * k.unsqueeze(-1)).sum(-2)
-
-
-def ratio(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, and 0 where b = 0, with finite gradients there."""
-    zero = b == 0
-    return (a / b.masked_fill(zero, 1)).masked_fill(zero, 0)
 
 
 def additive(S: Tensor, k: Tensor, v: Tensor) -> Tensor:

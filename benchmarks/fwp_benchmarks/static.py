@@ -24,9 +24,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from fwp.backends.triton import widest
-from fwp.kernels import launch
+from fwp_kernels import launch
 
-TABLE = Path(__file__).parent / "results" / "static.csv"
+TABLE = Path(__file__).parents[1] / "results" / "static.csv"
 LIMITS = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # KiB of shared memory a program
 # The matrix instructions that a GPU is built for, and those it still takes.
 OLDER = "mma.sync"
@@ -83,8 +83,9 @@ def launches(case: Case) -> list[tuple[str, Any, dict[str, Any]]]:
         strength = empty() if case.erase else None
         g = [None, empty(), empty(K)][case.decay]
         state = torch.empty(2, 4, K, case.V), torch.empty(2, 4, K) if case.denominator else None
-        features = (phi or None, case.norm or None, D**-0.5 if phi or case.norm else 1.0)
-        return launch.Problem(q, k, v, g, strength, strength, *state, None, False, eps, *features, None, segment)
+        scale = D**-0.5 if phi or case.norm else 1.0
+        features: dict[str, Any] = {"feature_map": phi or None, "norm": case.norm or None, "scale": scale}
+        return launch.Problem(q, k, v, g, strength, strength, *state, None, False, eps, **features, segment=segment)
 
     started: dict[str, tuple[Any, dict[str, Any]]] = {}
 

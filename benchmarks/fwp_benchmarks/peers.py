@@ -1,6 +1,6 @@
 """The functions of others that compute what ours do, called on the same tensors: `fwp bench --peers`.
 
-`PEERS` names them; each takes a point of `fwp.benchmarks.speed` and gives a function of its inputs that returns the
+`PEERS` names them; each takes a point of `fwp_benchmarks.speed` and gives a function of its inputs that returns the
 output, or None where it serves no such point. They are told scale 1, no l2 norm unless the point has it, and to return
 the final state wherever they can, since ours always does. A peer that isn't installed is no peer.
 """

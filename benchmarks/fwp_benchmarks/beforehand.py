@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def child(task: str, point: Point, who: str, until: float, environment: dict[str, str]) -> tuple[float, str | None]:
     """Seconds it ran, and the last line it wrote, None if it had to be stopped; RuntimeError if it failed."""
-    command = [sys.executable, "-m", "fwp.benchmarks.speed", task, json.dumps(asdict(point)), who]
+    command = [sys.executable, "-m", "fwp_benchmarks.speed", task, json.dumps(asdict(point)), who]
     started = time.monotonic()
     if started >= until:
         return 0.0, None

@@ -20,7 +20,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cache
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
@@ -257,31 +256,20 @@ def recall(rule: Rule) -> Iterator[Row]:
         yield row(rule.name, "orthonormal recall", backend, form, torch.float64, "out", error, 1e-12)
 
 
-@cache
-def oracle() -> Any:
-    """tests/oracle.py of the checkout, or None in an installed package."""
-    path = Path(__file__).resolve().parents[1] / "tests" / "oracle.py"
-    if not path.is_file():
-        return None
-    spec = importlib.util.spec_from_file_location("oracle", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def against_oracle(rule: Rule) -> Iterator[Row]:
     """The reference itself against the equations written once more in NumPy."""
     if rules.RULES.get(rule.name) is not rule:
         return
-    if oracle() is None:
-        yield skipped(rule.name, "oracle", "reference", "tests/oracle.py is in the checkout only")
+    try:
+        from fwp_benchmarks import oracle
+    except ImportError:
+        yield skipped(rule.name, "oracle", "reference", "NumPy is not installed")
         return
     normalised = {"denominator": True, "feature_map": "elu+1", "feature_norm": "sum"}
     ways: dict[str, dict[str, Any]] = {"oracle": {}, "oracle, normalised": normalised}
     for name, options in ways.items():
         x = testing.sample(rule, T=20, Hq=4, Hk=1, V=5, seed=4)
-        expected = oracle().fast_weights(rule.name, **{n: t.numpy() for n, t in x.items()}, **options)
+        expected = oracle.fast_weights(rule.name, **{n: t.numpy() for n, t in x.items()}, **options)
         found, end = fwp.fast_weights(rule, x.pop("q"), x.pop("k"), x.pop("v"), **x, **options, backend="reference")
         for quantity, a, b in (("out", found, expected[0]), ("state.S", end.S, expected[1])):
             error = testing.row_error(a, torch.from_numpy(b))

@@ -19,7 +19,7 @@ import torch
 
 import fwp
 from fwp import testing
-from fwp.kernels import launch
+from fwp_kernels import launch
 
 from .speed import timed
 

@@ -1,0 +1,1 @@
+"""What `fwp check`, `fwp bench` and `fwp reproduce` run."""

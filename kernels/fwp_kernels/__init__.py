@@ -1,0 +1,1 @@
+"""The Triton kernels behind `fwp`, and the layer that launches them."""
