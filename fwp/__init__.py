@@ -8,29 +8,25 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fwp.rules import RULES as RULES
+from fwp.rules import Gate as Gate
+from fwp.rules import Rule as Rule
+
 __version__ = "0.1.0"
 
 _HOME = {
     "fast_weights": "functional",
     "read": "functional",
     "State": "core",
-    "RULES": "rules",
-    "Rule": "rules",
-    "Gate": "rules",
     "FEATURE_MAPS": "feature_maps",
     "DPFP": "feature_maps",
     "FavorPlus": "feature_maps",
     "Taylor": "feature_maps",
-    "additive": "verbs",
-    "decay": "verbs",
-    "gla": "verbs",
-    "delta": "verbs",
-    "gated_delta": "verbs",
-    "kda": "verbs",
+    **dict.fromkeys(RULES, "verbs"),  # each rule has a typed function of its name
 }
 _MODULES = ("inspect", "nn", "models", "testing")
 
-__all__ = ["__version__", *_HOME, *_MODULES]
+__all__ = ["RULES", "Gate", "Rule", "__version__", *_HOME, *_MODULES]
 
 if TYPE_CHECKING:
     from fwp import inspect as inspect
@@ -44,26 +40,18 @@ if TYPE_CHECKING:
     from fwp.feature_maps import Taylor as Taylor
     from fwp.functional import fast_weights as fast_weights
     from fwp.functional import read as read
-    from fwp.rules import RULES as RULES
-    from fwp.rules import Gate as Gate
-    from fwp.rules import Rule as Rule
-    from fwp.verbs import additive as additive
-    from fwp.verbs import decay as decay
-    from fwp.verbs import delta as delta
-    from fwp.verbs import gated_delta as gated_delta
-    from fwp.verbs import gla as gla
-    from fwp.verbs import kda as kda
+    from fwp.verbs import *  # noqa: F403 - a list of its functions here would be one more list of rules
+else:  # a type checker that saw this would accept any name
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        value = getattr(import_module(f"fwp.{_HOME[name]}"), name)
-    elif name in _MODULES:
-        value = import_module(f"fwp.{name}")
-    else:
-        raise AttributeError(f"module 'fwp' has no attribute {name!r}")
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> Any:
+        if name in _HOME:
+            value = getattr(import_module(f"fwp.{_HOME[name]}"), name)
+        elif name in _MODULES:
+            value = import_module(f"fwp.{name}")
+        else:
+            raise AttributeError(f"module 'fwp' has no attribute {name!r}")
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

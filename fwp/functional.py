@@ -48,10 +48,13 @@ def fast_weights(
     Letters: B batch, T time, K and V features, K' the width of φ(k). State heads H = max(Hk, Hv); Hk and Hv divide H,
     and Hq is a multiple or a divisor of H, so that grouped queries keep the state at the key and value heads.
 
+    Several writes per read: where k, v and the gates have n·T tokens, query t reads after writes n·t … n·t + n − 1, or
+    with read="before" ahead of them (DeltaProduct, arXiv 2502.10297).
+
     Args:
         rule: a name of `fwp.RULES` or a `Rule`.
-        q, k, v: [B, T, Hq, K], [B, T, Hk, K], [B, T, Hv, V], one dtype: float16, bfloat16, float32 or float64. Under
-            autocast they are cast to its dtype, unless they are float64. Never changed.
+        q, k, v: [B, T, Hq, K], [B, n·T, Hk, K], [B, n·T, Hv, V], n ≥ 1, one dtype: float16, bfloat16, float32 or
+            float64. Under autocast they are cast to its dtype, unless they are float64. Never changed.
         mask: [B, T] bool; a False token neither writes, erases nor decays, and its output is 0.
         causal: False lets every query read the final state; for rules that neither decay nor erase.
         read: "after" the update of its own token, or "before" it (1991).
@@ -63,13 +66,14 @@ def fast_weights(
             zᵀq = 0. Rules that erase divide the retrieved value by zᵀk likewise, as in the 2021 paper.
         eps: ≥ 0, added to the denominator of the output.
         state: what an earlier call returned; for rules on one matrix `State(S [N, H, K', V], z [N, H, K'] or None)`.
-        cu_seqlens: [N + 1] int32 or int64 on v's device; B = 1 and N sequences lie end to end, n from cu_seqlens[n] on.
+        cu_seqlens: [N + 1] int32 or int64 on v's device, in tokens of q; B = 1 and N sequences lie end to end, the i-th
+            from cu_seqlens[i] on.
         backend: "auto" takes the fastest that serves; an explicit one that can't raises.
         form: "recurrent" token by token, "chunk" by matrix products; "auto" is recurrent for one token.
         check: look at values too (synchronises a GPU): q, k (after φ), v and state finite, gates in range, and unit
             keys for rules that erase.
-        gates: what the rule asks for (`fwp list`), [B, T, H] or [B, T, H, K'] or [B, T, H, V], computed in the state's
-            dtype. Decays g are in log space.
+        gates: what the rule asks for (`fwp list`), [B, n·T, H] or [B, n·T, H, K'] or [B, n·T, H, V], computed in the
+            state's dtype. Decays g are in log space.
 
     Returns:
         out [B, T, max(Hq, H), V] in v's dtype, and the final state, float32 (float64 for float64 inputs), of tensors of
@@ -83,7 +87,7 @@ def fast_weights(
     """
     row = rules.get(rule)
     q, k, v = _under_autocast(q, k, v)
-    validate.tensors(row, q, k, v)
+    writes = validate.tensors(row, q, k, v)
     validate.options(
         row,
         causal=causal,
@@ -95,25 +99,26 @@ def fast_weights(
         form=form,
         check=check,
     )
-    B, T, H = *k.shape[:2], max(k.shape[2], v.shape[2])
+    B, T, H = *q.shape[:2], max(k.shape[2], v.shape[2])
     if cu_seqlens is not None:
         validate.packing(cu_seqlens, B, T, check, device=v.device)
     if mask is not None:
         errors.tensor("mask", mask, (B, T), torch.bool, v.device)
-        q, k, v = (x.masked_fill(~mask[:, :, None, None], 0) for x in (q, k, v))
-    # a rule of the caller's own may look at φ(k)
-    known = causal and row is rules.RULES.get(row.name)
-    features = feature_maps.description(feature_map, feature_norm, scale) if known else None
+        written = mask if writes == 1 else mask.repeat_interleave(writes, 1)
+        q = q.masked_fill(~mask[:, :, None, None], 0)
+        k, v = (x.masked_fill(~written[:, :, None, None], 0) for x in (k, v))
+    deferred = causal and not row.lower_uses_k
+    features = feature_maps.description(feature_map, feature_norm, scale) if deferred else None
     zero = 0.0 if features is None else feature_maps.hidden(features)
     if features is None:
         q = feature_maps.transform(q, feature_map, feature_norm, scale)
         k = feature_maps.transform(k, feature_map, feature_norm)
         features = Features()
-    given = validate.gates(row, gates, (B, T, H, features.width(k.shape[-1]), v.shape[-1]), v)
+    given = validate.gates(row, gates, (B, k.shape[1], H, features.width(k.shape[-1]), v.shape[-1]), v)
     if mask is not None:
-        k = k.masked_fill(~mask[:, :, None, None], zero)  # φ(0) need not be 0
+        k = k.masked_fill(~written[:, :, None, None], zero)  # φ(0) need not be 0
         for name, gate in given.items():
-            hidden = ~mask.view(B, T, *[1] * (gate.dim() - 2))
+            hidden = ~written.view(*written.shape, *[1] * (gate.dim() - 2))
             given[name] = gate.masked_fill(hidden, row.gates[name].neutral)
     core = Core(
         q,
@@ -125,6 +130,7 @@ def fast_weights(
         eps=eps,
         causal=causal,
         features=features,
+        writes=writes,
     )
     if row.plain:
         core = validate.with_state(core, state)
@@ -138,9 +144,9 @@ def fast_weights(
     if row.lower is not None and (backend != "reference" or not causal):  # the equation needs no lowering
         with without_autocast(v):
             lowered = row.lower(core, **given)
-    if not causal and (lowered is None or lowered.g is not None or lowered.e is not None):
+    if not causal and (lowered is None or lowered.g is not None or lowered.erases):
         raise ValueError(f"causal: False needs a rule that neither decays nor erases, got {row.name!r}")
-    name, form = choose(lowered, backend, form, v)
+    name, form = choose(lowered, backend, form, q)
     if lowered is None or name == "reference":
         from fwp.backends import reference
 
@@ -199,8 +205,8 @@ def read(
     return _module("torch").read(core).to(q.dtype)
 
 
-def choose(core: Core | None, backend: str, form: str, v: Tensor) -> tuple[str, Form]:
-    """The backend and form that run a lowered core (None: the rule has no lowered form)."""
+def choose(core: Core | None, backend: str, form: str, q: Tensor) -> tuple[str, Form]:
+    """The backend and form that run a lowered core (None: the rule has no lowered form) for queries q."""
     if core is None:
         if backend not in ("auto", "reference"):
             raise ValueError(f"backend: {backend!r} serves rules that lower onto the recurrence, this one does not")
@@ -210,9 +216,9 @@ def choose(core: Core | None, backend: str, form: str, v: Tensor) -> tuple[str, 
             raise ValueError("form: the reference runs token by token, expected 'recurrent' or 'auto', got 'chunk'")
         return "reference", "recurrent"
     assert core is not None
-    picked: Form = "recurrent" if form == "recurrent" or (form == "auto" and v.shape[1] == 1) else "chunk"
+    picked: Form = "recurrent" if form == "recurrent" or (form == "auto" and q.shape[1] == 1) else "chunk"
     if backend == "auto":
-        if v.is_cuda and v.dtype != torch.float64 and _refusal("triton", core, picked) is None:
+        if q.is_cuda and q.dtype != torch.float64 and _refusal("triton", core, picked) is None:
             if (doubt := trust.doubt(core, picked)) is None:
                 return "triton", picked
             trust.warn(doubt)

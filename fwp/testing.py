@@ -45,16 +45,18 @@ def sample(
     Hv: int | None = None,
     feature_map: str | FeatureMap | None = None,
     denominator: bool = False,
+    writes: int = 1,
     state: bool = False,
     sequences: int | None = None,
 ) -> dict[str, Any]:
     """Random arguments of `fwp.fast_weights` for a rule, every number of them different: q, k, v and its gates.
 
-    q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hv, V] with Hq, Hk, Hv = H unless given, all of `dtype`; gates by
-    `Gate.sample` for max(Hk, Hv) heads and the width of the feature map, in the state's dtype. Keys have unit length if
-    the rule erases, since longer ones make it diverge; with `denominator` q and k are positive, so that no zᵀq is near
-    0. state=True adds the "state" before the first token, of `sequences` sequences (default B): S and z > 0, or what
-    the rule's `init` makes, plus noise. One seed draws the same float64 numbers for every dtype and device.
+    q [B, T, Hq, K], k [B, n·T, Hk, K], v [B, n·T, Hv, V] with n = `writes` and Hq, Hk, Hv = H unless given, all of
+    `dtype`; gates by `Gate.sample` for max(Hk, Hv) heads and the width of the feature map, in the state's dtype. Keys
+    have unit length if the rule erases along them, since longer ones make it diverge; with `denominator` q and k are
+    positive, so that no zᵀq is near 0. state=True adds the "state" before the first token, of `sequences` sequences
+    (default B): S and z > 0, or what the rule's `init` makes, plus noise. One seed draws the same float64 numbers for
+    every dtype and device.
     """
     row = rules.get(rule)
     generator = torch.Generator().manual_seed(seed)
@@ -64,16 +66,16 @@ def sample(
 
     Hq, Hk, Hv = (H if heads is None else heads for heads in (Hq, Hk, Hv))
     H = max(Hk, Hv)
-    q, k, v = normal(B, T, Hq, K), normal(B, T, Hk, K), normal(B, T, Hv, V)
+    q, k, v = normal(B, T, Hq, K), normal(B, writes * T, Hk, K), normal(B, writes * T, Hv, V)
     if denominator:
         q, k = q.abs() + 0.1, k.abs() + 0.1
-    if row.erases:
+    if row.wants_unit_keys:
         k = F.normalize(k, dim=-1)
     width = feature_maps.get(feature_map)(k[:1, :1]).shape[-1] if feature_map is not None else K
     features: dict[str, tuple[int, ...]] = {"BTH": (), "BTHK": (width,), "BTHV": (V,)}
     inputs: dict[str, Any] = {"q": q, "k": k, "v": v}
     for name, gate in row.gates.items():
-        inputs[name] = gate.sample((B, T, H, *features[gate.shape]), generator)
+        inputs[name] = gate.sample((B, writes * T, H, *features[gate.shape]), generator)
     if state:
         N = B if sequences is None else sequences
         start = tree_map(lambda x: x + 0.5 * normal(*x.shape), row.init((N, H), width, V, q.new_zeros(())))

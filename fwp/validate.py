@@ -19,12 +19,13 @@ BACKENDS = ("auto", "reference", "torch", "triton")
 FORMS = ("auto", "recurrent", "chunk")
 
 
-def tensors(rule: Rule, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q, k and v fit each other and the rule."""
+def tensors(rule: Rule, q: Tensor, k: Tensor, v: Tensor) -> int:
+    """q, k and v fit each other and the rule. Returns the writes per read: k has n·T tokens where q has T."""
     tensor("q", q, (None, None, None, None))
     B, T, Hq, K = q.shape
-    tensor("k", k, (B, T, None, K), q.dtype, q.device)
-    tensor("v", v, (B, T, None, None), q.dtype, q.device)
+    n = writes(k, T)
+    tensor("k", k, (B, n * T, None, K), q.dtype, q.device)
+    tensor("v", v, (B, n * T, None, None), q.dtype, q.device)
     Hk, Hv = k.shape[2], v.shape[2]
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.shape[2] == 0 or x.shape[3] == 0:
@@ -35,7 +36,15 @@ def tensors(rule: Rule, q: Tensor, k: Tensor, v: Tensor) -> None:
     if Hq % H and H % Hq:
         raise ValueError(f"q: expected a multiple or a divisor of {H} heads, got {Hq}")
     if Hq > H and not rule.plain:
-        raise ValueError(f"q: expected at most {H} heads, since {rule.name!r} has one output a state head, got {Hq}")
+        raise ValueError(f"q: expected at most {H} heads, since {rule.name!r} has one output per state head, got {Hq}")
+    return n
+
+
+def writes(k: Any, T: int) -> int:
+    """n where k has n·T tokens, n ≥ 1; 1 where it has another number, which is no fit."""
+    if not isinstance(k, Tensor) or k.dim() < 2 or k.shape[1] == T or T == 0 or k.shape[1] == 0 or k.shape[1] % T:
+        return 1
+    return int(k.shape[1] // T)
 
 
 def options(
@@ -164,7 +173,7 @@ def values(rule: Rule, q: Tensor, k: Tensor, v: Tensor, given: Mapping[str, Tens
     for name, x in given.items():
         low, high = rule.gates[name].low, rule.gates[name].high
         _first(name, x, ~((x >= low) & (x <= high)), f"a value in [{low:g}, {high:g}]")
-    if rule.erases:
+    if rule.wants_unit_keys:
         length = k.float().norm(dim=-1)
         # masked keys are 0; beyond length 1 a step can overshoot and the state blow up
         _first("k", length, (length > 1 + 1e-2), "keys of at most unit length for a rule that erases")

@@ -1,4 +1,4 @@
-"""A typed function a rule, for autocompletion: `fwp.delta(q, k, v, beta)` is `fwp.fast_weights("delta", …, beta=beta)`.
+"""A typed function per rule, for autocompletion: `fwp.delta(q, k, v, beta)` is `fast_weights("delta", …, beta=beta)`.
 
 Options are those of `fwp.fast_weights`.
 """
@@ -65,3 +65,29 @@ def kda(
 ) -> tuple[Tensor, State]:
     """S' = Diag(α) S, then S' + β k (v − S'ᵀ k)ᵀ; beta [B, T, H], g [B, T, H, K']."""
     return fast_weights("kda", q, k, v, beta=beta, g=g, **options)
+
+
+def gdn2(
+    q: Tensor, k: Tensor, v: Tensor, b: Tensor, w: Tensor, g: Tensor | None = None, **options: Unpack[Options]
+) -> tuple[Tensor, State]:
+    """S' = Diag(α) S, then S' + k (w ⊙ v − S'ᵀ(b ⊙ k))ᵀ; b and g [B, T, H, K'], w [B, T, H, V]."""
+    return fast_weights("gdn2", q, k, v, b=b, w=w, g=g, **options)
+
+
+def longhorn(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, **options: Unpack[Options]) -> tuple[Tensor, State]:
+    """S + ε k (v − Sᵀ k)ᵀ, ε = β / (1 + β kᵀk), beta [B, T, H]."""
+    return fast_weights("longhorn", q, k, v, beta=beta, **options)
+
+
+def comba(
+    q: Tensor, k: Tensor, v: Tensor, p: Tensor, beta: Tensor, g: Tensor | None = None, **options: Unpack[Options]
+) -> tuple[Tensor, State]:
+    """α S + β k (v − Sᵀ p)ᵀ, where p reads S before the decay; p [B, T, H, K'], beta and g [B, T, H]."""
+    return fast_weights("comba", q, k, v, p=p, beta=beta, g=g, **options)
+
+
+def rwkv7(
+    q: Tensor, k: Tensor, v: Tensor, kappa: Tensor, a: Tensor, g: Tensor | None = None, **options: Unpack[Options]
+) -> tuple[Tensor, State]:
+    """Diag(α) S − (κ ⊙ a)(Sᵀ κ)ᵀ + k vᵀ, where κ reads S before the decay; kappa, a and g [B, T, H, K']."""
+    return fast_weights("rwkv7", q, k, v, kappa=kappa, a=a, g=g, **options)

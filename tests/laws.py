@@ -7,13 +7,13 @@ from unittest import mock
 import pytest
 import torch
 from outside.delta_rnn import DELTA_RNN
-from outside.gdn2 import GDN2
+from outside.pkda import PKDA
 
 import fwp
 from fwp.backends import torch as chunked
 from fwp.testing import deviation
 
-RULES = (*fwp.RULES.values(), GDN2, DELTA_RNN)
+RULES = (*fwp.RULES.values(), PKDA, DELTA_RNN)
 REFERENCE = {"backend": "reference"}
 TOKENS = {"backend": "torch", "form": "recurrent"}
 CHUNKS = {"backend": "torch", "form": "chunk"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from laws import RULES, case, forms
 from outside.delta_rnn import DELTA_RNN
-from outside.gdn2 import GDN2
+from outside.pkda import PKDA
 
 import fwp
 from fwp import State
@@ -189,7 +189,7 @@ WRONG = [
         ValueError,
         "form: the reference runs token by token, expected 'recurrent' or 'auto', got 'chunk'",
     ),
-    ({"rule": GDN2, "denominator": True}, ValueError, "denominator: 'gdn2' has no attention normalisation"),
+    ({"rule": PKDA, "denominator": True}, ValueError, "denominator: 'pkda' has no attention normalisation"),
     ({"rule": DELTA_RNN, "denominator": True}, ValueError, "denominator: 'delta_rnn' has no attention normalisation"),
     (
         {"rule": DELTA_RNN, "backend": "torch"},
@@ -199,7 +199,7 @@ WRONG = [
     (
         {"rule": DELTA_RNN, "q": zeros(B, T, 8, K)},
         ValueError,
-        "q: expected at most 4 heads, since 'delta_rnn' has one output a state head, got 8",
+        "q: expected at most 4 heads, since 'delta_rnn' has one output per state head, got 8",
     ),
     (
         {"rule": DELTA_RNN, "state": State(zeros(B, H, K, V))},

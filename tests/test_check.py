@@ -97,7 +97,7 @@ def test_a_planted_fault_exits_1(plant, one_case, monkeypatch, tmp_path, capsys)
     assert "failed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("file", "lowered"), [("gdn2.py", True), ("delta_rnn.py", False)])
+@pytest.mark.parametrize(("file", "lowered"), [("pkda.py", True), ("delta_rnn.py", False)])
 def test_a_rule_from_a_file(file, lowered, one_case, tmp_path, capsys):
     path = OUTSIDE / file
     name = next(n for n, x in vars(_module(path)).items() if isinstance(x, rules.Rule))
@@ -123,7 +123,7 @@ def _module(path):
     [
         ("dleta", "rule: expected one of .*did you mean 'delta'"),
         ("nowhere.py:RULE", "rule: expected a file, got 'nowhere.py'"),
-        (f"{OUTSIDE / 'gdn2.py'}:NOBODY", "rule: expected a fwp.Rule called 'NOBODY'"),
+        (f"{OUTSIDE / 'pkda.py'}:NOBODY", "rule: expected a fwp.Rule called 'NOBODY'"),
         ("syntax.py:RULE", r"rule: expected a file that runs, got 'syntax.py', which raises SyntaxError: .*line 1"),
         ("raises.py:RULE", r"rule: expected a file that runs, got 'raises.py', which raises RuntimeError: two lines$"),
     ],

@@ -10,7 +10,6 @@ import torch
 from laws import RULES as ALL
 from laws import case, each_rule, each_way, forms, normalised, over_time, sequence, ways
 from outside.delta_rnn import DELTA_RNN
-from outside.gdn2 import GDN2
 
 import fwp
 from fwp import functional
@@ -279,12 +278,12 @@ def test_a_state_at_the_start_counts_by_its_z(rule, way):
 
 
 def test_a_value_gate_makes_a_matrix_a_feature():
-    x = sample(GDN2, T=T, V=3)
-    A = attention(GDN2, **x)
+    x = sample("gdn2", T=T, V=3)
+    A = attention("gdn2", **x)
     assert A.shape == (2, 2, 3, T, T)
     for c in range(3):
         assert (
-            deviation(attention(GDN2, **(x | {"w": x["w"][..., c, None], "v": x["v"][..., :1]}))[:, :, 0], A[:, :, c])
+            deviation(attention("gdn2", **(x | {"w": x["w"][..., c, None], "v": x["v"][..., :1]}))[:, :, 0], A[:, :, c])
             <= 1e-12
         )
 
@@ -303,7 +302,7 @@ def test_attention_in_low_precision():
     [
         (DELTA_RNN, {}, "rule: expected one that is linear in v, got 'delta_rnn'"),
         (MOMENTUM, {"state": zeros((2, 2), 8, 8, torch.zeros(()))}, "state: expected fwp.State or None, got tuple"),
-        (GDN2, {"w": torch.ones(2, T, 2)}, rf"w: expected \(2, {T}, 2, 8\), got \(2, {T}, 2\)"),
+        ("gdn2", {"w": torch.ones(2, T, 2)}, rf"w: expected \(2, {T}, 2, 8\), got \(2, {T}, 2\)"),
         (fwp.RULES["delta"], {"beta": None}, rf"beta: 'delta' needs it, of shape \(2, {T}, 2\)"),
     ],
 )

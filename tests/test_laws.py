@@ -553,12 +553,12 @@ def test_each_row_has_a_typed_verb(rule):
 @pytest.mark.parametrize(
     ("options", "T", "runs"),
     [
-        ({"backend": "torch", "form": "recurrent"}, 9, "_token"),
+        ({"backend": "torch", "form": "recurrent"}, 9, "_tokens_of_one_read"),
         ({"backend": "torch", "form": "chunk"}, 9, "_chunk"),
         ({"backend": "torch", "form": "chunk"}, 1, "_chunk"),
-        ({"form": "recurrent"}, 9, "_token"),
+        ({"form": "recurrent"}, 9, "_tokens_of_one_read"),
         ({"form": "chunk"}, 1, "_chunk"),
-        ({}, 1, "_token"),
+        ({}, 1, "_tokens_of_one_read"),
         ({}, 2, "_chunk"),
         ({"backend": "reference"}, 9, "step"),
         ({"backend": "reference", "form": "recurrent"}, 9, "step"),
@@ -571,7 +571,7 @@ def test_what_is_asked_for_is_what_runs(options, T, runs, monkeypatch):
     def noted(name, function):
         return lambda *args, **kwargs: ran.add(name) or function(*args, **kwargs)
 
-    for name in ("_token", "_chunk"):
+    for name in ("_tokens_of_one_read", "_chunk"):
         monkeypatch.setattr(chunked, name, noted(name, getattr(chunked, name)))
     rule = replace(fwp.RULES["kda"], step=noted("step", fwp.RULES["kda"].step))
     fast_weights(rule, **sample(rule, T=T), **options)

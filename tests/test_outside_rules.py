@@ -10,7 +10,7 @@ import pytest
 import torch
 from laws import RULES, forms
 from outside.delta_rnn import DELTA_RNN
-from outside.gdn2 import GDN2
+from outside.pkda import PKDA
 
 import fwp
 from fwp.cli import main
@@ -20,8 +20,8 @@ from fwp_benchmarks import oracle
 
 HERE = Path(__file__).parent
 PACKAGE = Path(fwp.__file__).parent
-FILES = {"GDN2": HERE / "outside" / "gdn2.py", "DELTA_RNN": HERE / "outside" / "delta_rnn.py"}
-OUTSIDE = pytest.mark.parametrize("rule", [GDN2, DELTA_RNN], ids=lambda rule: rule.name)
+FILES = {"PKDA": HERE / "outside" / "pkda.py", "DELTA_RNN": HERE / "outside" / "delta_rnn.py"}
+OUTSIDE = pytest.mark.parametrize("rule", [PKDA, DELTA_RNN], ids=lambda rule: rule.name)
 
 
 @OUTSIDE
@@ -43,6 +43,7 @@ def test_one_file_of_at_most_40_lines(name):
     }
     assert {module for module in imported if module.startswith("fwp")} <= {
         "fwp",
+        "fwp.core",
         "fwp.rules.reference",
         "fwp.rules.spec",
     }
@@ -54,12 +55,12 @@ def test_the_package_knows_nothing_of_it(rule):
     assert named == []
 
 
-def test_gdn2_equals_the_oracle():
-    x = sample(GDN2, T=70, K=5, V=3, state=True)
+def test_pkda_equals_the_oracle():
+    x = sample(PKDA, T=70, K=5, V=3, state=True)
     start, arrays = x["state"], {key: t.numpy() for key, t in x.items() if key != "state"}
-    out, S = (torch.from_numpy(t) for t in oracle.gdn2(**arrays, S=start.S.numpy()))
-    for form in forms(GDN2):
-        found, end = fwp.fast_weights(GDN2, **x, **form)
+    out, S = (torch.from_numpy(t) for t in oracle.pkda(**arrays, S=start.S.numpy()))
+    for form in forms(PKDA):
+        found, end = fwp.fast_weights(PKDA, **x, **form)
         assert deviation(found, out) < 1e-12
         assert deviation(end.S, S) < 1e-12
 

@@ -201,35 +201,46 @@ def test_forward_derivative(rule, form):
 
 # ---- the opaque ops ----
 
-SHAPES = {"none": None, "head": (2,), "key": (2, 3), "value": (2, 4)}
+SHAPES = {"none": None, "head": (2,), "key": (2, 3)}
+ERASE = ("none", "along k", "own key", "own key, strength 1")
 
 
-def core(decay, erase, write, *, read="after", packed=False, r=1, column=False, causal=True, dtype=torch.float64, T=19):
+def core(decay, erase, write, *, writes=1, T=19, read="after", packed=False, r=1, column=False, **options):
     """Inputs of the recurrence in a cell; `column`: S carries z as its last column."""
     generator = torch.Generator().manual_seed(6)
+    dtype = options.pop("dtype", torch.float64)
+    kept = torch.float64 if dtype == torch.float64 else torch.float32
+    B, N = (1, 4) if packed else (2, 2)
 
     def normal(*size):
-        return torch.randn(size, generator=generator, dtype=torch.float64)
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
 
     def gate(kind, low, high):
-        return (
-            None
-            if kind == "none"
-            else low + (high - low) * torch.rand(B, T, *SHAPES[kind], generator=generator, dtype=torch.float64)
-        )
+        if kind == "none":
+            return None
+        x = torch.rand(B, writes * T, *SHAPES[kind], generator=generator, dtype=torch.float64)
+        return (low + (high - low) * x).to(kept)
 
-    B = 1 if packed else 2
-    N = 4 if packed else 2
-    q, k, v = normal(B, T, 2 * r, 3), torch.nn.functional.normalize(normal(B, T, 2, 3), dim=-1), normal(B, T, 2, 4)
-    gates = [gate(decay, -0.5, 0), gate(erase, 0.1, 0.9), gate(write, 0.1, 0.9)]
-    S = normal(N, 2, 3, 4 + column)
-    bounds = torch.tensor([0, 3, 3, 11, T]) if packed else None
-    kept = torch.float64 if dtype == torch.float64 else torch.float32
-    gates = [None if x is None else x.to(kept) for x in gates]
-    return Core(*(x.to(dtype) for x in (q, k, v)), *gates, S.to(kept), None, bounds, read, causal=causal)
+    def keys():
+        return torch.nn.functional.normalize(normal(B, writes * T, 2, 3), dim=-1)
+
+    return Core(
+        normal(B, T, 2 * r, 3),
+        keys(),
+        normal(B, writes * T, 2, 4),
+        g=gate(decay, -0.5, 0),
+        a=keys() if "own" in erase else None,
+        e=gate("head", 0.1, 0.9) if erase in ("along k", "own key") else None,
+        w=gate(write, 0.1, 0.9),
+        S=normal(N, 2, 3, 4 + column).to(kept),
+        cu_seqlens=torch.tensor([0, 3, 3, 11, T]) if packed else None,
+        read=read,
+        writes=writes,
+        **options,
+    )
 
 
-NAMES = ("q", "k", "v", "g", "e", "w", "S")
+NAMES = ("q", "k", "v", "g", "a", "e", "w", "S")
 
 
 def walked(walk, given, chosen=slice(None)):
@@ -243,20 +254,23 @@ def walked(walk, given, chosen=slice(None)):
     return {"out": out, "S": end} | {f"d{key}": x for key, x in zip(inputs, grads)}
 
 
-CELLS = [*itertools.product(("none", "head", "key"), ("none", "head", "key"), ("none", "head", "value"))]
+CELLS = [*itertools.product(("none", "head", "key"), ERASE, ("none", "head"))]
 
 
 @pytest.mark.parametrize(("decay", "erase", "write"), CELLS)
 def test_the_written_gradient_is_autograd_s(decay, erase, write):
+    orders = (False, True) if decay != "none" and erase != "none" else (False,)
     with mock.patch.object(chunked, "CHUNK", 8):
         for read, packed, r, column in itertools.product(("after", "before"), (False, True), (1, 2), (False, True)):
-            given = core(decay, erase, write, read=read, packed=packed, r=r, column=column)
-            agree(walked(chunked._opaque_walk, given), walked(chunked._walk, given))
+            for before, writes in itertools.product(orders, (1, 3) if r == 1 else (1,)):
+                options = {"read": read, "packed": packed, "r": r, "column": column}
+                given = core(decay, erase, write, writes=writes, erase_before_decay=before, **options)
+                agree(walked(chunked._opaque_walk, given), walked(chunked._walk, given))
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("r", [1, 2])
-@pytest.mark.parametrize("write", ["none", "head", "value"])
+@pytest.mark.parametrize("write", ["none", "head"])
 def test_the_written_gradient_when_not_causal(write, r, packed):
     with mock.patch.object(chunked, "CHUNK", 8):
         given = core("none", "none", write, packed=packed, r=r, causal=False)
@@ -265,12 +279,12 @@ def test_the_written_gradient_when_not_causal(write, r, packed):
 
 @pytest.mark.parametrize("chosen", [slice(0, 1), slice(1, 2)], ids=["output", "state"])
 def test_the_written_gradient_of_the_output_or_the_state_alone(chosen):
-    given = core("key", "key", "value")
+    given = core("key", "own key", "head")
     agree(walked(chunked._opaque_walk, given, chosen), walked(chunked._walk, given, chosen))
 
 
 def test_the_written_gradient_at_its_own_chunk_size_and_token_by_token():
-    given = core("key", "head", "head", T=150)
+    given = core("key", "along k", "head", T=150)
     truth = walked(chunked._walk, given)
     agree(walked(chunked._opaque_walk, given), truth)
     agree(walked(lambda core, chunk: chunked._opaque_walk(core, 1), given), truth)
@@ -279,30 +293,30 @@ def test_the_written_gradient_at_its_own_chunk_size_and_token_by_token():
 @pytest.mark.parametrize("strength", [0.0, -20.0, -1e4, -torch.inf])
 @pytest.mark.parametrize("decay", ["head", "key"])
 def test_the_written_gradient_under_strong_decays(decay, strength):
-    given = core(decay, "head", "head", T=70)
+    given = core(decay, "along k", "head", T=70)
     given = replace(
         given,
         g=torch.where(torch.rand(given.g.shape, generator=torch.Generator().manual_seed(8)) < 0.5, strength, given.g),
     )
     truth = walked(chunked._walk, given)
     agree(walked(chunked._opaque_walk, given), truth)
-    single = core(decay, "head", "head", T=70, dtype=torch.float32)
+    single = core(decay, "along k", "head", T=70, dtype=torch.float32)
     agree(walked(chunked._opaque_walk, replace(single, g=given.g.float())), truth, 1e-4)
 
 
 @pytest.mark.parametrize("T", [0, 1])
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_written_gradient_of_almost_nothing(T, packed):
-    given = core("key", "head", "head", T=T)
+    given = core("key", "along k", "head", T=T)
     if packed:
-        cut = {key: getattr(given, key)[:1] for key in NAMES if key != "S"}
+        cut = {key: x[:1] for key in NAMES if key != "S" and (x := getattr(given, key)) is not None}
         given = replace(given, **cut, cu_seqlens=torch.tensor([0, 0, T]))
     agree(walked(chunked._opaque_walk, given), walked(chunked._walk, given))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_opaque_ops_in_low_precision(dtype):
-    given = core("key", "head", "head", dtype=dtype)
+    given = core("key", "along k", "head", dtype=dtype)
     found, truth = walked(chunked._opaque_walk, given), walked(chunked._walk, given)
     for key, x in truth.items():
         assert found[key].dtype == x.dtype
@@ -311,8 +325,8 @@ def test_the_opaque_ops_in_low_precision(dtype):
 
 ARGUMENTS = {
     "bare": core("none", "none", "none"),
-    "full": core("key", "key", "value", read="before", r=2, column=True),
-    "packed": core("head", "head", "head", packed=True),
+    "full": core("key", "own key", "head", read="before", r=2, column=True, writes=2, erase_before_decay=True),
+    "packed": core("head", "along k", "head", packed=True),
     "mean": core("none", "none", "none", causal=False),
 }
 
@@ -321,13 +335,16 @@ ARGUMENTS = {
 def test_opcheck(name):
     given = ARGUMENTS[name]
     tensors = [getattr(given, key) for key in NAMES]
-    arguments = [*tensors, given.cu_seqlens, given.read, given.causal, 8]
+    options = [given.read, given.causal, given.writes, given.erase_before_decay]
+    arguments = [*tensors, given.cu_seqlens, *options, 8]
     wanting = [
         x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments
     ]
     torch.library.opcheck(torch.ops.fwp.walk.default, wanting)
     out, end = torch.ops.fwp.walk(*arguments)
-    torch.library.opcheck(torch.ops.fwp.walk_backward.default, [*arguments, torch.ones_like(out), torch.ones_like(end)])
+    torch.library.opcheck(
+        torch.ops.fwp.walk_backward.default, [*arguments[:-1], torch.ones_like(out), torch.ones_like(end)]
+    )
 
 
 @pytest.mark.parametrize("T", [1, 9])
@@ -374,7 +391,7 @@ COMPILED = {
     "delta": ("delta", {}, {}),
     "kda-denominator-grouped": ("kda", {"denominator": True, "read": "before"}, {"Hq": 4, "Hk": 1}),
     "gla-feature-map-mask": ("gla", {"feature_map": "elu+1", "feature_norm": "l2", "mask": True}, {}),
-    "gdn2": (RULES[-2], {}, {}),
+    "pkda": (RULES[-2], {}, {}),
     "gated_delta-packed": ("gated_delta", {"packed": True, "denominator": True}, {"B": 1}),
     "kda-packed": ("kda", {"packed": True}, {"B": 1}),
 }
@@ -502,7 +519,7 @@ def test_dual_numbers_in_a_compiled_function_raise(compiled):
 
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside an ordinary path"])
 def test_double_backward_of_the_op_raises(beside):
-    given = core("head", "head", "head")
+    given = core("head", "along k", "head")
     v = given.v.requires_grad_()
     out = chunked._opaque_walk(given, 8)[0].sin().sum()
     if beside:

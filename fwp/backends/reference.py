@@ -37,13 +37,14 @@ def run(rule: Rule, core: Core, gates: Mapping[str, Tensor], mask: Tensor | None
     bounds = core.cu_seqlens.tolist()
     for n, (start, end) in enumerate(pairwise(bounds)):
         part, one = slice(start, end), slice(n, n + 1)
+        written = slice(core.writes * start, core.writes * end)
         o, final = _walk(
             rule,
             core,
             q[:, part],
-            k[:, part],
-            v[:, part],
-            {name: gate[:, part] for name, gate in gates.items()},
+            k[:, written],
+            v[:, written],
+            {name: gate[:, written] for name, gate in gates.items()},
             None if mask is None else mask[:, part],
             tree_map(itemgetter(one), state),
         )
@@ -62,14 +63,15 @@ def _walk(
     mask: Tensor | None,
     state: Any,
 ) -> tuple[Tensor, Any]:
-    """One sequence a batch row."""
+    """One sequence per batch row."""
     outputs: list[Tensor] = []
-    for t in range(k.shape[1]):
+    for t in range(q.shape[1]):
         past = state
         if core.causal and core.read == "before":
             o, state = _read(rule, core, state, q[:, t])
             outputs.append(o)
-        state = _step(rule, core, state, k[:, t], v[:, t], {name: gate[:, t] for name, gate in gates.items()})
+        for i in range(core.writes * t, core.writes * (t + 1)):
+            state = _step(rule, core, state, k[:, i], v[:, i], {name: gate[:, i] for name, gate in gates.items()})
         if core.causal and core.read == "after":
             o, state = _read(rule, core, state, q[:, t])
             outputs.append(o)

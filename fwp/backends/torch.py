@@ -1,9 +1,10 @@
 """The recurrence as chunked matrix products in plain torch: any device, differentiable as often as you like.
 
-Within a chunk of C tokens, G the running sum of g and G^q the reader's (one token behind for read "before")::
+Within a chunk of C writes, with G the running sum of g. G^q is the reader's: G after its last write, or for read
+"before" G ahead of its first. G^a is the eraser's: G, or G of the write before it where it reads before the decay::
 
-    A_ij = (e_i ⊙ k_i)ᵀ exp(G_i − G_j) k_j  for j < i      P_ij = q_iᵀ exp(G^q_i − G_j) k_j  for j ≤ i (before: j < i)
-    (I + A) X = w ⊙ V − (e ⊙ k ⊙ exp G) S₀
+    A_ij = e_i a_iᵀ exp(G^a_i − G_j) k_j  for j < i        P_ij = q_iᵀ exp(G^q_i − G_j) k_j  for each j that i sees
+    (I + A) X = w V − (e a ⊙ exp G^a) S₀
     O = (q ⊙ exp G^q) S₀ + P X                             S = exp(G_C) S₀ + (exp(G_C − G) ⊙ k)ᵀ X
 
 No exponent is ever positive, and the mask comes before the exponential. The gradient of a chunk is written out as well,
@@ -14,6 +15,7 @@ backward are two opaque ops. In eager mode autograd differentiates the forward.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,7 +64,7 @@ def read(core: Core) -> Tensor:
         return run(core, "chunk")[0]
     core = _with_z(core)
     assert core.S is not None
-    layout = Layout(core, max(core.q.shape[1], 1))
+    layout = Layout(core, max(core.q.shape[1], 1), 1)
     with without_autocast(core.q):
         S = layout.sort(core.S)
         outs = [q @ S[: len(q)].unsqueeze(2) for q in layout.split(core.q)]
@@ -71,7 +73,7 @@ def read(core: Core) -> Tensor:
 
 
 def _with_z(core: Core) -> Core:
-    """A head of k and v a state head, and the initial state, z being one more column, of value 1 and never erased."""
+    """k and v with one head per state head, and the initial state. z is one more column, of value 1, never erased."""
     H = core.heads
     S, z = core.initial()
     if z is not None:
@@ -85,19 +87,49 @@ def _normalised(out: Tensor, eps: float) -> Tensor:
     return ratio(out, torch.where(found == 0, 0, found + eps))
 
 
-# What a step of the walk sees. Dimensions [N, H, r, C, ·]: sequences, state heads, query heads a state head, tokens.
+# What a step of the walk sees. Dimensions [N, H, r, C, ·]: sequences, state heads, query heads per state head, tokens.
+
+
+class Inputs(NamedTuple):
+    """What has a T axis, of a whole call or of a piece of it. None as in `fwp.core.Core`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    a: Tensor | None
+    e: Tensor | None
+    w: Tensor | None
+
+
+class Options(NamedTuple):
+    """How the recurrence runs, as `fwp.core.Core` has it."""
+
+    read: Read
+    causal: bool
+    writes: int
+    erase_before_decay: bool
 
 
 @dataclass(frozen=True)
 class Piece:
-    """C consecutive tokens of N sequences, in the state's dtype. Gates have 1 feature where they are one a head."""
+    """C consecutive writes of N sequences and their reads, in the state's dtype. A per-head gate has 1 feature."""
 
-    q: Tensor  # [N, H, r, C, K]
+    q: Tensor  # [N, H, r, C / n, K]
     k: Tensor  # [N, H, 1, C, K]
     v: Tensor  # [N, H, 1, C, V]
     g: Tensor | None  # [N, H, 1, C, 1 or K]
-    e: Tensor | None  # [N, H, 1, C, 1 or K]
-    w: Tensor | None  # [N, H, 1, C, 1 or V]
+    a: Tensor | None  # [N, H, 1, C, K]
+    e: Tensor | None  # [N, H, 1, C, 1]
+    w: Tensor | None  # [N, H, 1, C, 1]
+
+    @property
+    def eraser(self) -> Tensor | None:
+        """e a [N, H, 1, C, K]: what a token erases along; None: nothing is erased."""
+        key = self.k if self.a is None else self.a
+        if self.e is not None:
+            return self.e * key
+        return self.a
 
 
 def _rows(x: Tensor, H: int, dtype: torch.dtype) -> Tensor:
@@ -112,18 +144,20 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 class Layout:
-    """Cuts the T axis into pieces of at most `chunk` tokens of one sequence, and puts results together again.
+    """Cuts a T axis into pieces of at most `chunk` tokens of one sequence, and puts results together again.
+
+    tokens: how many there are on this axis for each token of q: 1 for q itself, `writes` for k, v and the gates.
 
     Packed sequences are walked side by side, longest first, so that the living ones are always a prefix. Everything is
     gathered once and then split: indexing inside the loop would cost a pass over all of T per piece in the backward.
     """
 
-    def __init__(self, core: Core, chunk: int) -> None:
-        self.T, self.H, self.dtype, self.chunk = core.k.shape[1], core.heads, core.dtype, chunk
+    def __init__(self, core: Core, chunk: int, tokens: int) -> None:
+        self.T, self.H, self.dtype, self.chunk = core.q.shape[1] * tokens, core.heads, core.dtype, chunk
         self.packed = core.cu_seqlens is not None
         if core.cu_seqlens is None:
             return
-        bounds = core.cu_seqlens.to("cpu", torch.long)
+        bounds = core.cu_seqlens.to("cpu", torch.long) * tokens
         lengths = bounds.diff()
         order = lengths.argsort(descending=True, stable=True)
         starts, lengths = bounds[:-1][order], lengths[order]
@@ -167,21 +201,28 @@ class Layout:
             return torch.cat(parts, 1)
         return torch.cat([part.flatten(0, 1) for part in parts])[self.back].unsqueeze(0)
 
-    def pieces(self, core: Core) -> list[Piece]:
-        """What every step sees."""
-        columns = [None if x is None else self.split(x) for x in (core.q, core.k, core.v, core.g, core.e, core.w)]
-        steps = range(len(columns[1] or ()))
-        return [Piece(*(None if column is None else column[i] for column in columns)) for i in steps]  # type: ignore[arg-type]
+
+def _cut(core: Core, chunk: int) -> tuple[Layout, Layout, list[Piece]]:
+    """The layouts of reads and writes, and what every step sees: at most `chunk` writes, but all of one read."""
+    reads = max(1, chunk // core.writes)
+    reading, writing = Layout(core, reads, 1), Layout(core, reads * core.writes, core.writes)
+    columns = [None if x is None else (writing if i else reading).split(x) for i, x in enumerate(_inputs(core))]
+    steps = range(len(columns[1] or ()))
+    pieces = [Piece(*(None if column is None else column[i] for column in columns)) for i in steps]  # type: ignore[arg-type]
+    return reading, writing, pieces
+
+
+def _inputs(core: Core) -> Inputs:
+    return Inputs(core.q, core.k, core.v, core.g, core.a, core.e, core.w)
 
 
 def _walk(core: Core, chunk: int) -> tuple[Tensor, Tensor]:
     """Carries the state over all pieces: Sᵀq [B, T, Hq, V] and the final S."""
     assert core.S is not None
-    layout = Layout(core, chunk)
-    pieces = layout.pieces(core)
-    outs, S = _forward(pieces, layout.sort(core.S), core, chunk)
+    reading, _, pieces = _cut(core, chunk)
+    outs, S = _forward(pieces, reading.sort(core.S), core, chunk)
     like = core.q[..., :1].expand(*core.q.shape[:3], core.S.shape[-1])
-    return layout.join(outs, like), layout.unsort(S)
+    return reading.join(outs, like), reading.unsort(S)
 
 
 def _at_once(core: Core, chunk: int) -> tuple[Tensor, Tensor]:
@@ -197,7 +238,7 @@ def _forward(
     pieces: list[Piece], S: Tensor, core: Core, chunk: int, starts: list[Tensor] | None = None
 ) -> tuple[list[Tensor], Tensor]:
     """Outputs [N, H, r, C, V] of each piece and the final state, sequences sorted; `starts` gets the states between."""
-    step = _token if chunk == 1 else _chunk
+    step, options = _tokens_of_one_read if chunk == 1 else _chunk, _options(core)
     outs, ended = [], []
     for piece in pieces:
         n = len(piece.k)
@@ -206,7 +247,7 @@ def _forward(
             S = S[:n]
         if starts is not None:
             starts.append(S)
-        out, S = step(piece, S, core.read)
+        out, S = step(piece, S, options)
         outs.append(out)
     if ended:
         S = torch.cat([S, *reversed(ended)])
@@ -215,16 +256,25 @@ def _forward(
     return outs, S
 
 
-def _token(p: Piece, S: Tensor, read: Read) -> tuple[Tensor, Tensor]:
-    """One token: the recurrence as it stands in `fwp.core`."""
-    before, S = S, S.unsqueeze(2)
-    if p.g is not None:
-        S = p.g.exp().mT * S
-    x = p.v if p.w is None else p.w * p.v
-    if p.e is not None:
-        x = x - (p.e * p.k) @ S[..., : x.shape[-1]]
-    S = S + p.k.mT @ _with_one(x, S)
-    return p.q @ (S if read == "after" else before.unsqueeze(2)), S.squeeze(2)
+def _options(core: Core) -> Options:
+    return Options(core.read, core.causal, core.writes, core.erase_before_decay)
+
+
+def _tokens_of_one_read(p: Piece, S: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """The writes of one read: the recurrence as it stands in `fwp.core`."""
+    before = S = S.unsqueeze(2)
+    values = p.v if p.w is None else p.w * p.v
+    V, erasers = values.shape[-1], p.eraser
+    for i in range(p.k.shape[-2]):
+        token = slice(i, i + 1)
+        undecayed = S
+        if p.g is not None:
+            S = p.g[..., token, :].exp().mT * S
+        x = values[..., token, :]
+        if erasers is not None:
+            x = x - erasers[..., token, :] @ (undecayed if options.erase_before_decay else S)[..., :V]
+        S = S + p.k[..., token, :].mT @ _with_one(x, S)
+    return p.q @ (S if options.read == "after" else before), S.squeeze(2)
 
 
 def _with_one(x: Tensor, S: Tensor) -> Tensor:
@@ -238,56 +288,77 @@ class Pairs:
     A decay per channel can't be taken out of the sum over d, and exp(Ga_i) exp(−Gb_j) overflows. But where i lies in
     the later half of a block of tokens and j in the earlier one, it is i's decay since the middle times j's until the
     middle; every pair does so in one block of some size 2, 4, 8, …, so that log₂ C masked products make all pairs.
+
+    a has R rows and b has C. Row i of a stands at write at_i [R] and sees b's rows j < at_i, with `own` also j = at_i.
+    Ga [N, H, 1, R, 1 or K] and Gb [N, H, 1, C, 1 or K] are the summed log decays of the rows, None without decay.
     """
 
-    def __init__(self, Ga: Tensor | None, Gb: Tensor | None, visible: Tensor, dtype: torch.dtype) -> None:
-        self.visible = visible  # [C, C]
-        self.factor: Tensor | None = None  # [N, H, 1, C, C]
-        self.levels: list[tuple[Tensor, Tensor]] | None = None  # pairs [C, C] and decays [N, H, 1, C, K] of each size
+    def __init__(self, Ga: Tensor | None, Gb: Tensor | None, at: Tensor, C: int, own: bool, dtype: torch.dtype) -> None:
+        j = torch.arange(C, device=at.device)
+        self.at, self.own, self.C = at, own, C
+        self.visible = j <= at[:, None] if own else j < at[:, None]  # [R, C]
+        self.factor: Tensor | None = None  # [N, H, 1, R, C]
+        # for each size of block: which pairs it makes [R, C], and the decays of a [.., R, K] and b [.., C, K]
+        self.levels: list[tuple[Tensor, Tensor, Tensor]] | None = None
         if Ga is None or Gb is None:
             return
         if Ga.shape[-1] == 1:
-            self.factor = (Ga - Gb.mT).to(dtype).masked_fill(~visible, -torch.inf).exp()
+            self.factor = (Ga - Gb.mT).to(dtype).masked_fill(~self.visible, -torch.inf).exp()
             return
         self.levels = []
-        C, i = len(visible), torch.arange(len(visible), device=visible.device)
         half = 1
         while half < C:
-            late = i // half % 2 == 1
-            middle = Gb[..., (torch.where(late, 0, half) + i // half * half - 1).clamp(max=C - 1), :]
-            decay = torch.where(late[:, None], Ga - middle, middle - Gb).to(dtype).exp()
-            block = i // (2 * half)
-            self.levels.append((late[:, None] & ~late & (block[:, None] == block), decay))
+            late, early = at // half % 2 == 1, j // half % 2 == 0
+            pairs = late[:, None] & early & ((at // (2 * half))[:, None] == j // (2 * half))
+            start, end = (at // half * half - 1).clamp(min=0), (j // half * half + half - 1).clamp(max=C - 1)
+            if len(at) == C:  # a row stands in one of the halves, and needs one of the two exponentials
+                middle = Gb[..., torch.where(late, start, end), :]
+                decay_a = decay_b = torch.where(late[:, None], Ga - middle, middle - Gb).to(dtype).exp()
+            else:  # rows of the other half get the exponent 0; their pairs are masked
+                decay_a = (Ga - Gb[..., start, :]).masked_fill(~late[:, None], 0).to(dtype).exp()
+                decay_b = (Gb[..., end, :] - Gb).masked_fill(~early[:, None], 0).to(dtype).exp()
+            self.levels.append((pairs, decay_a, decay_b))
             half *= 2
 
+    def _decayed(self, M: Tensor) -> Tensor:
+        return M.masked_fill(~self.visible, 0) if self.factor is None else M * self.factor
+
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """a [N, H, r, C, K], b [N, H, 1, C, K] → M [N, H, r, C, C]."""
+        """a [N, H, r, R, K], b [N, H, 1, C, K] → M [N, H, r, R, C]."""
         if self.levels is None:
-            M = a @ b.mT
-            return M.masked_fill(~self.visible, 0) if self.factor is None else M * self.factor
-        M = ((a * b).sum(-1) * self.visible.diagonal()).diag_embed()
-        for pairs, decay in self.levels:
-            M = M + ((a * decay) @ (b * decay).mT).masked_fill(~pairs, 0)
+            return self._decayed(a @ b.mT)
+        M = a.new_zeros(*a.shape[:-1], self.C)
+        if self.own:
+            M = M.scatter(-1, self._at(M), (a * b[..., self.at, :]).sum(-1, keepdim=True))
+        for pairs, decay_a, decay_b in self.levels:
+            M = M + ((a * decay_a) @ (b * decay_b).mT).masked_fill(~pairs, 0)
         return M
 
     def grad_a(self, M: Tensor, b: Tensor) -> Tensor:
         """The gradient of Σ M ⊙ product(a, b) for a."""
         if self.levels is None:
-            return (M.masked_fill(~self.visible, 0) if self.factor is None else M * self.factor) @ b
-        a = (M.diagonal(dim1=-2, dim2=-1) * self.visible.diagonal()).unsqueeze(-1) * b
-        for pairs, decay in self.levels:
-            a += (M.masked_fill(~pairs, 0) @ (b * decay)) * decay
+            return self._decayed(M) @ b
+        a = M.new_zeros(*M.shape[:-1], b.shape[-1])
+        if self.own:
+            a = a + M.gather(-1, self._at(M)) * b[..., self.at, :]
+        for pairs, decay_a, decay_b in self.levels:
+            a = a + (M.masked_fill(~pairs, 0) @ (b * decay_b)) * decay_a
         return a
 
     def grad_b(self, M: Tensor, a: Tensor) -> Tensor:
         """The same for b, summed over the r readers."""
         if self.levels is None:
-            M = M.masked_fill(~self.visible, 0) if self.factor is None else M * self.factor
-            return (M.mT @ a).sum(2, keepdim=True)
-        b = (M.diagonal(dim1=-2, dim2=-1) * self.visible.diagonal()).unsqueeze(-1) * a
-        for pairs, decay in self.levels:
-            b += (M.masked_fill(~pairs, 0).mT @ (a * decay)) * decay
+            return (self._decayed(M).mT @ a).sum(2, keepdim=True)
+        b = M.new_zeros(*M.shape[:-2], self.C, a.shape[-1])
+        if self.own:
+            b = b.index_add(-2, self.at, M.gather(-1, self._at(M)) * a)
+        for pairs, decay_a, decay_b in self.levels:
+            b = b + (M.masked_fill(~pairs, 0).mT @ (a * decay_a)) * decay_b
         return b.sum(2, keepdim=True)
+
+    def _at(self, M: Tensor) -> Tensor:
+        """The own write of every row, as an index into M [N, H, r, R, C]."""
+        return self.at[:, None].expand(*M.shape[:-1], 1)
 
 
 @dataclass(frozen=True)
@@ -296,38 +367,39 @@ class Decays:
 
     A: Pairs  # eraser with writer
     P: Pairs  # reader with writer
-    start: Tensor | float = 1.0  # exp G: from before the piece to a token
-    reader: Tensor | float = 1.0  # exp G^q
+    eraser: Tensor | float = 1.0  # exp G^a: from before the piece to an eraser
+    reader: Tensor | float = 1.0  # exp G^q: to a reader
     end: Tensor | float = 1.0  # exp(G_C − G): from a token to the end
     whole: Tensor | float = 1.0  # exp G_C, as [N, H, 1, 1 or K, 1]: for S
 
     @staticmethod
-    def of(p: Piece, read: Read) -> Decays:
-        C, dtype = p.k.shape[-2], p.k.dtype
-        ones = torch.ones(C, C, dtype=torch.bool, device=p.k.device)
-        strict = ones.tril(-1)
-        visible = strict if read == "before" else ones.tril()
+    def of(p: Piece, options: Options) -> Decays:
+        C, dtype, n, after = p.k.shape[-2], p.k.dtype, options.writes, options.read == "after"
+        i = torch.arange(C, device=p.k.device)
+        at = i[n - 1 :: n] if after else i[::n]
         if p.g is None:
-            return Decays(Pairs(None, None, strict, dtype), Pairs(None, None, visible, dtype))
+            return Decays(Pairs(None, None, i, C, False, dtype), Pairs(None, None, at, C, after, dtype))
         # Summed in float64: differences of float32 sums of gates like −1e4 are off by 1e-3. exp(−800) is 0 in float64,
         # so the floor changes nothing and keeps −inf out of the differences. MPS has no float64.
         g = p.g.clamp(min=-104) if p.g.device.type == "mps" else p.g.double().clamp(min=-800)
         G = g.cumsum(-2)
-        Gq = G if read == "after" else pad(G[..., :-1, :], (0, 0, 1, 0))
+        earlier = pad(G[..., :-1, :], (0, 0, 1, 0))
+        Gq = (G if after else earlier)[..., at, :]
+        Ga = earlier if options.erase_before_decay else G
         last = G[..., -1:, :]
         return Decays(
-            Pairs(G, G, strict, dtype),
-            Pairs(Gq, G, visible, dtype),
-            G.to(dtype).exp(),
+            Pairs(Ga, G, i, C, False, dtype),
+            Pairs(Gq, G, at, C, after, dtype),
+            Ga.to(dtype).exp(),
             Gq.to(dtype).exp(),
             (last - G).to(dtype).exp(),
             last.to(dtype).exp().mT,
         )
 
 
-def _chunk(p: Piece, S: Tensor, read: Read) -> tuple[Tensor, Tensor]:
+def _chunk(p: Piece, S: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """A piece by the equations at the top of this file: S [N, H, K, V] → outputs [N, H, r, C, V], S."""
-    d, S = Decays.of(p, read), S.unsqueeze(2)
+    d, S = Decays.of(p, options), S.unsqueeze(2)
     X, _ = _solve(p, S, d)
     out = (p.q * d.reader) @ S + d.P.product(p.q, p.k) @ X
     return out, (d.whole * S + (p.k * d.end).mT @ X).squeeze(2)
@@ -336,20 +408,19 @@ def _chunk(p: Piece, S: Tensor, read: Read) -> tuple[Tensor, Tensor]:
 def _solve(p: Piece, S: Tensor, d: Decays) -> tuple[Tensor, Tensor | None]:
     """X [N, H, 1, C, V], what each token writes, and A."""
     X = p.v if p.w is None else p.w * p.v
-    A = None
-    if p.e is not None:
-        erase = p.e * p.k
-        A = d.A.product(erase, p.k)
-        X = solve_triangular(A, X - (erase * d.start) @ S[..., : X.shape[-1]], upper=False, unitriangular=True)
+    A, eraser = None, p.eraser
+    if eraser is not None:
+        A = d.A.product(eraser, p.k)
+        X = solve_triangular(A, X - (eraser * d.eraser) @ S[..., : X.shape[-1]], upper=False, unitriangular=True)
     return _with_one(X, S), A
 
 
-def _chunk_backward(p: Piece, S: Tensor, read: Read, d_out: Tensor, d_S: Tensor) -> tuple[list[Tensor | None], Tensor]:
-    """Gradients of a piece's inputs (q, k, v, g, e, w) and of the state before it.
+def _chunk_backward(p: Piece, S: Tensor, options: Options, d_out: Tensor, d_S: Tensor) -> tuple[Inputs, Tensor]:
+    """Gradients of a piece's inputs and of the state before it.
 
-    Wherever a feature of q, k or e ⊙ k stands, its exp G stands beside it: so dG is that feature times its gradient.
+    Wherever a feature of q, k or e a stands, its exp G stands beside it: so dG is that feature times its gradient.
     """
-    d, S, d_S = Decays.of(p, read), S.unsqueeze(2), d_S.unsqueeze(2)
+    d, S, d_S = Decays.of(p, options), S.unsqueeze(2), d_S.unsqueeze(2)
     X, A = _solve(p, S, d)
     V = p.v.shape[-1]
     P = d.P.product(p.q, p.k)
@@ -361,45 +432,44 @@ def _chunk_backward(p: Piece, S: Tensor, read: Read, d_out: Tensor, d_S: Tensor)
     d_q = (d_out @ S.mT) * d.reader + d.P.grad_a(d_P, p.k)
     d_k = d.P.grad_b(d_P, p.q) + (X @ d_S.mT) * d.end
     d_S0 = d.whole * d_S + ((p.q * d.reader).mT @ d_out).sum(2, keepdim=True)
-    d_R = d_X[..., :V]
-    d_e = d_g = None
-    d_erase = torch.zeros_like(p.k)
-    if p.e is not None and A is not None:
-        erase = p.e * p.k
+    d_R, eraser = d_X[..., :V], p.eraser
+    d_eraser = d_g = None
+    if eraser is not None and A is not None:
         d_R = solve_triangular(A.mT, d_R, upper=True, unitriangular=True)
         d_A = -d_R @ X[..., :V].mT
-        d_erase = d.A.grad_a(d_A, p.k) - (d_R @ S[..., :V].mT) * d.start
-        d_k = d_k + d.A.grad_b(d_A, erase)
-        d_S0[..., :V] -= (erase * d.start).mT @ d_R
+        d_eraser = d.A.grad_a(d_A, p.k) - (d_R @ S[..., :V].mT) * d.eraser
+        d_k = d_k + d.A.grad_b(d_A, eraser)
+        d_S0[..., :V] -= (eraser * d.eraser).mT @ d_R
     if p.g is not None:
-        d_G = -p.k * d_k
-        if p.e is not None:
-            d_G += p.e * p.k * d_erase
-        d_Gq = (p.q * d_q).sum(2, keepdim=True)
-        d_G += d_Gq if read == "after" else pad(d_Gq[..., 1:, :], (0, 0, 0, 1))
+        d_G, earlier = -p.k * d_k, torch.zeros_like(p.k)
+        if eraser is not None and d_eraser is not None:
+            (earlier if options.erase_before_decay else d_G).add_(eraser * d_eraser)
+        readers = earlier if options.read == "before" else d_G
+        readers.index_add_(-2, d.P.at, (p.q * d_q).sum(2, keepdim=True))
+        d_G += pad(earlier[..., 1:, :], (0, 0, 0, 1))  # those that see one gate less
         d_G[..., -1, :] += (S_end * d_S).sum(-1)
         if p.g.shape[-1] == 1:
             d_G = d_G.sum(-1, keepdim=True)
         d_g = d_G.flip(-2).cumsum(-2).flip(-2)
-    if p.e is not None:
-        d_e = p.k * d_erase
-        d_k = d_k + p.e * d_erase
-        if p.e.shape[-1] == 1:
-            d_e = d_e.sum(-1, keepdim=True)
-    d_v, d_w = d_R, None
+    d_v, d_w, d_e, d_a = d_R, None, None, None
     if p.w is not None:
-        d_v, d_w = p.w * d_R, p.v * d_R
-        if p.w.shape[-1] == 1:
-            d_w = d_w.sum(-1, keepdim=True)
-    return [d_q, d_k, d_v, d_g, d_e, d_w], d_S0.squeeze(2)
+        d_v, d_w = p.w * d_R, (p.v * d_R).sum(-1, keepdim=True)
+    if d_eraser is not None:
+        key, d_key = p.k if p.a is None else p.a, d_eraser
+        if p.e is not None:
+            d_e, d_key = (key * d_eraser).sum(-1, keepdim=True), p.e * d_eraser
+        if p.a is None:
+            d_k = d_k + d_key
+        else:
+            d_a = d_key
+    return Inputs(d_q, d_k, d_v, d_g, d_a, d_e, d_w), d_S0.squeeze(2)
 
 
 # Under torch.compile: the walk and its gradient as two opaque ops. None travels as an empty tensor.
 
 
-def _core(tensors: list[Tensor | None], read: str, causal: bool) -> Core:
-    q, k, v, g, e, w, S, cu_seqlens = tensors
-    return Core(q, k, v, g, e=e, w=w, S=S, cu_seqlens=cu_seqlens, read=read, causal=causal)  # type: ignore[arg-type]
+def _core(inputs: Inputs, S: Tensor, cu_seqlens: Tensor | None, options: Options) -> Core:
+    return Core(*inputs, S=S, cu_seqlens=cu_seqlens, **options._asdict())
 
 
 @torch.library.custom_op("fwp::walk", mutates_args=())
@@ -408,23 +478,27 @@ def _walk_op(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
+    a: Tensor | None,
     e: Tensor | None,
     w: Tensor | None,
     S: Tensor,
     cu_seqlens: Tensor | None,
     read: str,
     causal: bool,
+    writes: int,
+    erase_before_decay: bool,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
     refuse_forward_derivatives()
     if cu_seqlens is not None:
         check_bounds(cu_seqlens, q.shape[1])
-    out, end = _walk(_core([q, k, v, g, e, w, S, cu_seqlens], read, causal), chunk)
+    options = Options(read, causal, writes, erase_before_decay)  # type: ignore[arg-type]
+    out, end = _walk(_core(Inputs(q, k, v, g, a, e, w), S, cu_seqlens, options), chunk)
     return out.contiguous(), end.clone()
 
 
 @_walk_op.register_fake
-def _(q, k, v, g, e, w, S, cu_seqlens, read, causal, chunk):  # type: ignore[no-untyped-def]
+def _(q, k, v, g, a, e, w, S, cu_seqlens, read, causal, writes, erase_before_decay, chunk):  # type: ignore[no-untyped-def]
     return S.new_empty(*q.shape[:3], S.shape[-1]), torch.empty_like(S, memory_format=torch.contiguous_format)
 
 
@@ -434,61 +508,70 @@ def _walk_backward_op(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
+    a: Tensor | None,
     e: Tensor | None,
     w: Tensor | None,
     S: Tensor,
     cu_seqlens: Tensor | None,
     read: str,
     causal: bool,
-    chunk: int,
+    writes: int,
+    erase_before_decay: bool,
     d_out: Tensor,
     d_S: Tensor,
 ) -> list[Tensor]:
-    inputs = [q, k, v, g, e, w]
-    core = _core([*inputs, S, cu_seqlens], read, causal)
-    layout = Layout(core, CHUNK)
-    pieces = layout.pieces(core)
+    inputs, options = Inputs(q, k, v, g, a, e, w), Options(read, causal, writes, erase_before_decay)  # type: ignore[arg-type]
+    grads, d_S0 = _walk_backward(_core(inputs, S, cu_seqlens, options), d_out, d_S)
+    return [*(S.new_empty(0) if x is None else x for x in grads), d_S0]
+
+
+def _walk_backward(core: Core, d_out: Tensor, d_S: Tensor) -> tuple[list[Tensor | None], Tensor]:
+    """Gradients of the inputs and of the initial state: the walk once more, then back through its pieces."""
+    assert core.S is not None
+    options, inputs = _options(core), _inputs(core)
+    reading, writing, pieces = _cut(core, CHUNK)
     starts: list[Tensor] = []
-    _, S_end = _forward(pieces, layout.sort(S), core, CHUNK, starts)
-    d_outs, d_S = layout.split(d_out), layout.sort(d_S)
-    if not causal:
+    _, S_end = _forward(pieces, reading.sort(core.S), core, CHUNK, starts)
+    d_outs, d_S = reading.split(d_out), reading.sort(d_S)
+    if not core.causal:
         for p, d in zip(pieces, d_outs):
             d_S = d_S.clone()
             d_S[: len(d)] += (p.q.mT @ d).sum(2)
-    grads: list[list[Tensor | None]] = []
+    grads: list[Inputs] = []
     for p, S0, d in zip(reversed(pieces), reversed(starts), reversed(d_outs)):
         n = len(p.k)
-        given = d if causal else torch.zeros_like(d)
-        found, d_S0 = _chunk_backward(p, S0, core.read, given, d_S[:n])
-        if not causal:
-            found[0] = d @ S_end[:n].unsqueeze(2).mT
+        given = d if core.causal else torch.zeros_like(d)
+        found, d_S0 = _chunk_backward(p, S0, options, given, d_S[:n])
+        if not core.causal:
+            found = found._replace(q=d @ S_end[:n].unsqueeze(2).mT)
         d_S = torch.cat([d_S0, d_S[n:]]) if n < len(d_S) else d_S0
         grads.append(found)
     grads.reverse()
-    result = []
+    result: list[Tensor | None] = []
     for i, x in enumerate(inputs):
         if x is None:
-            result.append(S.new_empty(0))
-        else:
-            joined = layout.join([g[i] for g in grads], x if x.dim() == 4 else x.unsqueeze(-1))  # type: ignore[misc]
-            result.append(joined.reshape(x.shape).to(x.dtype).contiguous())
-    return [*result, layout.unsort(d_S).clone()]
+            result.append(None)
+            continue
+        parts = [found[i] for found in grads]
+        joined = (writing if i else reading).join(parts, x if x.dim() == 4 else x.unsqueeze(-1))  # type: ignore[arg-type]
+        result.append(joined.reshape(x.shape).to(x.dtype).contiguous())
+    return result, reading.unsort(d_S).clone()
 
 
 @_walk_backward_op.register_fake
-def _(q, k, v, g, e, w, S, cu_seqlens, read, causal, chunk, d_out, d_S):  # type: ignore[no-untyped-def]
-    return [S.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, g, e, w, S)]
+def _(q, k, v, g, a, e, w, S, cu_seqlens, read, causal, writes, erase_before_decay, d_out, d_S):  # type: ignore[no-untyped-def]
+    return [S.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, g, a, e, w, S)]
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.read, ctx.causal, ctx.chunk = inputs
+    tensors, ctx.options = inputs[:9], Options(*inputs[9:13])
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, d_out: Tensor, d_S: Tensor):  # type: ignore[no-untyped-def]
-    saved = ctx.saved_tensors
-    grads = _walk_backward_op(*saved, ctx.read, ctx.causal, ctx.chunk, d_out, d_S)
-    return *(None if x is None else g for x, g in zip(saved[:7], grads)), None, None, None, None
+    *given, cu_seqlens = ctx.saved_tensors
+    grads = _walk_backward_op(*given, cu_seqlens, *ctx.options, d_out, d_S)
+    return *(None if x is None else grad for x, grad in zip(given, grads)), None, *[None] * len(ctx.options), None
 
 
 def _no_second_derivative(ctx, *grads):  # type: ignore[no-untyped-def]
@@ -501,6 +584,4 @@ _walk_backward_op.register_autograd(_no_second_derivative, setup_context=lambda 
 
 def _opaque_walk(core: Core, chunk: int) -> tuple[Tensor, Tensor]:
     assert core.S is not None
-    return _walk_op(
-        core.q, core.k, core.v, core.g, core.e, core.w, core.S, core.cu_seqlens, core.read, core.causal, chunk
-    )
+    return _walk_op(*_inputs(core), core.S, core.cu_seqlens, *_options(core), chunk)

@@ -1,4 +1,4 @@
-"""How each rule becomes decay g, erase e and write w of the recurrence in `fwp.core`."""
+"""How each rule becomes the recurrence of `fwp.core`: by its decay g, erase key a, strengths e and w, or by k and v."""
 
 from __future__ import annotations
 
@@ -35,6 +35,43 @@ def delta(core: Core, beta: Tensor, g: Tensor | None = None) -> Core:
     return replace(core, e=ratio(beta, (keys_before(core, k) * k).sum(-1)))
 
 
+def gdn2(core: Core, b: Tensor, w: Tensor, g: Tensor) -> Core:
+    """a = b ⊙ k with strength 1, and w ⊙ v for v. b, g [B, T, H, K], w [B, T, H, V]."""
+    k, v = (to_heads(x, core.heads).to(core.dtype) for x in (core.k, core.v))
+    return replace(core, g=g, a=(b * k).to(core.k.dtype), v=(w * v).to(core.v.dtype))
+
+
+def longhorn(core: Core, beta: Tensor) -> Core:
+    """`delta` with the learning rate β / (1 + β kᵀk). beta [B, T, H]."""
+    k = to_heads(core.k, core.heads).to(core.dtype)
+    return delta(core, beta / (1 + beta * (k * k).sum(-1)))
+
+
+def comba(core: Core, p: Tensor, beta: Tensor, g: Tensor) -> Core:
+    """a = p, which reads before the decay, and e = w = β. p [B, T, H, K], beta, g [B, T, H]."""
+    return replace(core, g=g, a=p.to(core.k.dtype), e=beta, w=beta, erase_before_decay=True)
+
+
+def rwkv7(core: Core, kappa: Tensor, a: Tensor, g: Tensor) -> Core:
+    """Two writes per token: −(κ ⊙ a)(Sᵀκ)ᵀ with the decay, then k vᵀ with neither. kappa, a, g [B, T, H, K]."""
+    dtype = core.k.dtype
+    k, zero = to_heads(core.k, core.heads), torch.zeros_like(kappa)
+    return replace(
+        core,
+        k=_interleaved((kappa * a).to(dtype), k),
+        v=_interleaved(torch.zeros_like(core.v), core.v),
+        g=_interleaved(g, zero),
+        a=_interleaved(kappa, zero).to(dtype),
+        writes=2 * core.writes,
+        erase_before_decay=True,
+    )
+
+
+def _interleaved(first: Tensor, second: Tensor) -> Tensor:
+    """[B, T, …] twice → [B, 2T, …], the two of a token side by side."""
+    return torch.stack([first, second], 2).flatten(1, 2)
+
+
 def keys_before(core: Core, k: Tensor) -> Tensor:
     """z'_t = Diag(exp g_t) z_{t−1}, the decayed sum of the keys before t in its sequence. k, result [B, T, H, K]."""
     if core.g is None:
@@ -49,12 +86,13 @@ def keys_before(core: Core, k: Tensor) -> Tensor:
         first = torch.zeros(k.shape[1], dtype=torch.bool, device=k.device)
         first[:1] = True
     else:
-        starts = core.cu_seqlens[:-1].long()
-        nonempty = starts < core.cu_seqlens[1:]
+        bounds = core.cu_seqlens.long() * core.writes
+        starts = bounds[:-1]
+        nonempty = starts < bounds[1:]
         T = k.shape[1]
         slot = torch.where(nonempty, starts, T)  # empty sequences write into a slot that is thrown away
         first = torch.zeros(T + 1, dtype=torch.bool, device=k.device).index_fill(0, slot, True)[:T]
-        sequence = torch.searchsorted(core.cu_seqlens[1:].long(), torch.arange(T, device=k.device), right=True)
+        sequence = torch.searchsorted(bounds[1:], torch.arange(T, device=k.device), right=True)
         shifted = torch.cat([torch.zeros_like(k[:, :1]), k], 1)[:, :-1]
         before = torch.where(first[:, None, None], z[sequence].unsqueeze(0), shifted)
     scan = _scan_op if opaque() and k.shape[1] else _scan

@@ -1,6 +1,7 @@
 """Every rule as its paper writes it: one function, one token. These functions are the specification.
 
 S [..., K, V] fast weights, k [..., K] key, v [..., V] value, beta [...] learning rate, g [...] or [..., K] log decay.
+Other gates have the letters of their papers. Their shapes stand in the table of `fwp.rules`.
 The `*_normalised` functions carry z [..., K], the running sum of keys, which also divides the retrieved value.
 """
 
@@ -27,12 +28,12 @@ def additive(S: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def decay(S: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    """α S + k vᵀ, α = exp g one number a head."""
+    """α S + k vᵀ, α = exp g per head."""
     return g.exp()[..., None, None] * S + outer(k, v)
 
 
 def gla(S: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    """Diag(α) S + k vᵀ, α = exp g one number a key channel."""
+    """Diag(α) S + k vᵀ, α = exp g per key channel."""
     return g.exp().unsqueeze(-1) * S + outer(k, v)
 
 
@@ -49,6 +50,27 @@ def gated_delta(S: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Ten
 def kda(S: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Tensor:
     """S' = Diag(α) S, then S' + β k (v − S'ᵀ k)ᵀ."""
     return delta(g.exp().unsqueeze(-1) * S, k, v, beta)
+
+
+def gdn2(S: Tensor, k: Tensor, v: Tensor, b: Tensor, w: Tensor, g: Tensor) -> Tensor:
+    """S' = Diag(α) S, then S' + k (w ⊙ v − S'ᵀ(b ⊙ k))ᵀ."""
+    S = g.exp().unsqueeze(-1) * S
+    return S + outer(k, w * v - retrieve(S, b * k))
+
+
+def longhorn(S: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
+    """S + ε k (v − Sᵀ k)ᵀ, ε = β / (1 + β kᵀk)."""
+    return delta(S, k, v, beta / (1 + beta * (k * k).sum(-1)))
+
+
+def comba(S: Tensor, k: Tensor, v: Tensor, p: Tensor, beta: Tensor, g: Tensor) -> Tensor:
+    """α S + β k (v − Sᵀ p)ᵀ, where p reads S before the decay."""
+    return g.exp()[..., None, None] * S + beta[..., None, None] * outer(k, v - retrieve(S, p))
+
+
+def rwkv7(S: Tensor, k: Tensor, v: Tensor, kappa: Tensor, a: Tensor, g: Tensor) -> Tensor:
+    """Diag(α) S − (κ ⊙ a)(Sᵀ κ)ᵀ + k vᵀ, where κ reads S before the decay."""
+    return g.exp().unsqueeze(-1) * S - outer(kappa * a, retrieve(S, kappa)) + outer(k, v)
 
 
 def delta_normalised(S: Tensor, z: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,7 +27,7 @@ OPTIONS = (
 class Gate:
     """One input of a rule beside q, k and v, given per token and state head.
 
-    shape: its axes, B batch, T time, H state heads, K key and V value features: "BTH", "BTHK" or "BTHV".
+    shape: its axes, B batch, T writes, H state heads, K' key and V value features: "BTH", "BTHK" or "BTHV".
     low, high: the values it may take.
     activation: how a layer makes it from a linear projection of its input.
     sample: (size, generator) → float64 values that a test or benchmark uses.
@@ -57,9 +58,23 @@ def beta(shape: Shape = "BTH") -> Gate:
     return Gate(shape, 0.0, 2.0, torch.sigmoid, uniform(0.1, 0.9))
 
 
+def strength(shape: Shape = "BTH") -> Gate:
+    """A fraction: 0 does nothing, 1 does all of it."""
+    return Gate(shape, 0.0, 1.0, torch.sigmoid, uniform(0.1, 0.9))
+
+
 def decay(shape: Shape = "BTH") -> Gate:
     """A decay in log space, α = exp g; 0 keeps all, −inf forgets all."""
     return Gate(shape, -math.inf, 0.0, F.logsigmoid, uniform(-0.3, 0.0), default=0.0)
+
+
+def unit_key() -> Gate:
+    """A key of unit length of the rule's own, with K' features."""
+
+    def sample(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return F.normalize(torch.randn(size, generator=generator, dtype=torch.float64), dim=-1)
+
+    return Gate("BTHK", -1.0, 1.0, partial(F.normalize, dim=-1), sample)
 
 
 def read_linear(S: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,15 +93,18 @@ class Rule:
 
     step: (state, k [..., K], v [..., V], **gates) → state, the paper's equation for one token. The specification.
     gates: name → `Gate`, in the order of the typed function's arguments; none called like an option of the op.
-    lower: (core, **gates) → core: sets g, e and w (or k, v) of the recurrence in `fwp.core`, by plain differentiable
+    lower: (core, **gates) → core: sets g, a, e and w (or k, v) of the recurrence in `fwp.core`, by plain differentiable
         torch on [B, T, H, …]. A gate that wasn't given arrives at its default, as in `step`. None: the rule has no such
         form and runs token by token through `step`.
+    lower_uses_k: whether `lower` looks at k, which then has passed the feature map. False leaves the map to the
+        backend, which may compute it as it reads k: faster, with the same result.
     normalised: (state, z, k, v, **gates) → (state, z), `step` under attention normalisation. None: z is what `step`
         makes of v = 1, which is right for rules that erase nothing.
     init: (batch, K, V, like) → state before the first token; any pytree of tensors [*batch, …].
     read: (state, q [..., K]) → (o [..., V], state).
     extends: name of a simpler rule → how its gates become this rule's, (k, v, **gates) → gates, k and v of H heads.
-    erases: whether the old value under k is removed before writing.
+    erases: whether an old value is removed before writing.
+    any_keys: whether the state of a rule that erases stays bounded for keys longer than 1; else `check` refuses them.
     linear_in_v: whether output and state are linear in (v, initial state).
     paper, bibtex: the source.
     """
@@ -95,11 +113,13 @@ class Rule:
     step: Callable[..., Any]
     gates: Mapping[str, Gate] = field(default_factory=dict)
     lower: Callable[..., Core] | None = None
+    lower_uses_k: bool = True
     normalised: Callable[..., Any] | None = None
     init: Callable[..., Any] = init_zero
     read: Callable[..., Any] = read_linear
     extends: Mapping[str, Callable[..., dict[str, Tensor]]] = field(default_factory=dict)
     erases: bool = False
+    any_keys: bool = False
     linear_in_v: bool = True
     paper: str = ""
     bibtex: str = ""
@@ -121,6 +141,11 @@ class Rule:
     def equation(self) -> str:
         """What S becomes: the first line of the step's docstring."""
         return (self.step.__doc__ or "").strip().split("\n")[0].rstrip(".")
+
+    @property
+    def wants_unit_keys(self) -> bool:
+        """Whether keys longer than 1 can make the state diverge."""
+        return self.erases and not self.any_keys
 
     @property
     def plain(self) -> bool:
