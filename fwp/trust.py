@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fwp.core import Core, Features, Form, state_dtype, without_autocast
 from fwp.feature_maps import applied
+from fwp.measure import rounded_products, row_error
 
 # (architecture, version of Triton) on which all tests passed. None has been measured yet.
 KNOWN_GOOD: frozenset[tuple[str, str]] = frozenset()
@@ -193,7 +194,6 @@ def canary(case: Case) -> str | None:
     """
     from fwp.backends import torch as exact
     from fwp.backends import triton as kernels
-    from fwp.testing import rounded_products, row_error
 
     core = small(case)
     try:

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from poison import poisoned_empties
 
 pytest.importorskip("triton")
 from fwp import rules, trust
 from fwp.backends import triton
 from fwp.core import State
 from fwp.functional import fast_weights
-from fwp.testing import cast, evaluate, poisoned_empties, rounded_products, row_error, sample
+from fwp.testing import cast, evaluate, rounded_products, row_error, sample
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
