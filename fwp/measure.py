@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from fwp._torch_private import TorchDispatchMode
 
 
 def row_error(x: Tensor, ref: Tensor) -> float:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from fwp import feature_maps, rules
+from fwp._torch_private import tree_map
 from fwp.core import State, state_dtype
 from fwp.feature_maps import FeatureMap
 from fwp.functional import fast_weights

@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.gpu] if GPU else []
 @pytest.fixture(autouse=True)
 def no_canary(monkeypatch):
     """These tests are to find out what the canary would, and more."""
-    monkeypatch.setattr(trust, "doubt", lambda core, form: None)
+    monkeypatch.setattr(trust, "reason_to_distrust", lambda core, form: None)
     monkeypatch.setattr(trust, "may_cut", lambda core: True)
 
 
@@ -207,7 +207,7 @@ def test_compute_sanitizer(tool):
 
 
 def small_run():
-    trust.doubt, trust.may_cut = lambda core, form: None, lambda core: True
+    trust.reason_to_distrust, trust.may_cut = lambda core, form: None, lambda core: True
     for rule in ("additive", "kda"):
         for form in FORMS:
             x = drawn(rule, LOW, B=1, T=T if GPU else 5, H=1, K=64 if GPU else 2, V=64 if GPU else 2, state=True)

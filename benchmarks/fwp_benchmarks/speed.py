@@ -24,10 +24,10 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 import fwp
 from fwp import feature_maps, functional, testing
+from fwp._torch_private import tree_leaves
 from fwp.core import state_dtype
 from fwp.measure import row_error
 from fwp.rules import RULES
