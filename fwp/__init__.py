@@ -8,11 +8,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fwp._version import __version__ as __version__
 from fwp.rules import RULES as RULES
 from fwp.rules import Gate as Gate
 from fwp.rules import Rule as Rule
-
-__version__ = "0.1.0"
 
 _HOME = {
     "fast_weights": "functional",

@@ -21,7 +21,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from fwp._torch_private import constant_under_compile, inside_dual_level, inside_transform
 
 Read = Literal["after", "before"]
 Form = Literal["recurrent", "chunk"]
@@ -183,16 +184,13 @@ def opaque() -> bool:
     return torch.compiler.is_compiling() and not _transformed()
 
 
+@constant_under_compile
 def _transformed() -> bool:
     """Asked once, while torch.compile traces: it guards on the transforms around a function itself."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-# All that torch.compiler.assume_constant_result does, which would import half of PyTorch for it.
-_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return inside_transform()
 
 
 def refuse_forward_derivatives() -> None:
     """For the opaque ops, which would silently drop the tangents of dual numbers."""
-    if forward_ad._current_level >= 0:
+    if inside_dual_level():
         raise RuntimeError("forward derivatives are not supported under torch.compile; call fast_weights in eager mode")

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fwp import errors
+from fwp._torch_private import constant_under_compile
 from fwp.core import Core, Features, ratio, state_dtype, without_autocast
 from fwp.errors import suggest
 
@@ -99,12 +100,9 @@ def favor_plus(x: Tensor) -> Tensor:
     return positive_features(x, _fixed_directions(index(x.shape[-1]), x.dtype, x.device))
 
 
+@constant_under_compile  # which takes the tensor as it is
 def _fixed_directions(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return _drawn_once(d, dtype, device)
-
-
-# torch.compile takes the tensor as it is, all that torch.compiler.assume_constant_result does.
-_fixed_directions._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -6,16 +6,18 @@ Whatever can be wrong in the arguments is found in `fwp.validate`; then the rule
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
-from fwp import errors, feature_maps, rules, trust, validate
+from fwp import canary, errors, feature_maps, observe, rules, trust, validate
+from fwp._torch_private import tree_leaves, tree_map
 from fwp.core import Core, Features, Form, Read, State, overwrites, without_autocast
 from fwp.feature_maps import FeatureMap
 from fwp.rules import Rule
+
+trust.use_canary(canary.fault_of_kernels)
 
 Backend = Literal["auto", "reference", "torch", "triton"]
 
@@ -85,6 +87,7 @@ def fast_weights(
 
     Source: each rule's `paper`; the normalised delta rule is equation 25 of arXiv 2102.11174.
     """
+    asked = dict(locals()) if observe.observed() else None
     row = rules.get(rule)
     q, k, v = _under_autocast(q, k, v)
     writes = validate.tensors(row, q, k, v)
@@ -147,13 +150,15 @@ def fast_weights(
     if not causal and (lowered is None or lowered.g is not None or lowered.erases):
         raise ValueError(f"causal: False needs a rule that neither decays nor erases, got {row.name!r}")
     name, form = choose(lowered, backend, form, q)
+    if asked is not None:
+        observe.tell(asked, name, form)
     if lowered is None or name == "reference":
         from fwp.backends import reference
 
         with without_autocast(v):
             out, end = reference.run(row, core, given, mask, core.initial() if row.plain else state)
     else:
-        out, end = _module(name).run(lowered, form)
+        out, end = _backend(name).run(lowered, form)
     if mask is not None:
         out = out.masked_fill(~mask[:, :, None, None], 0)
     given_before = tree_leaves(state)
@@ -186,6 +191,8 @@ def read(
     errors.number("eps", eps, 0)
     (q,) = _under_autocast(q)
     errors.tensor("q", q, (None, None, None, None))
+    from fwp.backends import torch as chunked
+
     x = feature_maps.transform(q, feature_map, feature_norm, scale)
     validate.readable(state, x, cu_seqlens)
     B, T = q.shape[:2]
@@ -202,7 +209,7 @@ def read(
         causal=False,
         features=Features(),  # torch.compile can't take the default, an object that nobody passes
     )
-    return _module("torch").read(core).to(q.dtype)
+    return chunked.read(core).to(q.dtype)
 
 
 def choose(core: Core | None, backend: str, form: str, q: Tensor) -> tuple[str, Form]:
@@ -219,18 +226,26 @@ def choose(core: Core | None, backend: str, form: str, q: Tensor) -> tuple[str, 
     picked: Form = "recurrent" if form == "recurrent" or (form == "auto" and q.shape[1] == 1) else "chunk"
     if backend == "auto":
         if q.is_cuda and q.dtype != torch.float64 and _refusal("triton", core, picked) is None:
-            if (doubt := trust.doubt(core, picked)) is None:
+            if (reason := trust.reason_to_distrust(core, picked)) is None:
                 return "triton", picked
-            trust.warn(doubt)
+            trust.warn_of_torch(reason)
         return "torch", picked
     if why := _refusal(backend, core, picked):
         raise ValueError(f"backend: {backend!r} can't serve this: {why}")
-    if backend == "triton" and (doubt := trust.doubt(core, picked)):
-        raise RuntimeError(f"backend: 'triton' is not to be trusted here: {doubt}")
+    if backend == "triton" and (reason := trust.reason_to_distrust(core, picked)):
+        raise RuntimeError(f"backend: 'triton' is not to be trusted here: {reason}")
     return backend, picked
 
 
-def _module(name: str) -> Any:
+class _Backend(Protocol):
+    """What the op asks of the modules of `fwp.backends` that serve a lowered core."""
+
+    def refuses(self, core: Core, form: Form) -> str | None: ...
+
+    def run(self, core: Core, form: Form) -> tuple[Tensor, State]: ...
+
+
+def _backend(name: str) -> _Backend:
     if name == "triton":
         from fwp.backends import triton
 
@@ -245,7 +260,7 @@ def _refusal(name: str, core: Core, form: Form) -> str | None:
     if name == "torch":
         return None
     try:
-        module = _module(name)
+        module = _backend(name)
     except ImportError as error:
         return f"{name} is not installed ({error})"
     return module.refuses(core, form)

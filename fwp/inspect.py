@@ -13,21 +13,19 @@ A = fwp.inspect.attention(**calls[2])  # of the third block
 from __future__ import annotations
 
 import operator
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-import fwp
 from fwp import errors, functional, rules, validate
+from fwp._torch_private import tree_map
 from fwp.backends import reference
 from fwp.core import State, ratio
+from fwp.observe import ObservedCall, observing, unobserved
 from fwp.rules import Rule
 
 if TYPE_CHECKING:
@@ -80,7 +78,8 @@ def states(
         if cu_seqlens is not None:
             cu_seqlens = cu_seqlens.new_tensor([0, *accumulate(b - a for a, b in spans)])
         piece = {name: x[:, at] for name, x in over_time.items()}
-        _, state = functional.fast_weights(row, **piece, state=state, cu_seqlens=cu_seqlens, **options)
+        with unobserved():
+            _, state = functional.fast_weights(row, **piece, state=state, cu_seqlens=cu_seqlens, **options)
         found[t], start = state, t + 1
     return reference.tree_map(lambda *x: torch.stack(x), *(found[t] for t in wanted))
 
@@ -161,7 +160,9 @@ def attention(rule: str | Rule, q: Tensor, k: Tensor, v: Tensor, *, state: Any =
         state = State(state.S.new_zeros(*state.S.shape[:-1], T), state.z)
 
     def matrix(**gates: Tensor) -> Tensor:
-        return functional.fast_weights(row, q, k, identity, state=state, **(options | gates))[0].transpose(1, 2)
+        with unobserved():
+            out, _ = functional.fast_weights(row, q, k, identity, state=state, **(options | gates))
+        return out.transpose(1, 2)
 
     by_feature = [name for name, gate in row.gates.items() if gate.shape == "BTHV" and options.get(name) is not None]
     if not by_feature:
@@ -182,29 +183,17 @@ def attention(rule: str | Rule, q: Tensor, k: Tensor, v: Tensor, *, state: Any =
 def recording() -> Iterator[list[dict[str, Any]]]:
     """A context that keeps the arguments of every call of the op, by layers, models, `fwp.fast_weights` and its verbs.
 
-    Gives a list of dicts in the order of the calls, so one entry a block after one pass of a `Decoder`, tensors
-    detached: `states(**calls[0])`, `attention(**calls[0])`. Calls inside compiled modules are not seen. A feature map
-    is kept as the object it is. Not for several threads at once.
+    Gives a list of dicts in the order of the calls, so one entry per block after one pass of a `Decoder`:
+    `states(**calls[0])`, `attention(**calls[0])`. Each holds all arguments of `fwp.fast_weights`, the gates by name,
+    tensors detached. A feature map is kept as the object it is. Calls that are refused, calls of other threads and
+    calls inside compiled modules are not seen.
     """
     calls: list[dict[str, Any]] = []
 
-    def kept(x: Any) -> Any:
-        return x.detach() if isinstance(x, Tensor) else x
+    def keep(call: ObservedCall) -> None:
+        calls.append(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, dict(call.arguments)))
 
-    def noting(op: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(rule: str | Rule, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-            calls.append({"rule": rule, **tree_map(kept, {"q": q, "k": k, "v": v, **options})})
-            return op(rule, q, k, v, **options)
-
-        return noted
-
-    for name in fwp.__all__:  # nothing is to be loaded meanwhile: it would go past this
-        getattr(fwp, name)
-    with ExitStack() as patches:
-        for name, module in list(sys.modules.items()):
-            ours = name.partition(".")[0] == "fwp" and module is not functional
-            if ours and "fast_weights" in vars(module):
-                patches.enter_context(mock.patch.object(module, "fast_weights", noting(module.fast_weights)))
+    with observing(keep):
         yield calls
 
 

@@ -9,22 +9,22 @@ assert all(fwp.testing.row_error(found[name], truth[name]) <= allowed[name] for 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 from fwp import feature_maps, rules
+from fwp._torch_private import tree_map
 from fwp.core import State, state_dtype
 from fwp.feature_maps import FeatureMap
 from fwp.functional import fast_weights
+from fwp.measure import deviation as deviation
+from fwp.measure import error_budgets
+from fwp.measure import rounded_products as rounded_products
+from fwp.measure import row_error as row_error
 from fwp.rules import Rule
 from fwp.validate import named_tensors
 
@@ -123,34 +123,6 @@ def evaluate(
     return found
 
 
-def row_error(x: Tensor, ref: Tensor) -> float:
-    """The worst row: max ‖x − ref‖ / (‖ref‖ + 0.01 · mean ‖ref‖) over the last axis, in float64.
-
-    One global mean would hide a broken row. 0 for empty tensors, inf where x is not finite or has another shape.
-    """
-    if x.shape != ref.shape:
-        return math.inf
-    if x.numel() == 0:
-        return 0.0
-    x, ref = x.detach().double(), ref.detach().to(x.device).double()
-    length = ref.norm(dim=-1)
-    error = (x - ref).norm(dim=-1)
-    scale = length + 0.01 * length.mean()
-    worst = torch.where(error == 0, 0, error / scale).max().item()
-    return worst if math.isfinite(worst) else math.inf
-
-
-def deviation(x: Tensor, ref: Tensor) -> float:
-    """The worst element: max |x − ref| / max(1, |ref|). 0 and inf as in `row_error`."""
-    if x.shape != ref.shape:
-        return math.inf
-    if x.numel() == 0:
-        return 0.0
-    x, ref = x.detach().double(), ref.detach().to(x.device).double()
-    worst = ((x - ref).abs() / ref.abs().clamp(min=1)).max().item()
-    return worst if math.isfinite(worst) else math.inf
-
-
 def budgets(rule: str | Rule, inputs: Mapping[str, Any], *, seed: int = 0, **options: Any) -> dict[str, float]:
     """The row error that each result of `evaluate` may have on low-precision inputs, against float64.
 
@@ -161,43 +133,7 @@ def budgets(rule: str | Rule, inputs: Mapping[str, Any], *, seed: int = 0, **opt
     truth = evaluate(rule, cast(inputs, torch.float64), seed=seed, backend="reference", **options)
     with rounded_products(dtype):
         rough = evaluate(rule, cast(inputs, torch.float32), seed=seed, backend="torch", form="chunk", **options)
-    allowed = {}
-    for name, x in rough.items():
-        kept = dtype if name in ("out", "dq", "dk", "dv") else torch.float32
-        own = row_error(x.to(kept), truth[name]) + torch.finfo(kept).eps / 2
-        allowed[name] = (3 if name.startswith("d") else 2) * own
-    return allowed
-
-
-class rounded_products(TorchDispatchMode):
-    """A context in which matrix products round their operands to `dtype`, not their sums; gradients included."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
-            args = tuple(x.to(self.dtype).to(x.dtype) for x in args)
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def poisoned_empties() -> Iterator[None]:
-    """A context in which uninitialised floating tensors are full of NaN: what nobody writes is then seen."""
-
-    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def made(*args: Any, **kwargs: Any) -> Tensor:
-            x = make(*args, **kwargs)
-            return x.fill_(math.nan) if x.is_floating_point() else x
-
-        return made
-
-    places = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty")]
-    with ExitStack() as patches:
-        for place, name in places:
-            patches.enter_context(mock.patch.object(place, name, poison(getattr(place, name))))
-        yield
+    return error_budgets(rough, truth, dtype)
 
 
 def _tensors(fn: Callable[[Tensor], Tensor], x: Any) -> Any:

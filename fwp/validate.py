@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten_with_path
 
+from fwp._torch_private import keystr, tree_flatten_with_path
 from fwp.core import Core, State, check_bounds, state_dtype
 from fwp.errors import number, suggest, tensor
 from fwp.rules import Rule

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from poison import poisoned_empties
 
 from fwp.core import Core, Features, State
 from fwp.feature_maps import applied
-from fwp.testing import deviation, poisoned_empties
+from fwp.testing import deviation
 
 pytest.importorskip("triton")
 from fwp.backends import triton as backend

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from poison import poisoned_empties
 
 pytest.importorskip("triton")
 from fwp import rules, trust
 from fwp.backends import triton
 from fwp.core import State
 from fwp.functional import fast_weights
-from fwp.testing import cast, evaluate, poisoned_empties, rounded_products, row_error, sample
+from fwp.testing import cast, evaluate, rounded_products, row_error, sample
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -32,7 +33,7 @@ pytestmark = [pytest.mark.gpu] if GPU else []
 @pytest.fixture(autouse=True)
 def no_canary(monkeypatch):
     """These tests are to find out what the canary would, and more."""
-    monkeypatch.setattr(trust, "doubt", lambda core, form: None)
+    monkeypatch.setattr(trust, "reason_to_distrust", lambda core, form: None)
     monkeypatch.setattr(trust, "may_cut", lambda core: True)
 
 
@@ -206,7 +207,7 @@ def test_compute_sanitizer(tool):
 
 
 def small_run():
-    trust.doubt, trust.may_cut = lambda core, form: None, lambda core: True
+    trust.reason_to_distrust, trust.may_cut = lambda core, form: None, lambda core: True
     for rule in ("additive", "kda"):
         for form in FORMS:
             x = drawn(rule, LOW, B=1, T=T if GPU else 5, H=1, K=64 if GPU else 2, V=64 if GPU else 2, state=True)

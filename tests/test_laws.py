@@ -26,6 +26,7 @@ from laws import (
     over_time,
     ways,
 )
+from poison import poisoned_empties
 
 import fwp
 from fwp import verbs
@@ -507,7 +508,7 @@ def test_inputs_are_left_alone_and_calls_repeat(rule, form, way):
     inputs = sample(rule, T=37, K=6, V=5, state=True, seed=23, dtype=torch.float32, **normalised(way))
     before = {key: [x.clone() for x in cat_leaves(x)] for key, x in inputs.items()}
     versions = [x._version for value in inputs.values() for x in cat_leaves(value)]
-    with fwp.testing.poisoned_empties():
+    with poisoned_empties():
         first = evaluate(rule, inputs, **way, **form)
     second = evaluate(rule, inputs, **way, **form)
     assert all(torch.equal(first[key], second[key]) for key in first)

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from laws import CHUNKS, RULES, each_rule
+from poison import poisoned_empties
 
 import fwp
-from fwp.testing import budgets, cast, deviation, evaluate, poisoned_empties, rounded_products, row_error, sample
+from fwp.testing import budgets, cast, deviation, evaluate, rounded_products, row_error, sample
 
 
 def test_row_error_by_hand():

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fwp import functional, trust
+from fwp import canary, functional, trust
 from fwp.core import Core, Features
 from fwp.functional import fast_weights
 from fwp.testing import deviation, sample
@@ -20,16 +20,16 @@ from fwp_kernels import launch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 NAMES = ("q", "k", "v", "g", "e", "w", "S")
-REAL_T = trust.T
+REAL_T = canary.T
 PAIR = f"Triton {triton.__version__} and torch {torch.__version__} on Some GPU 9000 (sm_99)"
 
 
 @pytest.fixture(autouse=True)
 def stranger(monkeypatch, tmp_path):
     """A GPU that nobody knows, its user's cache empty; where there is none the interpreter stands for it."""
-    monkeypatch.setattr(trust, "describe", lambda device: ("Some GPU 9000", "sm_99"))
+    monkeypatch.setattr(trust, "gpu_and_architecture", lambda device: ("Some GPU 9000", "sm_99"))
     monkeypatch.setattr(trust, "runs_on_gpu", lambda x: True)
-    monkeypatch.setattr(trust, "T", 37)
+    monkeypatch.setattr(canary, "T", 37)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     forget()
     yield
@@ -44,8 +44,8 @@ def forget():
 @pytest.fixture
 def canaries(monkeypatch):
     """The cases that a canary was run for."""
-    ran, run = [], trust.canary
-    monkeypatch.setattr(trust, "canary", lambda case: ran.append(case) or run(case))
+    ran, run = [], trust._canary
+    monkeypatch.setattr(trust, "_canary", lambda case: ran.append(case) or run(case))
     return ran
 
 
@@ -93,30 +93,30 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_right_kernels_are_trusted(name, form, canaries):
     options = {key: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for key, x in OPTIONS[name].items()}
-    assert trust.doubt(some_core(**options), form) is None
+    assert trust.reason_to_distrust(some_core(**options), form) is None
     assert [case.form for case in canaries] == [form]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_right_kernels_are_trusted_in_other_precisions(dtype):
-    assert trust.doubt(some_core(dtype), "chunk") is None
+    assert trust.reason_to_distrust(some_core(dtype), "chunk") is None
 
 
 @pytest.mark.parametrize("i", range(7), ids=NAMES)
 def test_a_wrong_gradient_is_found(monkeypatch, i):
     spoil(monkeypatch, "backward", halve_a_row(i))
-    assert f"{PAIR}: d{NAMES[i]} is off by " in trust.doubt(some_core(), "chunk")
+    assert f"{PAIR}: d{NAMES[i]} is off by " in trust.reason_to_distrust(some_core(), "chunk")
 
 
 @pytest.mark.parametrize("i", range(2), ids="oS")
 def test_a_wrong_result_is_found(monkeypatch, i):
     spoil(monkeypatch, "forward", halve_a_row(i))
-    assert f"{PAIR}: {'oS'[i]} is off by " in trust.doubt(some_core(), "recurrent")
+    assert f"{PAIR}: {'oS'[i]} is off by " in trust.reason_to_distrust(some_core(), "recurrent")
 
 
 def test_what_is_not_finite_is_found(monkeypatch):
     spoil(monkeypatch, "forward", lambda results: results[0][..., -1].fill_(torch.nan))
-    assert "o is off by inf" in trust.doubt(some_core(), "chunk")
+    assert "o is off by inf" in trust.reason_to_distrust(some_core(), "chunk")
 
 
 def test_what_does_not_compile_is_found(monkeypatch):
@@ -124,14 +124,14 @@ def test_what_does_not_compile_is_found(monkeypatch):
         raise RuntimeError("no such instruction\nin line 3")
 
     monkeypatch.setattr(launch, "backward", fails)
-    assert trust.doubt(some_core(), "chunk").endswith("(sm_99): RuntimeError: no such instruction")
+    assert trust.reason_to_distrust(some_core(), "chunk").endswith("(sm_99): RuntimeError: no such instruction")
 
 
 def test_without_gradients_only_the_forward_is_asked(monkeypatch):
     spoil(monkeypatch, "backward", halve_a_row(0))
     with torch.no_grad():
-        assert trust.doubt(some_core(), "chunk") is None
-    assert trust.doubt(some_core(), "chunk") is not None
+        assert trust.reason_to_distrust(some_core(), "chunk") is None
+    assert trust.reason_to_distrust(some_core(), "chunk") is not None
 
 
 # ---- sequences in segments ----
@@ -141,7 +141,7 @@ def test_without_gradients_only_the_forward_is_asked(monkeypatch):
 def segments(monkeypatch):
     """Any sequence is long enough to be cut. How many chunks each call's segments had, 0 where it stayed whole."""
     lengths, forward, backward = [], launch.forward, launch.backward
-    monkeypatch.setattr(trust, "T", 67)
+    monkeypatch.setattr(canary, "T", 67)
     monkeypatch.setattr(launch, "segment_length", lambda *sizes, **named: 1)
     monkeypatch.setattr(launch, "forward", lambda p, *args: lengths.append(p.length) or forward(p, *args))
     monkeypatch.setattr(launch, "backward", lambda p, *args: lengths.append(p.length) or backward(p, *args))
@@ -176,8 +176,8 @@ def test_sequences_stay_whole_where_cutting_them_fails(monkeypatch, segments, ba
 def test_a_backward_asks_in_its_own_thread(monkeypatch, segments, canaries):
     """The canary's gradients would wait for it."""
     asked = []
-    run = trust.canary
-    monkeypatch.setattr(trust, "canary", lambda case: asked.append(threading.get_ident()) or run(case))
+    run = trust._canary
+    monkeypatch.setattr(trust, "_canary", lambda case: asked.append(threading.get_ident()) or run(case))
     out, _ = fast_weights("kda", **arguments(), backend="triton", form="recurrent")
     out.sum().backward()
     assert [case.cut for case in canaries] == [False, True] and segments[-1] > 0
@@ -188,9 +188,9 @@ def test_an_interrupted_canary_has_told_nothing(monkeypatch):
     def interrupted(case):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trust, "canary", interrupted)
+    monkeypatch.setattr(trust, "_canary", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        trust.doubt(some_core(), "chunk")
+        trust.reason_to_distrust(some_core(), "chunk")
     assert not trust._asked
 
 
@@ -231,23 +231,23 @@ def test_auto_warns_and_takes_torch(monkeypatch):
 def test_asked_once_in_a_process_and_once_on_a_machine(canaries):
     core = some_core()
     for _ in range(3):
-        assert trust.doubt(core, "chunk") is None
+        assert trust.reason_to_distrust(core, "chunk") is None
     assert len(canaries) == 1
     forget()  # as a new process does
-    assert trust.doubt(core, "chunk") is None
+    assert trust.reason_to_distrust(core, "chunk") is None
     assert len(canaries) == 1
-    assert trust.doubt(core, "recurrent") is None
+    assert trust.reason_to_distrust(core, "recurrent") is None
     assert len(canaries) == 2
 
 
 def test_another_gpu_or_version_is_asked_anew(monkeypatch, canaries):
     def change(*_):
         forget()
-        assert trust.doubt(some_core(), "chunk") is None
+        assert trust.reason_to_distrust(some_core(), "chunk") is None
 
     change()
     for count, place, name, value in (
-        (2, trust, "describe", lambda device: ("Another GPU", "sm_99")),
+        (2, trust, "gpu_and_architecture", lambda device: ("Another GPU", "sm_99")),
         (3, triton, "__version__", "9.9"),
         (4, torch, "__version__", "9.9"),
     ):
@@ -260,29 +260,29 @@ def test_a_failure_is_forgotten_with_the_process(monkeypatch, canaries):
     with monkeypatch.context() as wrong:
         spoil(wrong, "forward", halve_a_row(0))
         for _ in range(2):
-            assert trust.doubt(some_core(), "chunk") is not None
+            assert trust.reason_to_distrust(some_core(), "chunk") is not None
     assert len(canaries) == 1
     forget()
-    assert trust.doubt(some_core(), "chunk") is None
+    assert trust.reason_to_distrust(some_core(), "chunk") is None
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path, canaries):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     for _ in range(2):
-        assert trust.doubt(some_core(), "chunk") is None
+        assert trust.reason_to_distrust(some_core(), "chunk") is None
     assert len(canaries) == 1
 
 
 def test_pairs_known_to_be_good_are_not_asked(monkeypatch, canaries):
     monkeypatch.setattr(trust, "KNOWN_GOOD", {("sm_99", triton.__version__)})
-    assert trust.doubt(some_core(), "chunk") is None
+    assert trust.reason_to_distrust(some_core(), "chunk") is None
     assert not canaries
 
 
 def test_the_interpreter_is_not_asked(monkeypatch, canaries):
     monkeypatch.undo()
-    assert torch.cuda.is_available() or trust.doubt(some_core(), "chunk") is None
+    assert torch.cuda.is_available() or trust.reason_to_distrust(some_core(), "chunk") is None
     assert not canaries
 
 
@@ -324,8 +324,8 @@ def test_while_a_cuda_graph_is_captured_nothing_runs(monkeypatch, canaries):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with monkeypatch.context() as capture:
         capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        assert "call it once before a CUDA graph is captured" in trust.doubt(some_core(), "chunk")
+        assert "call it once before a CUDA graph is captured" in trust.reason_to_distrust(some_core(), "chunk")
         assert not canaries
-        trust._asked.add(trust.Case(*trust.constants(some_core(), "chunk")))
+        trust._asked.add(trust.KernelCase(*trust.case_fields(some_core(), "chunk")))
         capture.setattr(trust, "_ask", lambda case: None)
-        assert trust.doubt(some_core(), "chunk") is None
+        assert trust.reason_to_distrust(some_core(), "chunk") is None

@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 import fwp
 from fwp import rules, testing
+from fwp._torch_private import tree_map
 from fwp.core import Core, Read, to_heads
 from fwp.functional import choose
 from fwp.nn import FastWeightAttention, SlowFastNet

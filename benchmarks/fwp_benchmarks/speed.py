@@ -24,11 +24,12 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 import fwp
 from fwp import feature_maps, functional, testing
+from fwp._torch_private import tree_leaves
 from fwp.core import state_dtype
+from fwp.measure import row_error
 from fwp.rules import RULES
 
 from . import peers as others
@@ -192,7 +193,7 @@ def wrong(point: Point) -> float | None:
     exact = point.dtype == torch.float32
     bounds = dict.fromkeys(truth, 3e-4) if exact else testing.budgets(point.rule, draw(), **point.options)
     found = testing.evaluate(point.rule, draw(device=point.device), **how)
-    errors = {name: testing.row_error(found[name].cpu(), x) for name, x in truth.items()}
+    errors = {name: row_error(found[name].cpu(), x) for name, x in truth.items()}
     return max((error for name, error in errors.items() if error > bounds[name]), default=None)
 
 
@@ -217,7 +218,7 @@ def inconsistent(point: Point, x: dict[str, Any], d_o: Tensor) -> str | None:
             half = {name: y[:, part] for name, y in x.items()}
             o, state = fwp.fast_weights(point.rule, **half, **point.options, state=state)
             out.append(o)
-    off = testing.row_error(torch.cat(out, 1), whole[0])
+    off = row_error(torch.cat(out, 1), whole[0])
     bound = 3e-3 if point.dtype == torch.float32 else 0.1  # a chunk gone wrong is far beyond
     return None if off <= bound else f"two halves differ from the whole by {off:.1e}"
 

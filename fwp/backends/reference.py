@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map as _tree_map
 
+from fwp._torch_private import tree_map as _tree_map
 from fwp.core import Core, State, ratio, to_heads
 from fwp.feature_maps import applied
 from fwp.rules.spec import Rule

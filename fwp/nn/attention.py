@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fwp import errors, feature_maps, rules, validate
+from fwp._torch_private import tree_leaves
 from fwp.core import Read, overwriting, without_autocast
 from fwp.feature_maps import FeatureMap
 from fwp.functional import Backend, fast_weights

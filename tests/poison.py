@@ -1,0 +1,26 @@
+"""Uninitialised memory made visible: what a kernel forgets to write becomes NaN."""
+
+import math
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def poisoned_empties():
+    """A context in which new floating tensors without initial values are full of NaN."""
+
+    def poison(make):
+        def made(*args, **kwargs):
+            x = make(*args, **kwargs)
+            return x.fill_(math.nan) if x.is_floating_point() else x
+
+        return made
+
+    places = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty")]
+    with ExitStack() as patches:
+        for place, name in places:
+            patches.enter_context(mock.patch.object(place, name, poison(getattr(place, name))))
+        yield
