@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 # ---- the state, and what it amounts to ----
 
+PER_READ = ("q", "mask")  # what has T tokens where the rest has `writes` times as many
+
 
 def states(
     rule: str | Rule,
@@ -58,13 +60,14 @@ def states(
     TypeError and ValueError as in `fwp.fast_weights`; ValueError for steps outside T.
     """
     row = rules.get(rule)
-    validate.tensors(row, q, k, v)
-    B, T = k.shape[:2]
+    writes = validate.tensors(row, q, k, v)
+    B, T = q.shape[:2]
     given = {"q": q, "k": k, "v": v, "mask": mask, **{name: options.pop(name, None) for name in row.gates}}
     over_time = {name: x for name, x in given.items() if x is not None}
     for name, x in over_time.items():
         free = [None] * (x.dim() - 2 if isinstance(x, Tensor) else 0)
-        errors.tensor(name, x, (B, T, *free), torch.bool if name == "mask" else None)
+        tokens = T if name in PER_READ else writes * T
+        errors.tensor(name, x, (B, tokens, *free), torch.bool if name == "mask" else None)
     bounds = [0, T]
     if cu_seqlens is not None:
         validate.packing(cu_seqlens, B, T, check=True)
@@ -77,7 +80,8 @@ def states(
         at = torch.cat([torch.arange(*span, device=k.device) for span in spans])
         if cu_seqlens is not None:
             cu_seqlens = cu_seqlens.new_tensor([0, *accumulate(b - a for a, b in spans)])
-        piece = {name: x[:, at] for name, x in over_time.items()}
+        written = (at[:, None] * writes + torch.arange(writes, device=k.device)).flatten()
+        piece = {name: x[:, at if name in PER_READ else written] for name, x in over_time.items()}
         with unobserved():
             _, state = functional.fast_weights(row, **piece, state=state, cu_seqlens=cu_seqlens, **options)
         found[t], start = state, t + 1
@@ -130,15 +134,16 @@ def spectrum(S: Tensor, rtol: float | None = None) -> Spectrum:
 
 
 def attention(rule: str | Rule, q: Tensor, k: Tensor, v: Tensor, *, state: Any = None, **options: Any) -> Tensor:
-    """A with o_t = Σ_s A_ts v_s: what the op does to values, one T × T matrix a head. It is its output for v = I.
+    """A with o_t = Σ_s A_ts v_s: what the op does to values, one matrix per head. It is the op's output for v = I.
 
     Arguments as in `fwp.fast_weights`; of v only its shape and dtype matter. The rule must be linear in v and treat
     all value features alike, as every rule of the table does.
 
-    Returns A [B, max(Hq, H), T, T] in v's dtype, rows t reading, columns s written. Output head i reads value head
-    i // (max(Hq, H) / Hv). If the rule has a gate of one number a value feature ("BTHV"), each feature has its own
-    matrix: [B, max(Hq, H), V, T, T].
-    - Entries with s > t are exactly 0, with read="before" those with s = t too; with causal=False none need be.
+    Returns A [B, max(Hq, H), T, n·T] in v's dtype. Row t is the read of token t, column s is write s, with n writes per
+    read. Output head i reads value head i // (max(Hq, H) / Hv). If the rule has a gate per value feature ("BTHV"), each
+    feature has its own matrix: [B, max(Hq, H), V, T, n·T].
+    - Writes after the read, those with s ≥ n·(t + 1), are exactly 0, with read="before" those with s ≥ n·t; with
+      causal=False none need be.
     - Rows and columns of masked tokens are 0; packed sequences (cu_seqlens) are blocks along the diagonal.
     - Feature map, norms, scale and denominator are in A. With a denominator the rows of `additive` sum to almost 1.
     - A state given at the start counts by its z alone: what its S adds to the output is no part of A.

@@ -1,6 +1,7 @@
 """What several tests share: every rule of the table and two from outside it, in every form, and how results agree."""
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from unittest import mock
 
@@ -11,7 +12,8 @@ from outside.pkda import PKDA
 
 import fwp
 from fwp.backends import torch as chunked
-from fwp.testing import deviation
+from fwp.core import Core
+from fwp.testing import deviation, sample
 
 RULES = (*fwp.RULES.values(), PKDA, DELTA_RNN)
 REFERENCE = {"backend": "reference"}
@@ -23,23 +25,76 @@ def forms(rule):
     return (REFERENCE, TOKENS, CHUNKS) if rule.lower else (REFERENCE,)
 
 
+@dataclass(frozen=True)
+class Way:
+    """How a rule is asked: before or after how many writes, and with attention normalisation or without."""
+
+    read: str
+    denominator: bool = False
+    writes: int = 1
+
+    @property
+    def options(self):
+        """The arguments of `fwp.fast_weights`."""
+        return {"read": self.read} | ({"denominator": True} if self.denominator else {})
+
+    @property
+    def inputs(self):
+        """The arguments of `fwp.testing.sample`."""
+        return {"denominator": self.denominator, "writes": self.writes}
+
+
+def normalises(rule):
+    """Whether the rule has an attention normalisation."""
+    return rule.plain and (rule.normalised is not None or not rule.erases)
+
+
 def ways(rule):
-    """Reads and normalisations that the rule has."""
-    normalised = rule.plain and (rule.normalised is not None or not rule.erases)
-    return [
-        {"read": read} | ({"denominator": True} if denominator else {})
-        for denominator in ((False, True) if normalised else (False,))
-        for read in ("after", "before")
-    ]
+    """Every read and normalisation that the rule has, and two of them with several writes per read."""
+    denominators = (False, True) if normalises(rule) else (False,)
+    single = [Way(read, denominator) for denominator in denominators for read in ("after", "before")]
+    return [*single, Way("after", denominators[-1], writes=3), Way("before", writes=2)]
+
+
+def lowered(rule):
+    """What the rule's lowering makes of a few tokens, and those tokens."""
+    inputs = sample(rule, T=3, K=4, V=3, dtype=torch.bfloat16)
+    core = Core(inputs["q"], inputs["k"], inputs["v"])
+    return rule.lower(core, **{name: inputs[name] for name in rule.gates}), core
+
+
+def keeps_k_and_v(rule):
+    """Whether the lowering leaves k and v as they are and makes no erase key, which it would round to their dtype."""
+    if rule.lower is None:
+        return True
+    core, given = lowered(rule)
+    return core.a is None and core.k is given.k and core.v is given.v
+
+
+def resets(rule):
+    """Whether a decay of −inf forgets everything: unless something is erased that was there before the decay."""
+    return "g" in rule.gates and (rule.lower is None or not lowered(rule)[0].erase_before_decay)
+
+
+def from_the_simplest(rule, k, v):
+    """The gates that make a rule the one at the end of its chain of simpler ones, with β = 1 there, and that rule."""
+    if not rule.extends:
+        return {name: k.new_ones(k.shape[:3]) for name in rule.gates}, rule
+    simpler = next(iter(rule.extends))
+    gates, simplest = from_the_simplest(fwp.RULES[simpler], k, v)
+    return rule.extends[simpler](k, v, **gates), simplest
 
 
 def name(options):
+    if isinstance(options, Way):
+        words = [options.read, "denominator" * options.denominator, f"{options.writes}writes" * (options.writes > 1)]
+        return "-".join(filter(None, words))
     return "-".join(key if value is True else str(value) for key, value in options.items())
 
 
 def case(*values):
     """A parameter set whose id names its rule and options."""
-    return pytest.param(*values, id="-".join(name(x) if isinstance(x, dict) else x.name for x in values))
+    return pytest.param(*values, id="-".join(name(x) if isinstance(x, dict | Way) else x.name for x in values))
 
 
 each_rule = pytest.mark.parametrize("rule", [case(rule) for rule in RULES])
@@ -54,11 +109,6 @@ each_way = pytest.mark.parametrize(
 each_lowered_way = pytest.mark.parametrize(
     ("rule", "way"), [case(rule, way) for rule in RULES if rule.lower for way in ways(rule)]
 )
-
-
-def normalised(way):
-    """The arguments of `fwp.testing.sample` for a way."""
-    return {"denominator": way.get("denominator", False)}
 
 
 def agree(found, truth, bound=1e-10):
@@ -79,6 +129,20 @@ def chunk_size(size):
 def over_time(fn, inputs):
     """fn over what has a T axis; the state stays."""
     return {name: x if name == "state" else fn(x) for name, x in inputs.items()}
+
+
+def tokens(inputs, start=None, end=None):
+    """Tokens start … end of q and of a mask, and what is written at them; the state stays."""
+    T = inputs["q"].shape[1]
+    start, end, _ = slice(start, end).indices(T)
+
+    def cut(name, x):
+        if name == "state" or not isinstance(x, torch.Tensor):
+            return x
+        n = 1 if name in ("q", "mask") or T == 0 else inputs["k"].shape[1] // T
+        return x[:, n * start : n * end]
+
+    return {name: cut(name, x) for name, x in inputs.items()}
 
 
 def cat_states(states):

@@ -28,6 +28,7 @@ def zeros(*size, dtype=torch.float64, device="cpu"):
     return torch.zeros(size, dtype=dtype, device=device)
 
 
+NAMES = ", ".join(fwp.RULES)
 WRONG = [
     # names
     ({"sate": None}, TypeError, "unexpected keyword 'sate'; did you mean 'state'?"),
@@ -37,11 +38,10 @@ WRONG = [
     (
         {"rule": "gated_dleta"},
         ValueError,
-        "rule: expected one of additive, decay, gla, delta, gated_delta, kda, got 'gated_dleta'; "
-        "did you mean 'gated_delta'?",
+        f"rule: expected one of {NAMES}, got 'gated_dleta'; did you mean 'gated_delta'?",
     ),
-    ({"rule": 3}, ValueError, "rule: expected one of additive, decay, gla, delta, gated_delta, kda, got 3"),
-    ({"rule": [3]}, ValueError, "rule: expected one of additive, decay, gla, delta, gated_delta, kda, got [3]"),
+    ({"rule": 3}, ValueError, f"rule: expected one of {NAMES}, got 3"),
+    ({"rule": [3]}, ValueError, f"rule: expected one of {NAMES}, got [3]"),
     ({"read": "befor"}, ValueError, "read: expected one of after, before, got 'befor'; did you mean 'before'?"),
     (
         {"backend": "trition"},

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from laws import RULES as ALL
-from laws import case, each_rule, each_way, forms, normalised, over_time, sequence, ways
+from laws import case, each_rule, each_way, forms, normalises, over_time, sequence, tokens, ways
 from outside.delta_rnn import DELTA_RNN
 
 import fwp
@@ -69,13 +69,13 @@ def some(B=2):
 @each_way
 def test_a_state_is_the_end_of_a_prefix(rule, form, way):
     grouped = {"Hq": 4, "Hk": 1} if rule.plain else {}
-    x = sample(rule, T=T, K=5, V=3, state=True, **grouped, **normalised(way))
+    x = sample(rule, T=T, K=5, V=3, state=True, **grouped, **way.inputs)
     mask = some()
-    found = states(rule, **x, steps=STEPS, mask=mask, scale=0.5, **way, **form)
+    found = states(rule, **x, steps=STEPS, mask=mask, scale=0.5, **way.options, **form)
     for i, t in enumerate(STEPS):
         n = t % T + 1
-        prefix = over_time(lambda x, n=n: x[:, :n], x)
-        _, truth = fast_weights(rule, **prefix, mask=mask[:, :n], scale=0.5, **way, **form)
+        prefix = tokens(x, None, n)
+        _, truth = fast_weights(rule, **prefix, mask=mask[:, :n], scale=0.5, **way.options, **form)
         same(
             type(truth)(*[None if x is None else x[i] for x in found]) if rule.plain else tuple(x[i] for x in found),
             truth,
@@ -165,16 +165,16 @@ def applied(A, v):
 )
 def test_attention_times_values_is_the_output(rule, form, way):
     grouped = {"Hq": 4, "Hk": 1} if rule.plain else {}
-    x = sample(rule, T=70, K=5, V=3, **grouped, **normalised(way))
+    x = sample(rule, T=70, K=5, V=3, **grouped, **way.inputs)
     options = {"mask": torch.rand(2, 70, generator=torch.Generator().manual_seed(0)) < 0.8, "scale": 0.5}
-    A = attention(rule, **x, **options, **way, **form)
+    A = attention(rule, **x, **options, **way.options, **form)
     assert A.shape[:2] == (2, 4 if rule.plain else 2)
-    assert A.shape[-2:] == (70, 70)
-    assert deviation(applied(A, x["v"]), fast_weights(rule, **x, **options, **way, **form)[0]) <= 1e-12
+    assert A.shape[-2:] == (70, 70 * way.writes)
+    assert deviation(applied(A, x["v"]), fast_weights(rule, **x, **options, **way.options, **form)[0]) <= 1e-12
 
 
 @pytest.mark.parametrize("feature_map", ["elu+1", "dpfp-2"])
-@pytest.mark.parametrize("rule", list(fwp.RULES.values()), ids=lambda rule: rule.name)
+@pytest.mark.parametrize("rule", [case(rule) for rule in fwp.RULES.values() if normalises(rule)])
 def test_attention_includes_features_norms_and_denominator(rule, feature_map):
     x = sample(rule, T=T, K=3, V=4, feature_map=feature_map, denominator=True)
     options = {"feature_map": feature_map, "feature_norm": "sum", "denominator": True, "eps": 0.1}
@@ -195,10 +195,11 @@ def test_attention_under_shared_heads(heads):
     [case(rule, form, way) for rule in (*LINEAR, MOMENTUM) for form in forms(rule) for way in ways(rule)],
 )
 def test_the_future_is_exactly_zero(rule, form, way):
-    A = attention(rule, **sample(rule, T=70, **normalised(way)), **way, **form)
-    diagonal = 0 if way["read"] == "before" else 1
-    assert torch.equal(A.triu(diagonal), torch.zeros_like(A))
-    assert (A.diagonal(-1, -2, -1) != 0).all()
+    A = attention(rule, **sample(rule, T=70, **way.inputs), **way.options, **form)
+    first = way.writes * torch.arange(70)[:, None]  # write of each token
+    seen = torch.arange(70 * way.writes) < (first if way.read == "before" else first + way.writes)
+    assert torch.equal(A.masked_fill(seen, 0), torch.zeros_like(A))
+    assert (A[..., (seen & (torch.arange(70 * way.writes) >= first - way.writes))] != 0).all()
 
 
 @pytest.mark.parametrize("rule", LINEAR, ids=lambda rule: rule.name)
@@ -271,10 +272,10 @@ def test_delta_sees_the_last_value_of_a_key():
 @pytest.mark.parametrize(("rule", "way"), [case(rule, way) for rule in fwp.RULES.values() for way in ways(rule)])
 def test_a_state_at_the_start_counts_by_its_z(rule, way):
     """out(v, S₀, z₀) = A v + out(0, S₀, z₀)."""
-    x = sample(rule, T=T, V=3, state=True, **normalised(way))
-    out, _ = fast_weights(rule, **x, **way)
-    silent, _ = fast_weights(rule, **(x | {"v": torch.zeros_like(x["v"])}), **way)
-    assert deviation(applied(attention(rule, **x, **way), x["v"]) + silent, out) <= 1e-12
+    x = sample(rule, T=T, V=3, state=True, **way.inputs)
+    out, _ = fast_weights(rule, **x, **way.options)
+    silent, _ = fast_weights(rule, **(x | {"v": torch.zeros_like(x["v"])}), **way.options)
+    assert deviation(applied(attention(rule, **x, **way.options), x["v"]) + silent, out) <= 1e-12
 
 
 def test_a_value_gate_makes_a_matrix_a_feature():

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 import torch._dynamo.testing
-from laws import CHUNKS, REFERENCE, RULES, TOKENS, agree, chunk_size, each_form, normalised
+from laws import CHUNKS, REFERENCE, RULES, TOKENS, agree, chunk_size, each_form
 from torch.utils.checkpoint import checkpoint
 
 import fwp
@@ -410,7 +410,15 @@ def test_compile_once_for_every_length(name, compiled):
     fast, counter = compiled(call)
     for i, T in enumerate(LENGTHS):
         inputs = sample(
-            rule, T=T, K=5, V=3, seed=i, state=True, sequences=3 if packed else None, **normalised(options), **sizes
+            rule,
+            T=T,
+            K=5,
+            V=3,
+            seed=i,
+            state=True,
+            sequences=3 if packed else None,
+            denominator=options.get("denominator", False),
+            **sizes,
         )
         given = {"cu_seqlens": torch.tensor([0, T // 3, T // 3, T])} if packed else {}
         if masked:

@@ -162,7 +162,7 @@ _ROWS = (
     Rule(
         "comba",
         step=reference.comba,
-        gates={"p": spec.unit_key(), "beta": spec.beta(), "g": spec.decay()},
+        gates={"p": spec.unit_key(), "beta": spec.strength(), "g": spec.decay()},
         lower=lowering.comba,
         lower_uses_k=False,
         extends={"gated_delta": _erase_decayed},

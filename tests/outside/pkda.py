@@ -6,7 +6,6 @@ S' = Diag(α)S, then S' + β (m ⊙ k)(v − S'ᵀ k)ᵀ, α = exp g. The paper 
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 
 import fwp
 from fwp.core import to_heads
@@ -32,7 +31,7 @@ def as_kda(k, v, beta, g):
 PKDA = fwp.Rule(
     "pkda",
     step=step,
-    gates={"m": fwp.Gate("BTHK", 0, 2, F.softplus, uniform(0.5, 1.5)), "beta": beta(), "g": decay("BTHK")},
+    gates={"m": fwp.Gate("BTHK", 0, 1, torch.sigmoid, uniform(0.2, 1.0)), "beta": beta(), "g": decay("BTHK")},
     lower=lower,
     extends={"kda": as_kda},
     erases=True,
