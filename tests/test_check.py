@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -15,11 +15,11 @@ from fwp import rules
 from fwp.backends import torch as chunked
 from fwp.cli import main
 from fwp.rules import lowering
-
-equivalence = import_module("fwp_benchmarks.equivalence")
+from fwp_benchmarks import equivalence
 
 KEYS = {"rule", "case", "backend", "form", "dtype", "device", "interpreted", "quantity", "error", "bound", "ok"}
 OUTSIDE = Path(__file__).parent / "outside"
+EVALUATE = equivalence.testing.evaluate.__kwdefaults__
 
 
 @pytest.fixture
@@ -45,14 +45,26 @@ def test_every_rule_meets_the_named_identities():
     for rule in rules.RULES.values():
         found = [row for identity in equivalence.IDENTITIES for row in identity(rule)]
         cases = {row["case"] for row in found}
-        assert cases >= {"quadratic masked", "quadratic, normalised", "orthonormal recall", "oracle"}, rule.name
+        assert cases >= {"quadratic masked", "quadratic, writes", "orthonormal recall", "oracle", "oracle, writes"}
+        normalised = not rule.erases or rule.normalised is not None
+        assert ({"quadratic, normalised", "oracle, normalised"} <= cases) is normalised, rule.name
         assert cases >= {f"extends {name}" for name in rule.extends}, rule.name
         assert [row for row in found if row["ok"] is False] == []
 
 
+def test_recall_runs_for_what_extends_a_rule_that_recalls():
+    """longhorn alone has no finite gates for it: only an infinite rate would replace a value."""
+    notes = {}
+    for rule in (*rules.RULES.values(), _module(OUTSIDE / "pkda.py").PKDA):
+        (*_, last) = equivalence.recall(rule)
+        notes[rule.name] = last.get("note", "ran")
+    assert notes.pop("longhorn") == "no finite gates make it 'delta' at full strength"
+    assert set(notes.values()) == {"ran"}
+
+
 def fault_in_the_chunk(monkeypatch):
     right = chunked._chunk
-    monkeypatch.setattr(chunked, "_chunk", lambda p, S, read: [x * (1 + 1e-9) for x in right(p, S, read)])
+    monkeypatch.setattr(chunked, "_chunk", lambda *args: [x * (1 + 1e-9) for x in right(*args)])
 
 
 def fault_in_the_lowering(monkeypatch):
@@ -71,8 +83,8 @@ def fault_in_the_equation(monkeypatch):
 
 
 def fault_in_the_gradient(monkeypatch):
-    def lossy(p, S, read):
-        out, S = right(p, S, read)
+    def lossy(*args):
+        out, S = right(*args)
         return out.detach() + 0.999 * (out - out.detach()), S
 
     right = chunked._chunk
@@ -80,8 +92,8 @@ def fault_in_the_gradient(monkeypatch):
 
 
 def not_a_number(monkeypatch):
-    right = chunked._token
-    monkeypatch.setattr(chunked, "_token", lambda p, S, read: (right(p, S, read)[0] * math.nan, S))
+    right = chunked._tokens_of_one_read
+    monkeypatch.setattr(chunked, "_tokens_of_one_read", lambda *args: (right(*args)[0] * math.nan, args[1]))
 
 
 @pytest.mark.parametrize(
@@ -112,8 +124,8 @@ def test_a_rule_from_a_file(file, lowered, one_case, tmp_path, capsys):
 
 
 def _module(path):
-    spec = import_module("importlib.util").spec_from_file_location(path.stem, path)
-    module = import_module("importlib.util").module_from_spec(spec)
+    spec = spec_from_file_location(path.stem, path)
+    module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -179,8 +191,11 @@ def test_files_that_can_be_written_are_left_as_they_were(tmp_path, monkeypatch):
 
 
 def test_correct_rules_of_ones_own_are_green(one_case, tmp_path):
-    """One without a lowered form; one named like a row of the table; one whose β = 1 doesn't replace the old value; one
-    with a state of its own that extends a rule without."""
+    """Whatever a rule may lack, and whatever its name may be.
+
+    plain has no lowered form. namesake is called like a row of the table. half doesn't replace a value at β = 1. own
+    has a state of its own and extends a rule that has none. looks has a `lower` that looks at k.
+    """
     (tmp_path / "mine.py").write_text(
         "from fwp.rules import Rule, lowering, reference, spec\n"
         "plain = Rule('plain', step=reference.delta, gates={'beta': spec.beta()}, erases=True)\n"
@@ -190,10 +205,54 @@ def test_correct_rules_of_ones_own_are_green(one_case, tmp_path):
         "own = Rule('own', step=lambda S, k, v: (reference.additive(S[0], k, v),),\n"
         "    init=lambda *a: (spec.init_zero(*a),), read=lambda S, q: (spec.read_linear(S[0], q)[0], S),\n"
         "    extends={'additive': lambda k, v: {}})\n"
+        "looks = Rule('looks', step=lambda S, k, v, beta: reference.delta(S, k, v, beta / (1 + (k * k).sum(-1))),\n"
+        "    gates={'beta': spec.beta()}, erases=True, any_keys=True,\n"
+        "    lower=lambda core, beta: lowering.delta(core, beta / (1 + (core.k * core.k).sum(-1))))\n"
     )
-    for name in ("plain", "namesake", "half", "own"):
+    for name in ("plain", "namesake", "half", "own", "looks"):
         assert equivalence.main(f"{tmp_path / 'mine.py'}:{name}", "reference") == 0
         assert name in ("plain", "own") or equivalence.main(f"{tmp_path / 'mine.py'}:{name}", "torch") == 0
+
+
+def test_a_rule_that_raises_is_a_comparison_that_failed(one_case, tmp_path, capsys):
+    """No traceback: what it raised, and where."""
+    (tmp_path / "mine.py").write_text(
+        "from fwp.rules import Rule, lowering, reference, spec\n"
+        "def step(S, k, v):\n"
+        "    raise RuntimeError('two\\nlines')\n"
+        "steps = Rule('steps', step=step, lower=lowering.additive)\n"
+        "lowers = Rule('lowers', step=reference.additive, lower=lambda core: core.nothing)\n"
+        "extends = Rule('extends', step=reference.additive, lower=lowering.additive, extends={'dleta': step})\n"
+        "gates = Rule('gates', step=reference.delta, gates={'rate': spec.beta()}, lower=lowering.delta)\n"
+    )
+    file = tmp_path / "rows.json"
+    for name, message in {
+        "steps": "RuntimeError: two lines (mine.py, line 3)",
+        "lowers": "AttributeError: 'Core' object has no attribute 'nothing' (mine.py, line 5)",
+        "extends": "ValueError: rule: expected one of",
+        "gates": "TypeError: delta() got an unexpected keyword argument 'rate'",
+    }.items():
+        where = ["--backend", "torch", "--json", str(file)]
+        assert main(["check", "--rule", f"{tmp_path / 'mine.py'}:{name}", *where]) == 1
+        failed = [row for row in json.loads(file.read_text()) if row["ok"] is False]
+        assert any(row["note"].startswith(message) for row in failed), [row["note"] for row in failed]
+        assert message in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_a_backend_refuses_leaves_the_other_cases(monkeypatch):
+    """A note for each case that it refuses, and the numbers of the others."""
+
+    def call(rule, *args, backend="auto", **options):
+        if backend == "torch" and options.get("read") == "before":
+            raise ValueError("backend: 'torch' can't serve this: the read")
+        return right(rule, *args, backend=backend, **options)
+
+    right = equivalence.testing.fast_weights
+    monkeypatch.setattr(equivalence.testing.evaluate, "__kwdefaults__", {**EVALUATE, "call": call})
+    found = list(equivalence.against_reference(rules.RULES["additive"], "torch", "cpu", False))
+    refused = {row["case"] for row in found if row["ok"] is None}
+    assert refused == {case.name for case in equivalence.CASES if case.options.get("read") == "before"}
+    assert {row["case"] for row in found if row["ok"]} == {case.name for case in equivalence.CASES} - refused
 
 
 def test_the_quadratic_form_by_hand():
@@ -202,3 +261,9 @@ def test_the_quadratic_form_by_hand():
     g = torch.tensor([0.0, math.log(0.5)], dtype=torch.float64).view(1, 2, 1)
     out = equivalence.quadratic(equivalence.Core(q, k, v, g=g))
     assert out.flatten().tolist() == pytest.approx([2 * 5 * 11, 3 * (0.5 * 5 * 11 + 7 * 13)])
+    # the same two writes for one query, and erase keys 1 and 3: after the decay 3 finds .5 · 5 · 11, before it 5 · 11
+    a = torch.tensor([1.0, 3.0], dtype=torch.float64).view(1, 2, 1, 1)
+    for before, found in ((False, 0.5 * 5 * 11), (True, 5 * 11)):
+        core = equivalence.Core(q[:, 1:], k, v, g=g, a=a, writes=2, erase_before_decay=before)
+        out = equivalence.quadratic(core)
+        assert out.flatten().tolist() == pytest.approx([3 * (0.5 * 5 * 11 + 7 * (13 - 3 * found))])

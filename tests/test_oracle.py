@@ -1,9 +1,15 @@
-"""The oracle against numbers worked out by hand, before anything is measured against the oracle."""
+"""The oracle against numbers worked out by hand, then the op against the oracle."""
+
+import itertools
 
 import numpy as np
 import pytest
+import torch
+from laws import RULES, chunk_size, forms
 from numpy.testing import assert_allclose
 
+import fwp
+from fwp.testing import deviation, sample
 from fwp_benchmarks import oracle
 
 # Two tokens, one head, K = 2, V = 1, from S_0 = (2, −4) and z_0 = (1, 1).
@@ -13,8 +19,15 @@ V = np.array([3.0, 5.0]).reshape(1, 2, 1, 1)
 S_0 = np.array([2.0, -4.0]).reshape(1, 1, 2, 1)
 Z_0 = np.ones((1, 1, 2))
 BETA = np.array([1 / 2, 1 / 4]).reshape(1, 2, 1)
-G = np.log([1 / 2, 1 / 4]).reshape(1, 2, 1)  # one number a token
-G_K = np.log([[1 / 2, 1 / 4], [1 / 4, 1 / 2]]).reshape(1, 2, 1, 2)  # one a key channel
+G = np.log([1 / 2, 1 / 4]).reshape(1, 2, 1)  # one number per head
+G_K = np.log([[1 / 2, 1 / 4], [1 / 4, 1 / 2]]).reshape(1, 2, 1, 2)  # one number per key channel
+
+
+def channels(*tokens):
+    """[1, 2, 1, features] of what the two tokens have."""
+    return np.array(tokens, float).reshape(1, 2, 1, -1)
+
+
 GATES = {
     "additive": {},
     "decay": {"g": G},
@@ -22,11 +35,21 @@ GATES = {
     "delta": {"beta": BETA},
     "gated_delta": {"beta": BETA, "g": G},
     "kda": {"beta": BETA, "g": G_K},
+    "gdn2": {"b": channels((1 / 2, 1 / 4), (1, 0)), "w": channels(1 / 3, 2), "g": G_K},
+    "longhorn": {"beta": BETA},
+    "comba": {"p": channels((1, 1), (2, 0)), "beta": BETA, "g": G},
+    "rwkv7": {"kappa": channels((1, 1), (0, 2)), "a": channels((1 / 2, 1 / 4), (1, 1 / 2)), "g": G_K},
+    "pkda": {"m": channels((2, 1), (1, 3)), "beta": BETA, "g": G_K},
 }
 
 
-# kda, say: S' = (1, −1), retrieves −1 with k_1, error 4, half of it: S_1 = (1, −1) + 2·(1, 2) = (3, 3), read at q_1: 3;
+# kda: S' = (1, −1), retrieves −1 with k_1, error 4, half of it: S_1 = (1, −1) + 2·(1, 2) = (3, 3), read at q_1: 3;
 # S' = (.75, 1.5), retrieves 2.25, error 2.75, a quarter of it: S_2 = S' + .6875·(1, 1), read at q_2: 3.625.
+# gdn2: S' = (1, −1), b⊙k = (.5, .5) retrieves 0, w⊙v = 1: S_1 = (2, 1); S' = (.5, .5), b⊙k = (1, 0) retrieves .5 of 10.
+# longhorn: ε = (1/2)/(1 + 5/2) = 1/7, error 3 + 6: S_1 = (2, −4) + 9/7·(1, 2); ε = (1/4)/(1 + 2/4) = 1/6, error 22/7.
+# comba: p_1 retrieves −2 from S_0 itself, error 5: S_1 = (1, −2) + 5/2·(1, 2); p_2 retrieves 7, error −2.
+# rwkv7: κ_1 retrieves −2 from S_0 itself: S_1 = (1, −1) + 2·(.5, .25) + 3·(1, 2); κ_2 retrieves 11 for (0, 1).
+# pkda: as kda, but m⊙k = (2, 2) writes: S_1 = (1, −1) + 2·(2, 2); S' = (1.25, 1.5), error 2.25: + .5625·(1, 3).
 @pytest.mark.parametrize(
     ("rule", "after", "before", "S"),
     [
@@ -36,6 +59,11 @@ GATES = {
         ("delta", (6.5, 8.25), (2, 11.5), (4.875, 3.375)),
         ("gated_delta", (4, 3.5), (2, 8), (1.75, 1.75)),
         ("kda", (3, 3.625), (2, 6), (1.4375, 2.1875)),
+        ("gdn2", (2, 20), (2, 3), (10, 10)),
+        ("longhorn", (23 / 7, 61 / 21), (2, 13 / 7), (80 / 21, -19 / 21)),
+        ("comba", (3.5, 0.625), (2, 6.5), (0.375, 0.25)),
+        ("rwkv7", (5, 3), (2, 10.5), (6.25, -3.25)),
+        ("pkda", (5, 5), (2, 8), (1.8125, 3.1875)),
     ],
 )
 def test_two_tokens_by_hand(rule, after, before, S):
@@ -44,7 +72,15 @@ def test_two_tokens_by_hand(rule, after, before, S):
         assert_allclose(out.ravel(), expected, rtol=1e-14)
         assert_allclose(S_2.ravel(), S, rtol=1e-14)
         assert z is None
+        # the same two writes for one query, q_2, which reads after both or ahead of both
+        out, S_2, _ = oracle.fast_weights(rule, Q[:, 1:], K, V, read=read, S=S_0, **GATES[rule])
+        assert_allclose(out.ravel(), after[1] if read == "after" else 2 - 4, rtol=1e-14)
+        assert_allclose(S_2.ravel(), S, rtol=1e-14)
     assert (S_0.ravel() == [2, -4]).all()  # the given state is not written to
+
+
+def test_each_function_has_numbers_worked_out_by_hand():
+    assert set(GATES) == set(oracle.RULES)
 
 
 # kda again: z' = (.5, .25), z'·k_1 = 1, so S_1 = (3, 3) as above, z_1 = (1.5, 2.25), out_1 = 3 / 1.5;
@@ -64,6 +100,13 @@ def test_denominator_by_hand(rule, numerators, denominators, S, z):
     eps = 0.5  # large enough to be seen; it enters the output alone, never what is retrieved
     out, S_2, z_2 = oracle.fast_weights(rule, Q, K, V, denominator=True, eps=eps, S=S_0, z=Z_0, **GATES[rule])
     assert_allclose(out.ravel(), np.array(numerators) / (np.array(denominators) + eps), rtol=1e-14)
+    assert_allclose(S_2.ravel(), S, rtol=1e-14)
+    assert_allclose(z_2.ravel(), z, rtol=1e-14)
+    # the same two writes for one query
+    (last,), S_2, z_2 = oracle.fast_weights(
+        rule, Q[:, 1:], K, V, denominator=True, eps=eps, S=S_0, z=Z_0, **GATES[rule]
+    )
+    assert_allclose(last.ravel(), out.ravel()[1:], rtol=1e-14)
     assert_allclose(S_2.ravel(), S, rtol=1e-14)
     assert_allclose(z_2.ravel(), z, rtol=1e-14)
 
@@ -105,18 +148,19 @@ def test_delta_replaces_where_the_sum_adds_up():
     assert_allclose(total.ravel(), (3, 8), rtol=1e-14)
 
 
+@pytest.mark.parametrize("writes", [1, 2])
 @pytest.mark.parametrize(("Hk", "Hv"), [(2, 4), (4, 2)])
 @pytest.mark.parametrize("rule", list(GATES))
-def test_mask_packing_and_heads(rule, Hk, Hv):
+def test_mask_packing_and_heads(rule, Hk, Hv, writes):
     rng = np.random.default_rng(1)
     T, Hq, d, dv = 7, 8, 3, 2  # H = 4
-    q, k, v = rng.normal(size=(1, T, Hq, d)), rng.normal(size=(1, T, Hk, d)), rng.normal(size=(1, T, Hv, dv))
+    q, *kv = rng.normal(size=(1, T, Hq, d)), (Hk, d), (Hv, dv)
+    k, v = (rng.normal(size=(1, writes * T, *shape)) for shape in kv)
     gates = {}
-    if "beta" in GATES[rule]:
-        gates["beta"] = rng.uniform(size=(1, T, 4))
-    if "g" in GATES[rule]:
-        gates["g"] = -rng.uniform(size=(1, T, 4, d)[: GATES[rule]["g"].ndim])
-    options = {"feature_map": "elu+1", "denominator": True}
+    for name, gate in GATES[rule].items():
+        features = () if gate.ndim == 3 else (d,) if gate.shape[3] == 2 else (dv,)
+        gates[name] = rng.uniform(size=(1, writes * T, 4, *features)) * (-1 if name == "g" else 1)
+    options = {"feature_map": "elu+1", "denominator": oracle.normalises(rule)}
     S, z = rng.normal(size=(3, 4, d, dv)), rng.uniform(size=(3, 4, d))
     mask = np.array([[1, 1, 0, 1, 1, 0, 1]], bool)
     cuts = [0, 4, 4, 7]
@@ -124,25 +168,27 @@ def test_mask_packing_and_heads(rule, Hk, Hv):
 
     assert (whole[~mask] == 0).all()
     assert (S_n[1] == S[1]).all()  # the empty sequence
-    assert (z_n[1] == z[1]).all()
+    assert z_n is None or (z_n[1] == z[1]).all()
     for n in range(3):  # each sequence alone, without its masked tokens, one state head after the other
         kept = [t for t in range(cuts[n], cuts[n + 1]) if mask[0, t]]
+        written = [writes * t + i for t in kept for i in range(writes)]
         for h in range(4):
             h_k, h_v = (h // 2, h) if Hk == 2 else (h, h // 2)
             for h_q in (2 * h, 2 * h + 1):
                 part, S_1, z_1 = oracle.fast_weights(
                     rule,
                     q[:, kept][:, :, [h_q]],
-                    k[:, kept][:, :, [h_k]],
-                    v[:, kept][:, :, [h_v]],
+                    k[:, written][:, :, [h_k]],
+                    v[:, written][:, :, [h_v]],
                     S=S[n : n + 1, h : h + 1],
                     z=z[n : n + 1, h : h + 1],
-                    **{name: gate[:, kept][:, :, [h]] for name, gate in gates.items()},
+                    **{name: gate[:, written][:, :, [h]] for name, gate in gates.items()},
                     **options,
                 )
                 assert_allclose(whole[0, kept, h_q], part[0, :, 0], rtol=1e-13)
                 assert_allclose(S_n[n, h], S_1[0, 0], rtol=1e-13)
-                assert_allclose(z_n[n, h], z_1[0, 0], rtol=1e-13)
+                assert (z_n is None) == (z_1 is None)
+                assert z_n is None or np.allclose(z_n[n, h], z_1[0, 0], rtol=1e-13, atol=0)
 
 
 def test_one_query_head_for_several_state_heads():
@@ -232,20 +278,6 @@ def test_favor_plus_estimates_the_exponential():
         assert abs(phi(x) @ phi(y) - np.exp(x @ y)) < 4 * deviation / np.sqrt(50_000)
 
 
-def test_gdn2_by_hand_and_as_kda():
-    b = np.array([[1 / 2, 1 / 4], [1.0, 0.0]]).reshape(1, 2, 1, 2)
-    w = np.array([1 / 3, 2.0]).reshape(1, 2, 1, 1)
-    # S' = (1, −1), b⊙k = (.5, .5) retrieves 0, w⊙v = 1: S_1 = (2, 1); S' = (.5, .5), b⊙k = (1, 0) retrieves .5 of 10
-    out, S = oracle.gdn2(Q, K, V, b=b, w=w, g=G_K, S=S_0)
-    assert_allclose(out.ravel(), (2, 20), rtol=1e-14)
-    assert_allclose(S.ravel(), (10, 10), rtol=1e-14)
-    same = np.repeat(BETA[..., None], 2, axis=3)
-    kda, S_kda, _ = oracle.fast_weights("kda", Q, K, V, beta=BETA, g=G_K, S=S_0)
-    out, S = oracle.gdn2(Q, K, V, b=same, w=same[..., :1], g=G_K, S=S_0)
-    assert_allclose(out, kda, rtol=1e-14)
-    assert_allclose(S, S_kda, rtol=1e-14)
-
-
 def test_delta_rnn_by_hand():
     q = k = k_r = np.array([[1.0, 0.0], [0.0, 1.0]]).reshape(1, 2, 1, 2)
     v = np.array([[1.0, 0.5], [3.0, 4.0]]).reshape(1, 2, 1, 2)
@@ -264,6 +296,48 @@ def test_delta_rnn_by_hand():
     p = 1 / (1 + np.exp(3.0))
     assert_allclose(R[0, 0], [[3, 4.5], [1, 4]], rtol=1e-14)
     assert_allclose(out.ravel(), (1 + 3 * p + (1 - p), 0.5 + 4.5 * p + 4 * (1 - p)), rtol=1e-14)
+    # both writes for one query: W and R as after t = 2, but y_1 was never read, so softmax(y_0) = (½, ½)
+    out, W, R, _ = oracle.delta_rnn(q[:, 1:], k, v, beta=one, k_r=k_r, v_r=v_r, beta_r=half)
+    assert_allclose(W[0, 0], [[1, 0.5], [3, 4]], rtol=1e-14)
+    assert_allclose(R[0, 0], [[2, 3], [1, 4]], rtol=1e-14)
+    assert_allclose(out.ravel(), (4.5, 7.5), rtol=1e-14)
+
+
+MAPS = ({}, {"feature_map": "elu+1", "feature_norm": "sum"}, {"feature_map": "dpfp", "feature_norm": "l2"})
+MASK = torch.tensor([1, 1, 0, 1, 0, 1, 1, 0]).bool()
+BOUNDS = torch.tensor([0, 0, 3, 4, 8])
+
+
+@pytest.mark.parametrize("features", MAPS, ids=lambda features: str(features.get("feature_map", "identity")))
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule.name in oracle.RULES], ids=lambda rule: rule.name)
+def test_the_op_equals_the_oracle(rule, features):
+    """Every read, number of writes, packing, mask and normalisation together, in every form, over chunks of four."""
+    normalisations = (False, True) if oracle.normalises(rule.name) else (False,)
+    for read, writes, packed, masked, denominator in itertools.product(
+        ("after", "before"), (1, 3), (False, True), (False, True), normalisations
+    ):
+        B, sequences = (1, len(BOUNDS) - 1) if packed else (2, None)
+        heads, phi = {"Hq": 4, "Hk": 1, "Hv": 2}, features.get("feature_map")
+        x = sample(
+            rule,
+            **{"B": B, "T": 8, "K": 4, "V": 3, "writes": writes, "sequences": sequences} | heads,
+            feature_map=phi,
+            denominator=denominator,
+            state=True,
+            seed=6,
+        )
+        options = {"read": read, "scale": 0.5, "eps": 0.1, "denominator": denominator, **features}
+        given = x | ({"cu_seqlens": BOUNDS} if packed else {}) | ({"mask": MASK.expand(B, 8)} if masked else {})
+        arrays = {name: value.numpy() for name, value in given.items() if name != "state"}
+        S, z = (None if value is None else value.numpy() for value in x["state"])
+        truth = oracle.fast_weights(rule.name, **arrays, **options, S=S, z=z)
+        for form in forms(rule):
+            with chunk_size(4):
+                out, end = fwp.fast_weights(rule, **given, **options, **form)
+            assert deviation(out, torch.from_numpy(truth[0])) < 1e-12
+            assert deviation(end.S, torch.from_numpy(truth[1])) < 1e-12
+            assert (end.z is None) == (truth[2] is None)
+            assert end.z is None or deviation(end.z, torch.from_numpy(truth[2])) < 1e-12
 
 
 def test_1991_net_by_hand():

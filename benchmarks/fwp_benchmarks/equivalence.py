@@ -1,9 +1,11 @@
 """Is every fast form the paper's equation? `fwp check`: each rule, backend, form and dtype against the reference.
 
-The truth is `fwp.rules.reference`, one token after the other in float64: no softmax, no kernel, no chunk. Measured are
+The truth is the rule's equation, one token after the other in float64: no softmax, no kernel, no chunk. Measured are
 the output, the final state and the gradient of every input, by the worst row (`fwp.testing.row_error`). The bound is
 1e-10 in float64 and 3e-4 in float32; in 16 bits it is twice (gradients: three times) the error that rounding inputs and
 results to that dtype makes on its own.
+
+The rule can be a row of the table or a `Rule` in a file of your own. What a rule raises is a comparison that failed.
 
 Kernels run on the GPU if there is one, else in Triton's interpreter, at small sizes and marked so; bf16 arithmetic is
 broken there, so float16 stands in for it.
@@ -16,6 +18,7 @@ import json
 import math
 import os
 import runpy
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -39,6 +42,7 @@ from .workers import cores, for_workers, start_worker
 
 Row = dict[str, Any]
 BOUNDS = {torch.float64: 1e-10, torch.float32: 3e-4}
+ANY = "any"  # the backend of a comparison of several that raised
 FORMS: tuple[tuple[Any, Any], ...] = (("reference", "recurrent"), ("torch", "recurrent"), ("torch", "chunk"))
 
 
@@ -72,6 +76,8 @@ CASES = (
     Case("grouped heads", {"Hq": 4, "Hk": 1, "Hv": 2}),
     Case("packed", lengths=(0, 1, 66, 0, 3)),
     Case("masked", masked=True),
+    Case("several writes", {"writes": 2}),
+    Case("writes, packed", {"writes": 3}, {"read": "before"}, (0, 1, 20, 0, 3), True),
 )
 
 
@@ -100,6 +106,16 @@ def skipped(rule: str, case: str, backend: str, note: str) -> Row:
     return {"rule": rule, "case": case, "backend": backend, **empty, "note": note}
 
 
+def guarded(rule: Rule, case: str, backend: str, comparison: Iterator[Row]) -> Iterator[Row]:
+    """The rows of a comparison. What it raises becomes a row that failed, and says where."""
+    try:
+        yield from comparison
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        why = " ".join(f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})".split())
+        yield skipped(rule.name, case, backend, why) | {"ok": False}
+
+
 # ---- every form against the equation ----
 
 
@@ -108,38 +124,45 @@ def against_reference(rule: Rule, backend: str, device: str, interpreted: bool) 
     if rule.lower is None:
         yield skipped(rule.name, "equation", backend, "no lowered form: the equation is what runs")
         return
-    shape = {"B": 1, "T": 20, "H": 1, "K": 16, "V": 16} if interpreted else {"B": 2, "T": 70, "K": 16, "V": 8}
-    all_dtypes = [torch.float64, torch.float32, torch.float16 if interpreted else torch.bfloat16]
-    if device == "cuda":
-        all_dtypes.remove(torch.float64)  # a GPU's kernels accumulate in float32
     for case in CASES:
-        if interpreted and case.lengths:
-            case = replace(case, lengths=(0, 1, 18, 0, 3))
-        if not applies(rule, case):
-            continue
-        exact, options = case.inputs(rule, **shape)
-        truth = testing.evaluate(rule, exact, backend="reference", **options)
-        there: dict[str, Any] = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
-        dtypes = all_dtypes[:1] if interpreted and case is not CASES[0] else all_dtypes  # the interpreter is slow
-        for dtype in dtypes:
-            inputs = testing.cast(exact, dtype)
-            rounded = testing.cast(inputs, torch.float64)
-            expected = truth if dtype in BOUNDS else testing.evaluate(rule, rounded, backend="reference", **options)
-            budgets = {} if dtype in BOUNDS else testing.budgets(rule, inputs, **options)
-            for form in ("recurrent", "chunk"):
-                try:
-                    found = testing.evaluate(rule, moved(inputs, device), backend=backend, form=form, **there)
-                except ValueError as refusal:
-                    if not str(refusal).startswith("backend:"):
-                        raise
-                    yield skipped(rule.name, case.name, backend, str(refusal))  # the backend says that it can't
-                    return
-                for name, x in found.items():
-                    error, bound = testing.row_error(x.cpu(), expected[name]), BOUNDS.get(dtype, budgets.get(name, 0.0))
-                    yield row(rule.name, case.name, backend, form, dtype, name, error, bound) | {
-                        "device": device,
-                        "interpreted": interpreted,
-                    }
+        if applies(rule, case):
+            yield from guarded(rule, case.name, backend, in_case(case, rule, backend, device, interpreted))
+
+
+def in_case(case: Case, rule: Rule, backend: str, device: str, interpreted: bool) -> Iterator[Row]:
+    """One case in every form and dtype."""
+    first = case is CASES[0]
+    shape = {"B": 1, "T": 20, "H": 1, "K": 16, "V": 16} if interpreted else {"B": 2, "T": 70, "K": 16, "V": 8}
+    if interpreted and case.lengths:
+        longest = 18 // case.shape.get("writes", 1)
+        case = replace(case, lengths=tuple(min(length, longest) for length in case.lengths))
+    dtypes = [torch.float64, torch.float32, torch.float16 if interpreted else torch.bfloat16]
+    if device == "cuda":
+        dtypes.remove(torch.float64)  # a GPU's kernels accumulate in float32
+    if interpreted and not first:
+        dtypes = dtypes[:1]  # the interpreter is slow
+    exact, options = case.inputs(rule, **shape)
+    truth = testing.evaluate(rule, exact, backend="reference", **options)
+    there: dict[str, Any] = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
+    for dtype in dtypes:
+        inputs = testing.cast(exact, dtype)
+        rounded = testing.cast(inputs, torch.float64)
+        expected = truth if dtype in BOUNDS else testing.evaluate(rule, rounded, backend="reference", **options)
+        budgets = {} if dtype in BOUNDS else testing.budgets(rule, inputs, **options)
+        for form in ("recurrent", "chunk"):
+            try:
+                found = testing.evaluate(rule, moved(inputs, device), backend=backend, form=form, **there)
+            except ValueError as refusal:
+                if not str(refusal).startswith("backend:"):
+                    raise
+                yield skipped(rule.name, case.name, backend, str(refusal))  # the backend says that it can't
+                return
+            for name, x in found.items():
+                error, bound = testing.row_error(x.cpu(), expected[name]), BOUNDS.get(dtype, budgets.get(name, 0.0))
+                yield row(rule.name, case.name, backend, form, dtype, name, error, bound) | {
+                    "device": device,
+                    "interpreted": interpreted,
+                }
 
 
 def moved(inputs: dict[str, Any], device: str) -> dict[str, Any]:
@@ -158,30 +181,33 @@ def applies(rule: Rule, case: Case) -> bool:
 
 
 def quadratic(core: Core) -> Tensor:
-    """(QKᵀ ⊙ M) X for every head at once, T × T: M_ij = exp(G_i − G_j) for j ≤ i, and X = w ⊙ V, or with erasing the
-    solution of (I + tril(e ⊙ KKᵀ ⊙ M, −1)) X = w ⊙ V. With a denominator each row is divided by its sum + eps."""
-    H = core.heads
+    """(QKᵀ ⊙ M) X for every head at once, T × nT: M_ij = exp(G_i − G_j) for the writes j ≤ i, and X = w ⊙ V.
+
+    With erasing X solves (I + tril(e ⊙ AKᵀ ⊙ M, −1)) X = w ⊙ V, where A holds the erase keys, and M_ij is
+    exp(G_{i−1} − G_j) for those that read before the decay. With a denominator each row is divided by its sum + eps.
+    """
+    H, n = core.heads, core.writes
 
     def features(x: Tensor) -> Tensor:  # [B, T, H] or [B, T, H, D] → [B, H, T, 1 or D]
         return x.reshape(*x.shape[:3], -1).movedim(1, 2)
 
     q, k, X = (features(to_heads(x, H)) for x in (core.q, core.k, core.v))
-    T = q.shape[2]
-    below = torch.ones(T, T, dtype=torch.bool).tril()
+    g = torch.zeros_like(k[..., :1]) if core.g is None else features(core.g)
+    G, write = g.cumsum(2), torch.arange(k.shape[2])
+    last = n * torch.arange(q.shape[2]) + n - 1  # the last write that a query sees
 
-    def products(a: Tensor) -> Tensor:  # a_iᵀ Diag(exp(G_i − G_j)) k_j
-        if core.g is None:
-            return (a @ k.mT).masked_fill(~below, 0)
-        G = features(core.g.cumsum(1))
-        M = (G.unsqueeze(3) - G.unsqueeze(2)).masked_fill(~below.unsqueeze(-1), -math.inf).exp()
-        return (a.unsqueeze(3) * k.unsqueeze(2) * M).sum(-1)
+    def products(x: Tensor, G_x: Tensor, seen: Tensor) -> Tensor:  # x_iᵀ Diag(exp(G_x_i − G_j)) k_j where seen
+        M = (G_x.unsqueeze(3) - G.unsqueeze(2)).masked_fill(~seen.unsqueeze(-1), -math.inf).exp()
+        return (x.unsqueeze(3) * k.unsqueeze(2) * M).sum(-1)
 
     if core.w is not None:
         X = features(core.w) * X
-    if core.e is not None:
-        A = products(features(core.e) * k)
+    if core.erases:
+        a = k if core.a is None else features(core.a)
+        A = products(a, G - g if core.erase_before_decay else G, write < write.unsqueeze(1))
+        A = A if core.e is None else features(core.e) * A
         X = torch.linalg.solve_triangular(A, X, upper=False, unitriangular=True)
-    P = products(q)
+    P = products(q, G[:, :, last], write <= last.unsqueeze(1))
     out = P @ X
     if core.denominator:
         out = out / (P.sum(-1, keepdim=True) + core.eps)
@@ -189,21 +215,24 @@ def quadratic(core: Core) -> Tensor:
 
 
 def against_quadratic(rule: Rule) -> Iterator[Row]:
-    """Recurrent = chunk = quadratic masked, with and without denominator."""
+    """Recurrent = chunk = quadratic masked, with and without denominator, and with several writes per read."""
     if rule.lower is None:
         return
-    for denominator in (False, True):
-        case = Case("", options={"denominator": True, "feature_map": "elu+1"} if denominator else {})
+    for case in (
+        Case("quadratic masked"),
+        Case("quadratic, normalised", options={"denominator": True, "feature_map": "elu+1"}),
+        Case("quadratic, writes", {"writes": 2}),
+    ):
         if not applies(rule, case):
             continue
-        x = testing.sample(rule, T=70, K=16, seed=1)
+        x = testing.sample(rule, **{"T": 70, "K": 16, "seed": 1} | case.shape)
         q, k, v = x.pop("q"), x.pop("k"), x.pop("v")
-        phi = fwp.feature_maps.get("elu+1" if denominator else None)
-        truth = quadratic(rule.lower(Core(phi(q), phi(k), v, denominator=denominator), **x))
-        name = "quadratic, normalised" if denominator else "quadratic masked"
+        phi = fwp.feature_maps.get(case.options.get("feature_map"))
+        core = Core(phi(q), phi(k), v, denominator=bool(case.options), writes=case.shape.get("writes", 1))
+        truth = quadratic(rule.lower(core, **x))
         for backend, form in FORMS:
             out, _ = fwp.fast_weights(rule, q, k, v, **x, **case.options, backend=backend, form=form)
-            yield row(rule.name, name, backend, form, torch.float64, "out", testing.row_error(out, truth), 1e-10)
+            yield row(rule.name, case.name, backend, form, torch.float64, "out", testing.row_error(out, truth), 1e-10)
 
 
 def against_simpler(rule: Rule) -> Iterator[Row]:
@@ -238,47 +267,74 @@ def carried(rule: Rule) -> Iterator[Row]:
         yield row(rule.name, "split and carry", backend, form, torch.float64, "out", error, 1e-10)
 
 
+# The rules that all others extend, and the gates with which they recall what was written under orthonormal keys.
+ROOTS: dict[str, dict[str, float]] = {"additive": {}, "delta": {"beta": 1.0}}
+
+
+def as_root(rule: Rule, k: Tensor, v: Tensor) -> tuple[Rule, dict[str, Tensor]] | None:
+    """The root that the rule extends, and the gates that make it this root. None: it extends none."""
+    if rules.RULES.get(rule.name) is rule and rule.name in ROOTS:
+        return rule, {name: k.new_full(k.shape[:3], value) for name, value in ROOTS[rule.name].items()}
+    for name, mapping in rule.extends.items():
+        if found := as_root(rules.get(name), k, v):
+            return found[0], mapping(k, v, **found[1])
+    return None
+
+
 def recall(rule: Rule) -> Iterator[Row]:
-    """Orthonormal keys, β = 1, no decay: what was written is read, and for rules that erase, what was written last."""
-    if rules.RULES.get(rule.name) is not rule:
-        return  # what another rule's gates have to be for it isn't known
-    K, V = 16, 8
+    """Orthonormal keys, no decay, full strength: what was written is read, and after a root that erases the latest."""
+    K, V, case = 16, 8, "orthonormal recall"
     generator = torch.Generator().manual_seed(3)
     keys = torch.linalg.qr(torch.randn(K, K, generator=generator, dtype=torch.float64))[0]
-    rounds = 2 if rule.erases else 1
-    k = keys.repeat(rounds, 1)[None, :, None]  # [1, T, 1, K]
-    v = torch.randn(1, rounds * K, 1, V, generator=generator, dtype=torch.float64)
-    ones = torch.ones(1, rounds * K, 1, dtype=torch.float64)
-    gates: dict[str, Any] = {"beta": ones} if "beta" in rule.gates else {}
-    for backend, form in FORMS:
-        _, state = fwp.fast_weights(rule, k, k, v, **gates, backend=backend, form=form)
+    k = keys.repeat(2, 1)[None, :, None]  # [1, 2K, 1, K]
+    v = torch.randn(1, 2 * K, 1, V, generator=generator, dtype=torch.float64)
+    found = as_root(rule, k, v)
+    if found is None or not rule.plain:
+        return
+    root, gates = found
+    if not all(x.isfinite().all() for x in gates.values()):
+        yield skipped(rule.name, case, "reference", f"no finite gates make it {root.name!r} at full strength")
+        return
+    if not root.erases:  # a key that comes again would add to its value
+        k, v, gates = k[:, :K], v[:, :K], {name: x[:, :K] for name, x in gates.items()}
+    for backend, form in FORMS if rule.lower else FORMS[:1]:
+        given: dict[str, Any] = {"k": k, "v": v, "backend": backend, "form": form, **gates}
+        _, state = fwp.fast_weights(rule, k, **given)
         error = testing.row_error(fwp.read(state, k[:, -K:]), v[:, -K:])
-        yield row(rule.name, "orthonormal recall", backend, form, torch.float64, "out", error, 1e-12)
+        yield row(rule.name, case, backend, form, torch.float64, "out", error, 1e-12)
 
 
 def against_oracle(rule: Rule) -> Iterator[Row]:
     """The reference itself against the equations written once more in NumPy."""
-    if rules.RULES.get(rule.name) is not rule:
+    if rules.RULES.get(rule.name) is not rule or not rule.plain:
         return
     try:
         from fwp_benchmarks import oracle
     except ImportError:
         yield skipped(rule.name, "oracle", "reference", "NumPy is not installed")
         return
+    if rule.name not in oracle.RULES:
+        yield skipped(rule.name, "oracle", "reference", "the oracle has no function of this name")
+        return
     normalised = {"denominator": True, "feature_map": "elu+1", "feature_norm": "sum"}
-    ways: dict[str, dict[str, Any]] = {"oracle": {}, "oracle, normalised": normalised}
-    for name, options in ways.items():
-        x = testing.sample(rule, T=20, Hq=4, Hk=1, V=5, seed=4)
-        expected = oracle.fast_weights(rule.name, **{n: t.numpy() for n, t in x.items()}, **options)
-        found, end = fwp.fast_weights(rule, x.pop("q"), x.pop("k"), x.pop("v"), **x, **options, backend="reference")
+    for case in (
+        Case("oracle"),
+        Case("oracle, normalised", options=normalised),
+        Case("oracle, writes", {"writes": 2}, {"read": "before", "feature_map": "elu+1", "feature_norm": "l2"}),
+    ):
+        if not applies(rule, case):
+            continue
+        x = testing.sample(rule, **{"T": 20, "Hq": 4, "Hk": 1, "V": 5, "seed": 4} | case.shape)
+        expected = oracle.fast_weights(rule.name, **{n: t.numpy() for n, t in x.items()}, **case.options)
+        found, end = fwp.fast_weights(rule, **x, **case.options, backend="reference")
         for quantity, a, b in (("out", found, expected[0]), ("state.S", end.S, expected[1])):
             error = testing.row_error(a, torch.from_numpy(b))
-            yield row(rule.name, name, "reference", "recurrent", torch.float64, quantity, error, 1e-12)
+            yield row(rule.name, case.name, "reference", "recurrent", torch.float64, quantity, error, 1e-12)
 
 
 def against_transformers(rule: Rule) -> Iterator[Row]:
     """gated_delta against the fallback of transformers' Qwen3-Next, both in float32."""
-    if rule is not rules.RULES["gated_delta"]:
+    if rule is not rules.RULES.get("gated_delta"):
         return
     case = "transformers' fallback"
     try:
@@ -305,7 +361,7 @@ def against_1991(rule: Rule) -> Iterator[Row]:
     Version 2 with a linear slow net is the layer with the same weights, without normalisation; read "before" is the
     same with each query a token late, and a fast net of two layers is two ops.
     """
-    if rule is not rules.RULES["additive"]:
+    if rule is not rules.RULES.get("additive"):
         return
     E, K, M, T = 8, 16, 6, 20
     with torch.random.fork_rng(devices=[]):
@@ -373,7 +429,8 @@ def rows(name: str, backend: str | None = None) -> Iterator[Row]:
     if backend in (None, "torch"):
         yield from against_reference(rule, "torch", "cpu", False)
     for identity in IDENTITIES:
-        yield from (r for r in identity(rule) if backend in (None, r["backend"]))
+        found = guarded(rule, identity.__name__.replace("_", " "), ANY, identity(rule))
+        yield from (r for r in found if backend is None or r["backend"] in (backend, ANY))
 
 
 def kernel_rows(name: str) -> list[Row]:
@@ -391,8 +448,10 @@ def interpreting() -> None:
 
 
 def main(rule: str | None = None, backend: str | None = None, json_file: Path | None = None) -> int:
-    """Prints a table a rule as it is measured, writes the rows as JSON; returns the exit status, 1 if a row fails or
-    nothing was compared."""
+    """Prints a table per rule as it is measured and writes the rows as JSON.
+
+    Returns the exit status: 1 if a row fails or nothing was compared.
+    """
     from rich.console import Console
 
     console = Console()
@@ -434,9 +493,14 @@ def main(rule: str | None = None, backend: str | None = None, json_file: Path | 
 
 
 def table(rule: Rule, found: list[Row]) -> Any:
-    """The rows of a rule as a rich table: a line a case and backend, a column a form and precision."""
+    """The rows of a rule for the console: one line per case and backend, one column per form and precision.
+
+    Below stand the notes: what did not run or raised, and why.
+    """
     from rich import box
+    from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     title = f"[bold]{rule.name}[/]: {rule.equation}"
     result = Table(
@@ -450,17 +514,21 @@ def table(rule: Rule, found: list[Row]) -> Any:
             f"{form if bits == 64 else ''}\n{bits} bit", justify="right", min_width=len(form) if bits == 64 else None
         )
     lines: dict[tuple[str, str], dict[tuple[str, int], list[Row]]] = {}
+    notes: dict[tuple[str, str, bool], list[str]] = {}  # the cases that share a note
     for r in found:
         where = r["backend"] + ("*" if r["interpreted"] else "")
-        cells = lines.setdefault((r["case"], where), {})
-        if r["ok"] is None:
-            result.add_row(r["case"], where, r["note"])
+        if "note" in r:
+            notes.setdefault((where, r["note"], r["ok"] is False), []).append(r["case"])
         else:
+            cells = lines.setdefault((r["case"], where), {})
             cells.setdefault((r["form"], torch.finfo(getattr(torch, r["dtype"])).bits), []).append(r)
     for (case, where), cells in lines.items():
-        if cells:
-            result.add_row(case, where, *(cell(cells.get(column, [])) for column in columns))
-    return result
+        result.add_row(case, where, *(cell(cells.get(column, [])) for column in columns))
+    said = [
+        Text(f"{', '.join(cases)}, {where}: {note}\n", style="red" if failed else "")
+        for (where, note, failed), cases in notes.items()
+    ]
+    return Group(result, *said)
 
 
 def cell(group: list[Row]) -> str:

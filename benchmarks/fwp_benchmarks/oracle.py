@@ -1,15 +1,16 @@
 """The mathematics once more, in NumPy float64: every other implementation is measured against this one.
 
 It shares no code with the package and is written to be checked line by line against the papers: one token after the
-other, loops, no tricks. Arrays are q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hv, V], the state S [N, H, K, V] with the
-read-out Sᵀq and the sum of keys z [N, H, K]. Nothing is validated here, and no input is changed.
+other, loops, no tricks. Arrays are q [B, T, Hq, K], k [B, n·T, Hk, K], v [B, n·T, Hv, V] with n writes per read, the
+state S [N, H, K, V] with the read-out Sᵀq and the sum of keys z [N, H, K]. Nothing is validated here, and no input is
+changed.
 """
 
-import numpy as np
+import inspect
+from collections.abc import Callable
+from typing import Any
 
-SCALAR_DECAY = ("decay", "gated_delta")
-CHANNEL_DECAY = ("gla", "kda")
-DELTA_FAMILY = ("delta", "gated_delta", "kda")
+import numpy as np
 
 
 def ratio(a, b, eps=0.0):
@@ -66,20 +67,102 @@ def normalise(x, feature_norm):
     return x
 
 
-# ---- the six rules ----
-def step(rule, S, z, k, v, beta, g, denominator):
-    """One token of one head: S [K, V], z [K], k [K], v [V], beta a number, g a number or [K]; the new S and z."""
-    if rule in SCALAR_DECAY:
-        S, z = np.exp(g) * S, np.exp(g) * z
-    if rule in CHANNEL_DECAY:
-        S, z = np.diag(np.exp(g)) @ S, np.exp(g) * z
-    if rule in DELTA_FAMILY:
-        v_old = S.T @ k
-        if denominator:  # Schlag et al. 2021: what is retrieved is normalised by the keys before this one
-            v_old = ratio(v_old, z @ k)
-        S = S + beta * np.outer(k, v - v_old)
-    else:
-        S = S + np.outer(k, v)
+# ---- the rules: one function each, found by its name ----
+RULES: dict[str, Callable[..., Any]] = {}
+
+
+def rule(step):
+    """One write of one head: S [K, V], k [K], v [V] and the gates, a number or a vector each, to the new S.
+
+    g is the log decay. A rule that takes z [K] has attention normalisation; z is then the decayed sum of the keys
+    before this one. The matrix forms I − … stand here on purpose: the package subtracts what is retrieved instead.
+    """
+    RULES[step.__name__] = step
+    return step
+
+
+def normalises(name):
+    """Whether the rule of that name has attention normalisation."""
+    return "z" in inspect.signature(RULES[name]).parameters
+
+
+def diag(g, K):
+    """Diag(exp g) [K, K] for g [K] or one number."""
+    return np.diag(np.broadcast_to(np.exp(g), K))
+
+
+@rule
+def additive(S, k, v, z=None):
+    """Katharopoulos et al. 2020 (2006.16236); without the sum of keys Schmidhuber 1991."""
+    return S + np.outer(k, v)
+
+
+@rule
+def decay(S, k, v, g=0.0, z=None):
+    """RetNet (2307.08621), with a decay of its own for each token as in Mamba-2 (2405.21060)."""
+    return np.exp(g) * S + np.outer(k, v)
+
+
+@rule
+def gla(S, k, v, g=0.0, z=None):
+    """Gated Linear Attention (2312.06635): Diag(α) S + k vᵀ."""
+    return diag(g, len(k)) @ S + np.outer(k, v)
+
+
+@rule
+def delta(S, k, v, beta, z=None):
+    """Schlag et al. 2021 (2102.11174); with z its equation 25, which divides the retrieved value by zᵀk."""
+    v_old = S.T @ k if z is None else ratio(S.T @ k, z @ k)
+    return S + beta * np.outer(k, v - v_old)
+
+
+@rule
+def gated_delta(S, k, v, beta, g=0.0, z=None):
+    """Gated DeltaNet (2412.06464): the delta rule on α S."""
+    return delta(np.exp(g) * S, k, v, beta, z)
+
+
+@rule
+def kda(S, k, v, beta, g=0.0, z=None):
+    """Kimi Linear (2510.26692): the delta rule on Diag(α) S."""
+    return delta(diag(g, len(k)) @ S, k, v, beta, z)
+
+
+@rule
+def gdn2(S, k, v, b, w, g=0.0):
+    """GDN-2 (2605.22791), equations 9 and 10: (I − k (b ⊙ k)ᵀ) Diag(α) S + k (w ⊙ v)ᵀ."""
+    return (np.eye(len(k)) - np.outer(k, b * k)) @ diag(g, len(k)) @ S + np.outer(k, w * v)
+
+
+@rule
+def longhorn(S, k, v, beta):
+    """Longhorn (2407.14207): argmin over X of ‖X − S‖² + β ‖Xᵀk − v‖², where the gradient is 0."""
+    return np.linalg.solve(np.eye(len(k)) + beta * np.outer(k, k), S + beta * np.outer(k, v))
+
+
+@rule
+def comba(S, k, v, p, beta, g=0.0):
+    """Comba (2506.02475), equation 5: (α I − β k pᵀ) S + β k vᵀ, scalar plus low rank."""
+    return (np.exp(g) * np.eye(len(k)) - beta * np.outer(k, p)) @ S + beta * np.outer(k, v)
+
+
+@rule
+def rwkv7(S, k, v, kappa, a, g=0.0):
+    """RWKV-7 (2503.14456): W ← W (diag(w) − κᵀ(a ⊙ κ)) + vᵀ k with row vectors and W = Sᵀ."""
+    W = S.T @ (diag(g, len(k)) - np.outer(kappa, a * kappa)) + np.outer(v, k)
+    return W.T
+
+
+@rule
+def pkda(S, k, v, m, beta, g=0.0):
+    """Preconditioned KDA (2604.21100): (I − β (m ⊙ k) kᵀ) Diag(α) S + β (m ⊙ k) vᵀ."""
+    return (np.eye(len(k)) - beta * np.outer(m * k, k)) @ diag(g, len(k)) @ S + beta * np.outer(m * k, v)
+
+
+def write(step, S, z, k, v, gates, denominator):
+    """One write of one head; the new S and z ← exp(g) z + k."""
+    z = np.exp(gates.get("g", 0.0)) * z
+    S = step(S, k, v, **gates, z=z) if denominator else step(S, k, v, **gates)
     return S, z + k
 
 
@@ -89,8 +172,6 @@ def fast_weights(
     k,
     v,
     *,
-    beta=None,
-    g=None,
     mask=None,
     causal=True,
     read="after",
@@ -102,23 +183,26 @@ def fast_weights(
     S=None,
     z=None,
     cu_seqlens=None,
+    **gates,
 ):
-    """Any of the six rules. Returns out [B, T, max(Hq, H), V], S [N, H, K', V] and z [N, H, K'] (None if unused).
+    """Any rule by name. Returns out [B, T, max(Hq, H), V], S [N, H, K', V] and z [N, H, K'] (None if unused).
 
-    beta [B, T, H]; g [B, T, H] or, for gla and kda, [B, T, H, K'], None standing for 0; feature_map a name or any
-    function; N sequences: the B rows, or those between cu_seqlens [N + 1] in row 0.
+    Gates are [B, n·T, H] or [B, n·T, H, K' or V]; None is as good as not given. feature_map is a name or any function.
+    Token t of q, of the mask [B, T] and of cu_seqlens has the writes n·t … n·t + n − 1. The N sequences are the B rows,
+    or those between cu_seqlens [N + 1] in row 0.
     """
     phi = feature_map if callable(feature_map) else FEATURE_MAPS[feature_map]
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    gates = {name: np.asarray(gate, np.float64) for name, gate in gates.items() if gate is not None}
     q, k = scale * normalise(phi(q), feature_norm), normalise(phi(k), feature_norm)
     B, T = q.shape[:2]
+    writes = k.shape[1] // T if T else 1
     H = max(k.shape[2], v.shape[2])
     H_out = max(q.shape[2], H)
     k = np.repeat(k, H // k.shape[2], axis=2)  # state head h uses key head h // (H / Hk)
     v = np.repeat(v, H // v.shape[2], axis=2)
     q = np.repeat(q, H_out // q.shape[2], axis=2)
     K, V = k.shape[3], v.shape[3]
-    g = np.zeros((B, T, H, K) if rule in CHANNEL_DECAY else (B, T, H)) if g is None else np.asarray(g, np.float64)
     mask = np.ones((B, T), bool) if mask is None else np.asarray(mask, bool)
 
     if cu_seqlens is None:
@@ -140,8 +224,9 @@ def fast_weights(
             for t in times:
                 if causal and read == "before":
                     read_out(n, b, t, h)
-                beta_t = None if beta is None else beta[b, t, h]
-                S[n, h], z[n, h] = step(rule, S[n, h], z[n, h], k[b, t, h], v[b, t, h], beta_t, g[b, t, h], denominator)
+                for i in range(writes * t, writes * t + writes):
+                    now = {name: gate[b, i, h] for name, gate in gates.items()}
+                    S[n, h], z[n, h] = write(RULES[rule], S[n, h], z[n, h], k[b, i, h], v[b, i, h], now, denominator)
                 if causal and read == "after":
                     read_out(n, b, t, h)
             if not causal:  # every query reads the final state
@@ -166,33 +251,23 @@ def quadratic_masked(q, k, v, g=None, denominator=False, eps=1e-6):
     return out
 
 
-# ---- rules beyond the six; equal numbers of heads ----
-def gdn2(q, k, v, *, b, w, g, S=None):
-    """GDN-2 (2605.22791): S' = Diag(α)S; S = S' + k (w⊙v − S'ᵀ(b⊙k))ᵀ; b, g [B, T, H, K], w [B, T, H, V]."""
-    B, T, H, K = k.shape
-    S = np.zeros((B, H, K, v.shape[3])) if S is None else np.array(S, np.float64)
-    out = np.zeros(v.shape)
-    for n, t, h in np.ndindex(B, T, H):
-        S_ = np.diag(np.exp(g[n, t, h])) @ S[n, h]
-        S[n, h] = S_ + np.outer(k[n, t, h], w[n, t, h] * v[n, t, h] - S_.T @ (b[n, t, h] * k[n, t, h]))
-        out[n, t, h] = S[n, h].T @ q[n, t, h]
-    return out, S
-
-
+# ---- a rule with a state of its own ----
 def delta_rnn(q, k, v, *, beta, k_r, v_r, beta_r, W=None, R=None, y=None):
     """Delta RNN (2106.06295): y_t = W_t q_t + R_t softmax(y_{t−1}), W and R each a delta memory, y_0 = 0 unless given.
 
-    k_r, v_r [B, T, H, V]; beta, beta_r [B, T, H]. W [B, H, K, V] and R [B, H, V, V] are stored as S is, read as Wᵀq.
+    k_r, v_r [B, n·T, H, V]; beta, beta_r [B, n·T, H]; equal numbers of heads. W [B, H, K, V] and R [B, H, V, V] are
+    stored as S is, read as Wᵀq.
     """
-    B, T, H, K = k.shape
-    V = v.shape[3]
+    B, T, H, K = q.shape
+    V, writes = v.shape[3], k.shape[1] // T
     W = np.zeros((B, H, K, V)) if W is None else np.array(W, np.float64)
     R = np.zeros((B, H, V, V)) if R is None else np.array(R, np.float64)
     y = np.zeros((B, H, V)) if y is None else np.array(y, np.float64)
     out = np.zeros((B, T, H, V))
     for n, t, h in np.ndindex(B, T, H):
-        W[n, h] += beta[n, t, h] * np.outer(k[n, t, h], v[n, t, h] - W[n, h].T @ k[n, t, h])
-        R[n, h] += beta_r[n, t, h] * np.outer(k_r[n, t, h], v_r[n, t, h] - R[n, h].T @ k_r[n, t, h])
+        for i in range(writes * t, writes * t + writes):
+            W[n, h] += beta[n, i, h] * np.outer(k[n, i, h], v[n, i, h] - W[n, h].T @ k[n, i, h])
+            R[n, h] += beta_r[n, i, h] * np.outer(k_r[n, i, h], v_r[n, i, h] - R[n, h].T @ k_r[n, i, h])
         y[n, h] = W[n, h].T @ q[n, t, h] + R[n, h].T @ softmax(y[n, h])
         out[n, t, h] = y[n, h]
     return out, W, R, y
