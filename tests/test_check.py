@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -15,8 +15,7 @@ from fwp import rules
 from fwp.backends import torch as chunked
 from fwp.cli import main
 from fwp.rules import lowering
-
-equivalence = import_module("fwp_benchmarks.equivalence")
+from fwp_benchmarks import equivalence
 
 KEYS = {"rule", "case", "backend", "form", "dtype", "device", "interpreted", "quantity", "error", "bound", "ok"}
 OUTSIDE = Path(__file__).parent / "outside"
@@ -112,8 +111,8 @@ def test_a_rule_from_a_file(file, lowered, one_case, tmp_path, capsys):
 
 
 def _module(path):
-    spec = import_module("importlib.util").spec_from_file_location(path.stem, path)
-    module = import_module("importlib.util").module_from_spec(spec)
+    spec = spec_from_file_location(path.stem, path)
+    module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 

@@ -293,7 +293,7 @@ PARKING_SCALES = {
 SOURCE = "section 3, one net"
 
 
-def of(rows: Rows, kind: Settings) -> Mapping[str, Any]:
+def row_of_kind(rows: Rows, kind: Settings) -> Mapping[str, Any]:
     """The row of a kind of net, among those of a grid."""
     return next(row for row in rows if all(row[name] == value for name, value in kind.items()))
 
@@ -308,7 +308,7 @@ def speed(kind: Settings, published: int, why: str) -> Claim:
     parking = kind["task"] == "parking"
 
     def measure(rows: Rows) -> Outcome:
-        row = of(rows, kind)
+        row = row_of_kind(rows, kind)
         nets, done = row["nets"], sorted(step for step in row["solved"] if step is not None)
         soon = within(row, "solved", published)
         typical = median(done + [math.inf] * (nets - len(done)))
@@ -338,15 +338,15 @@ VERSIONS = {f"version {version}:": kind for version, kind in FLIP_FLOP.items()}
 STEEPNESS = {f"T = {kind['steepness']:g}:": kind for kind in (PARKING, GENTLE)}
 
 
-def of_solved(
+def share_of_solved(
     kinds: Mapping[str, Settings], good: Callable[[Mapping[str, Any], int], bool], least: float
 ) -> Callable[[Rows], Outcome]:
-    """Of the nets of each kind that solved the task at least this share is good."""
+    """Measures which share of the nets of each kind that solved the task is good. It must be `least` or more."""
 
     def measure(rows: Rows) -> Outcome:
         words, shares, others = {}, [], []
         for name, kind in kinds.items():
-            row = of(rows, kind)
+            row = row_of_kind(rows, kind)
             solved = [n for n, step in enumerate(row["solved"]) if step is not None]
             bad = [n for n in solved if not good(row, n)]
             words[name] = f"{len(solved) - len(bad)} of {len(solved)}"
@@ -363,7 +363,7 @@ def of_solved(
 
 
 def measure_steepness(rows: Rows) -> Outcome:
-    found = {name: of(rows, kind) for name, kind in STEEPNESS.items()}
+    found = {name: row_of_kind(rows, kind) for name, kind in STEEPNESS.items()}
     steep, gentle = (median(row["good"]) for row in found.values())
     spread = {name: [round(min(row["good"]), 2), round(max(row["good"]), 2)] for name, row in found.items()}
     bits = " and ".join(f"{median(row['from_bits']):.2g}" for row in found.values())
@@ -382,7 +382,7 @@ def draw_flip_flop(rows: Rows) -> Figure:
     """By when the nets have learned it, how E falls, and the latch in one net of each version."""
     figure, axes = panels(("version 1", "version 2"))
     for (version, kind), published, colour in zip(FLIP_FLOP.items(), (300, 800), COLOURS):
-        row, name = of(rows, kind), f"version {version}"
+        row, name = row_of_kind(rows, kind), f"version {version}"
         learning(axes["solved"], axes["curve"], row, TASKS["flip-flop"], published, colour, name)
         first = next(t for t, seen in enumerate(row["trace"]["slow"]) if seen[0])  # what was before an A isn't known
         part = {what: values[first : first + 60] for what, values in row["trace"].items()}
@@ -403,7 +403,7 @@ def draw_parking(rows: Rows) -> Figure:
     """By when the nets have learned it, how E falls, and what one net of each steepness binds."""
     figure, axes = panels(("T = 10", "T = 5"))
     for kind, colour in zip((PARKING, GENTLE), COLOURS):
-        row, name = of(rows, kind), f"T = {kind['steepness']:g}"
+        row, name = row_of_kind(rows, kind), f"T = {kind['steepness']:g}"
         part = {what: values[:60] for what, values in row["trace"].items()}
         learning(axes["solved"], axes["curve"], row, TASKS["parking"], 6000 if kind is PARKING else None, colour, name)
         fast_weights(axes[name], part, "123", COLOURS)
@@ -465,7 +465,7 @@ def fast_weights(axes: Axes, trace: Mapping[str, Any], names: str, answers: Sequ
 # -------------------------------------------------------------------------------------------------------- the families
 
 
-def describe(row: Mapping[str, Any]) -> str:
+def summarise_run(row: Mapping[str, Any]) -> str:
     """A finished run in one line."""
     done = [step for step in row["solved"] if step is not None]
     soonest = f", the first after {min(done)} steps" if done else ""
@@ -507,7 +507,7 @@ FLIP_FLOP_FAMILY = Family(
     "small again: a single fast weight is the memory.",
     scales=FLIP_FLOP_SCALES,
     train=train,
-    describe=describe,
+    summarise=summarise_run,
     draw=draw_flip_flop,
     claims=(
         speed(FLIP_FLOP[1], 300, ""),
@@ -523,7 +523,7 @@ FLIP_FLOP_FAMILY = Family(
             "described as the typical solution",
             "section 3.1",
             "nets that solved the task and do so at 99 % of 1,000 new steps; holds if these are at least half",
-            of_solved(VERSIONS, lambda row, n: row["good"][n] >= 0.99, 0.5),
+            share_of_solved(VERSIONS, lambda row, n: row["good"][n] >= 0.99, 0.5),
         ),
         Claim(
             "flip-flop-lag",
@@ -532,7 +532,7 @@ FLIP_FLOP_FAMILY = Family(
             "section 3.1",
             "nets that solved the task within 5,000 steps, with E ≤ 0.05 at that B; holds if these are at least 90 % "
             "(of nets that took up to 20,000 steps fewer do)",
-            of_solved(VERSIONS, lambda row, n: row["after_lag"][n] <= TOLERANCE, 0.9),
+            share_of_solved(VERSIONS, lambda row, n: row["after_lag"][n] <= TOLERANCE, 0.9),
         ),
     ),
 )
@@ -559,7 +559,7 @@ PARKING_FAMILY = Family(
     "the others are suppressed.",
     scales=PARKING_SCALES,
     train=train,
-    describe=describe,
+    summarise=summarise_run,
     draw=draw_parking,
     claims=(
         speed(
@@ -576,7 +576,7 @@ PARKING_FAMILY = Family(
             "section 3.2",
             "nets that solved the task and do so at 90 % of the questions in 1,000 new steps; holds if these are at "
             "least 90 %",
-            of_solved(STEEPNESS, lambda row, n: row["good"][n] >= 0.9, 0.9),
+            share_of_solved(STEEPNESS, lambda row, n: row["good"][n] >= 0.9, 0.9),
         ),
         Claim(
             "parking-steepness",

@@ -381,7 +381,7 @@ def authors(memories: Mapping[str, Memory], repeated: bool) -> list[dict[str, An
 SOURCE = "the authors’ logs, d_key 64, one seed"
 
 
-def of(rows: Rows, model: str) -> list[Mapping[str, Any]]:
+def rows_of_model(rows: Rows, model: str) -> list[Mapping[str, Any]]:
     """The runs of a model, by S."""
     return sorted((row for row in rows if row["model"] == model), key=lambda row: row["keys"])
 
@@ -389,7 +389,7 @@ def of(rows: Rows, model: str) -> list[Mapping[str, Any]]:
 def best(rows: Rows, model: str, column: str = "best_loss") -> dict[int, float]:
     """A model's loss at each S, the median over seeds."""
     found: dict[int, list[float]] = {}
-    for row in of(rows, model):
+    for row in rows_of_model(rows, model):
         found.setdefault(row["keys"], []).append(row[column])
     return {S: median(values) for S, values in found.items()}
 
@@ -421,7 +421,7 @@ def measure_deviation(published: Rows) -> Callable[[Rows], Outcome]:
 def over_seeds(rows: Rows, model: str, x: Callable[[Any], float]) -> tuple[list[float], ...]:
     """A model's x in order, and the median, lowest and highest loss there."""
     points: dict[float, list[float]] = {}
-    for row in of(rows, model):
+    for row in rows_of_model(rows, model):
         points.setdefault(x(row), []).append(row["best_loss"])
     xs = sorted(points)
     return xs, *([statistic(points[at]) for at in xs] for statistic in (median, min, max))
@@ -437,7 +437,7 @@ def lines(axes: Axes, rows: Rows, memories: Mapping[str, Memory], theirs: Rows) 
         marker = "s" if memory.phi is None else "o"
         axes.plot(xs, middle, marker=marker, markersize=3.5, lw=1.2, color=memory.colour, label=memory.label)
         axes.fill_between(xs, low, high, color=memory.colour, alpha=0.25, lw=0)
-        lost = [(row["keys"], row["best_loss"]) for row in of(rows, name) if row.get("diverged")]
+        lost = [(row["keys"], row["best_loss"]) for row in rows_of_model(rows, name) if row.get("diverged")]
         axes.plot(*zip(*lost) if lost else ([], []), "o", mfc="white", color=memory.colour, markersize=4, zorder=3)
         if d_key == 64:
             xs, middle, *_ = over_seeds(theirs, name, lambda row: row["keys"])
@@ -462,7 +462,7 @@ def legend(axes: Axes, columns: int) -> None:
     )
 
 
-def describe(row: Mapping[str, Any]) -> str:
+def summarise_run(row: Mapping[str, Any]) -> str:
     """A finished run in one line."""
     return (
         f"{MEMORIES[row['model']].label}, S = {row['keys']}, seed {row['seed']}: best loss {row['best_loss']:.3g} "

@@ -20,16 +20,16 @@ from .secretly_fast_weights import (
     STOPPING,
     authors,
     capacity,
-    describe,
     floor,
     fullness,
     legend,
     lines,
     measure_deviation,
-    of,
     over_seeds,
+    rows_of_model,
     runs,
     solved,
+    summarise_run,
     train,
 )
 
@@ -71,7 +71,7 @@ AUTHORS = authors(MEMORIES_1, False)
 
 def first_unsolved(rows: Rows, model: str) -> list[Mapping[str, Any]]:
     """For each seed the run with the smallest S that stayed above 0.001; none at all if a seed solved every S."""
-    mine = of(rows, model)
+    mine = rows_of_model(rows, model)
     failed = {row["seed"]: row for row in reversed(mine) if not solved(row)}
     seeds = sorted({row["seed"] for row in mine})
     return [failed[seed] for seed in seeds] if len(failed) == len(seeds) else []
@@ -79,7 +79,7 @@ def first_unsolved(rows: Rows, model: str) -> list[Mapping[str, Any]]:
 
 def last_solved(rows: Rows, first: Mapping[str, Any]) -> float:
     """The largest S below a seed's first unsolved one, over d_dot."""
-    same = [row for row in of(rows, first["model"]) if row["seed"] == first["seed"]]
+    same = [row for row in rows_of_model(rows, first["model"]) if row["seed"] == first["seed"]]
     return max((fullness(row) for row in same if row["keys"] < first["keys"]), default=0.0)
 
 
@@ -101,7 +101,7 @@ def breaks(model: str) -> Claim:
     step = 20 / capacity({"model": model, "d_key": 64})
 
     def measure(rows: Rows) -> Outcome:
-        first, largest = first_unsolved(rows, model), max(map(fullness, of(rows, model)))
+        first, largest = first_unsolved(rows, model), max(map(fullness, rows_of_model(rows, model)))
         if not first:
             late = largest > published + step
             why = f"a seed solved every S that was run, to {largest:.2f} d_dot"
@@ -127,7 +127,7 @@ def breaks(model: str) -> Claim:
 
 
 def measure_break_softmax(rows: Rows) -> Outcome:
-    first, largest = first_unsolved(rows, "softmax"), max(row["keys"] for row in of(rows, "softmax"))
+    first, largest = first_unsolved(rows, "softmax"), max(row["keys"] for row in rows_of_model(rows, "softmax"))
     if rows[0]["d_key"] != 64:
         return Outcome(None, None, note="softmax attention has no d_dot to scale by: measured at d_key 64 only")
     why = "the authors’ 360 is one run of one seed: they solved 380 to 440 and 480, and nothing from 500 on"
@@ -202,7 +202,10 @@ def measure_favor(rows: Rows) -> Outcome:
 
 
 def measure_softmax(rows: Rows) -> Outcome:
-    largest = {model: max((row["keys"] for row in of(rows, model) if solved(row)), default=0) for model in MEMORIES_1}
+    largest = {
+        model: max((row["keys"] for row in rows_of_model(rows, model) if solved(row)), default=0)
+        for model in MEMORIES_1
+    }
     rivals = {model: S for model, S in largest.items() if model != "softmax"}
     best = max(rivals, key=rivals.__getitem__)
     outcome = {"softmax": largest["softmax"], best: rivals[best]}
@@ -268,7 +271,7 @@ SETTING_1 = Family(
     "and Young). Right: the first S that is not solved grows like d_dot.",
     scales=SCALES,
     train=train,
-    describe=describe,
+    summarise=summarise_run,
     draw=draw,
     claims=(
         *map(breaks, MAPS),

@@ -17,12 +17,12 @@ from .secretly_fast_weights import (
     STOPPING,
     authors,
     best,
-    describe,
     legend,
     lines,
     measure_deviation,
-    of,
+    rows_of_model,
     runs,
+    summarise_run,
     train,
 )
 
@@ -138,12 +138,12 @@ def draw(rows: Rows) -> Figure:
         axes.axhline(1e-3, color="k", lw=0.6)
         legend(axes, 4)
         return figure
-    names = [name for name in MEMORIES_2 if of(rows, name)]
+    names = [name for name in MEMORIES_2 if rows_of_model(rows, name)]
     for i, name in enumerate(names):
         colour = MEMORIES_2[name].colour
-        axes.plot(i, median(row["best_loss"] for row in of(rows, name)), "o", color=colour, markersize=9)
-        axes.plot(i, median(row["loss_2S"] for row in of(rows, name)), "kD", markersize=4)
-        for row in of(AUTHORS, name):
+        axes.plot(i, median(row["best_loss"] for row in rows_of_model(rows, name)), "o", color=colour, markersize=9)
+        axes.plot(i, median(row["loss_2S"] for row in rows_of_model(rows, name)), "kD", markersize=4)
+        for row in rows_of_model(AUTHORS, name):
             if row["keys"] in sizes and row["d_key"] == rows[0]["d_key"]:
                 axes.plot(i, row["best_loss"], "kx", markersize=7)
     axes.plot([], [], "o", color="#8a8a8a", markersize=9, label="ours")
@@ -179,7 +179,7 @@ SETTING_2 = Family(
     "point lies means nothing. Crosses: the authors’ logs, which have no gated sum.",
     scales=SCALES,
     train=train,
-    describe=describe,
+    summarise=summarise_run,
     draw=draw,
     claims=(
         Claim(

@@ -431,7 +431,7 @@ def draw(rows: Rows) -> Figure:
 # ---------------------------------------------------------------------------------------------------------- the family
 
 
-def describe(row: Mapping[str, Any]) -> str:
+def summarise_run(row: Mapping[str, Any]) -> str:
     """A finished run in one line."""
     point = (row["model"], row["conv"] > 0, row["L"], row["d"])
     return (
@@ -467,7 +467,7 @@ MQAR = Family(
     "knows the values of the context, but not which belongs to the key. The numbers are d; bars span the seeds.",
     scales=SCALES,
     train=train,
-    describe=describe,
+    summarise=summarise_run,
     draw=draw,
     claims=(
         Claim(
