@@ -1,4 +1,7 @@
-"""The `fwp` command. Its commands import what they run, so that `fwp list` needs neither benchmarks nor kernels."""
+"""The `fwp` command.
+
+Its commands import what they run, so that `fwp list` needs neither benchmarks nor kernels.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,10 @@ app = typer.Typer(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit status. Bad arguments give 2 and one line, before any work."""
+    """Runs the command line and returns its exit status.
+
+    Bad arguments give 2 and one line, before any work.
+    """
     try:
         return app(arguments, prog_name="fwp", standalone_mode=False) or 0
     except typer.Abort:
@@ -140,7 +146,9 @@ def bench(
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="for the rows; plots beside it")] = None,
     tune: Annotated[bool, typer.Option("--tune", help="instead: find this GPU's block sizes, for good")] = False,
 ) -> None:
-    """Times each rule beside softmax attention and the machine's limit, in ten minutes. Wrong results are not timed.
+    """Times each rule beside softmax attention and the machine's limit, in ten minutes.
+
+    Wrong results are not timed.
 
     Peers: on a GPU flash-linear-attention and flash-qla, on a CPU the fallback of transformers.
     """

@@ -1,4 +1,4 @@
-"""What a reproduction is made of: settings of runs, rows of results, and claims that the rows confirm or not."""
+"""What a reproduction is made of: settings, rows of results, and claims that they confirm or not."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ class Scale:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the rows say of a claim. holds: None if the rows it needs are missing. note: why, in one sentence."""
+    """What the rows say of a claim. holds: None if the rows it needs are missing.
+
+    note: why, in one sentence.
+    """
 
     measured: Any
     holds: bool | None

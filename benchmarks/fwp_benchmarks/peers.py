@@ -1,4 +1,4 @@
-"""Functions of other packages that compute what ours do, called on the same tensors: `fwp bench --peers`.
+"""Functions of other packages that compute the same from the same tensors: `fwp bench --peers`.
 
 `PEERS` names them. Each takes a `Point` and returns a function from the inputs to the output, or None if the peer
 does not serve the point. Peers get scale 1, and the l2 norm only if the point has it. They return the final state
@@ -26,7 +26,10 @@ Call = Callable[[dict[str, Any]], Tensor]  # the inputs of `fast_weights` by nam
 
 
 def softmax(point: Point) -> Call | None:
-    """PyTorch's causal softmax attention, which computes something else at quadratic cost. Not for a single token."""
+    """PyTorch's causal softmax attention, which computes something else at quadratic cost.
+
+    Not for a single token.
+    """
     if point.T == 1:
         return None
 
@@ -81,7 +84,7 @@ def flash_linear_attention(point: Point) -> Call | None:
 
 @contextmanager
 def separate() -> Iterator[None]:
-    """A context in which flash-linear-attention does not hand over to FlashQLA, which is a peer of its own."""
+    """A context in which flash-linear-attention does not hand over to FlashQLA, another peer."""
     name = "FLA_FLASH_QLA"
     before = os.environ.get(name)
     os.environ[name] = "0"

@@ -62,7 +62,10 @@ class Point:
 
 
 def points(device: str) -> list[Point]:
-    """What is measured on a device. The most important points come first, as time may run out before the last."""
+    """What is measured on a device.
+
+    The most important points come first, as time may run out before the last.
+    """
     if device == "cpu":
         cpu = partial(Point, B=1, H=4, device="cpu")
         return [

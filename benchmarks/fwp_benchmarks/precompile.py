@@ -1,4 +1,4 @@
-"""Processes of their own for `fwp bench`: some time first calls, others compile the kernels of all points on a GPU."""
+"""Processes of their own for `fwp bench`: some time first calls, others compile kernels for a GPU."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ def first_call(jobs: dict[str, Job]) -> dict[str, Any]:
 
 
 class Precompiler:
-    """Times first calls, each in a process of its own. On a GPU it compiles the kernels of all points as well.
+    """Times first calls, each in a process of its own.
+
+    On a GPU it compiles the kernels of all points as well.
 
     todo: the points. peers: the fastest peer too, if it is installed. until: when to stop, by `time.monotonic`.
     """
@@ -90,7 +92,10 @@ class Precompiler:
                 self.ready = {name: {small: start("ready", small, name) for small in kernels} for name in who}
 
     def serves(self, point: Point, name: str) -> bool:
-        """Whether a point can be timed: its kernels of that name were compiled, or their process failed at once."""
+        """Whether the kernels of a point are compiled, or their compilation failed at once.
+
+        Then the point can be timed: what fails does so quickly again.
+        """
         job = self.ready.get(name, {}).get(with_same_kernels(point))
         return job is None or job.exception() is not None or job.result()[1] is not None
 

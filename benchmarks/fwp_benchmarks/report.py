@@ -1,4 +1,4 @@
-"""What the finished runs show: figures, `claims.json`, and `report.html`, a single file that needs no other."""
+"""What the finished runs show: figures, `claims.json`, and `report.html`, which needs no other file."""
 
 from __future__ import annotations
 
@@ -83,7 +83,10 @@ def seeds(rows: Sequence[Mapping[str, Any]]) -> int:
 
 
 def picture(family: Family, rows: Sequence[dict[str, Any]], out: Path) -> str:
-    """Draws a family's figure into `<family>.png` beside the report. Returns it as an <img> for the report."""
+    """Draws a family's figure into `<family>.png` beside the report.
+
+    Returns it as an <img> for the report.
+    """
     if not rows:
         return ""
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):

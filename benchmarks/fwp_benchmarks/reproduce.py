@@ -33,7 +33,9 @@ Progress = Callable[[int, int, str], None]  # finished runs, all runs, what was 
 
 
 def main(ids: Sequence[str], scale: str, out: Path, progress: Progress = lambda done, total, text: None) -> Path:
-    """Trains the missing runs of these families, of all families if none is named. Returns the path of the report.
+    """Trains the missing runs of these families, of all families if none is named.
+
+    Returns the path of the report.
 
     KeyboardInterrupt passes through; the finished runs are kept.
     """
@@ -53,7 +55,10 @@ def main(ids: Sequence[str], scale: str, out: Path, progress: Progress = lambda 
 
 
 def train(todo: Sequence[tuple[Family, Settings]]) -> Generator[tuple[Family, dict[str, Any]], None, None]:
-    """Runs them side by side, one process per core, and yields each as it ends. Closing it ends the processes."""
+    """Runs them side by side, one process per core, and yields each as it ends.
+
+    Closing it ends the processes.
+    """
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(min(len(todo), cores()), multiprocessing.get_context("spawn"), start_worker)
     try:

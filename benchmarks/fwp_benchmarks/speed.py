@@ -51,7 +51,7 @@ SPREAD = {"cpu": 0, "cuda": 2**28}  # bytes of all inputs in rotation, so that n
 
 
 def work(point: Point, backward: bool) -> tuple[float, float]:
-    """The fewest bytes that a pass moves through memory, and the operations of the chunk form's matrix products.
+    """The fewest bytes that a pass moves, and the operations of the chunk form's matrix products.
 
     Bytes: each input is read once and each result written once, the final state among them. Operations per token and
     head, with products over whole chunks of C tokens: QKᵀ, its product with V, Q S and Kᵀ V. A rule that erases also
@@ -80,7 +80,7 @@ def limit(point: Point, backward: bool, ceilings: tuple[float, float]) -> float:
 
 
 def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes per second of a large copy (read and written), operations per second of a large matrix product."""
+    """Bytes per second of a large copy, read and written, and operations per second of a large product."""
     n, numbers = (8192, 2**28) if device == "cuda" else (1024, 2**24)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     x = torch.zeros(numbers, device=device, dtype=dtype)
@@ -94,7 +94,10 @@ def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
 
 @cache
 def worst_violation(point: Point) -> float | None:
-    """The largest error beyond its bound, of output, state or a gradient. None: there is none. For small points."""
+    """The largest error beyond its bound, of output, state or a gradient. None: there is none.
+
+    For small points.
+    """
     step = point.T == 1
     draw = partial(
         testing.sample,
@@ -151,7 +154,10 @@ def inconsistency(point: Point, x: dict[str, Any], d_o: Tensor) -> str | None:
 
 
 def inputs(point: Point, seed: int = 0) -> tuple[dict[str, Any], Tensor]:
-    """Random arguments of `fwp.fast_weights` and a gradient of the output. A few tokens are repeated: that is quick."""
+    """Random arguments of `fwp.fast_weights` and a gradient of the output.
+
+    A few tokens are repeated: that is quick.
+    """
     few = min(point.T, 64)
     x = testing.sample(
         point.rule,
@@ -192,7 +198,10 @@ def chosen(point: Point, x: dict[str, Any]) -> tuple[str, str]:
 
 
 def gradients(out: Tensor, x: dict[str, Any], d_o: Tensor) -> tuple[Tensor, ...]:
-    """The gradient of every input. It is None for an input that is not used: softmax attention has no gates."""
+    """The gradient of every input.
+
+    It is None for an input that is not used: softmax attention has no gates.
+    """
     leaves = [y for y in x.values() if isinstance(y, Tensor)]
     return torch.autograd.grad(out, leaves, d_o, allow_unused=True)
 
@@ -251,7 +260,10 @@ def times_by_turns(laps: dict[str, Callable[[], None]], calls: int, device: str)
 
 
 def measure(point: Point, rates: tuple[float, float], peers: bool) -> Iterator[Row]:
-    """The rows of a point, one per pass and mode (eager or in a graph). A single row without times if it is wrong."""
+    """The rows of a point, one per pass and mode (eager or in a graph).
+
+    A single row without times if it is wrong.
+    """
     with others.separate():
         yield from _measure(point, rates, peers)
 
@@ -301,7 +313,10 @@ def blank(point: Point) -> Row:
 
 
 def callers(point: Point, x: dict[str, Any], peers: bool) -> tuple[dict[str, Call], list[str]]:
-    """What is timed: ours, softmax attention, and the peers with our result. Then why other peers are left out."""
+    """What is timed: ours, softmax attention, and the peers with our result.
+
+    Then why other peers are left out.
+    """
     calls, notes = {"ours": ours(point)}, list[str]()
     if softmax := others.softmax(point):
         calls["softmax"] = softmax

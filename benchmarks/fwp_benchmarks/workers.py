@@ -37,9 +37,9 @@ def cores() -> int:
 
 @contextmanager
 def for_workers() -> Iterator[None]:
-    """A context for starting workers: they get the environment above, unless it is set, and leave Ctrl-C to us.
+    """A context for starting workers, which get the environment above and leave Ctrl-C to us.
 
-    The environment of this process is restored at the end.
+    A variable that is set already stays.     The environment of this process is restored at the end.
     """
     ours = {name: value for name, value in WORKER.items() if name not in os.environ}
     os.environ.update(ours)

@@ -36,7 +36,7 @@ from .secretly_fast_weights import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# S of d_key 16 is a quarter of the authors' S at d_key 64: the same shares of d_dot.
+# At d_key 16, S is a quarter of the authors' S at d_key 64, so that S / d_dot is the same.
 QUICK = {
     "linear": [10, 15, 20, 40],
     "dpfp-1": [20, 25, 30, 40],
@@ -70,7 +70,7 @@ AUTHORS = authors(MEMORIES_1, False)
 
 
 def first_unsolved(rows: Rows, model: str) -> list[Mapping[str, Any]]:
-    """For each seed the run with the smallest S that stayed above 0.001; none at all if a seed solved every S."""
+    """For each seed the run with the smallest S that stayed above 0.001. Empty if a seed solved every S."""
     mine = rows_of_model(rows, model)
     failed = {row["seed"]: row for row in reversed(mine) if not solved(row)}
     seeds = sorted({row["seed"] for row in mine})
@@ -84,19 +84,19 @@ def last_solved(rows: Rows, first: Mapping[str, Any]) -> float:
 
 
 def spread(rows: Rows, values: Sequence[float]) -> list[float] | None:
-    """From the lowest to the highest seed, where there are several."""
+    """The values of the lowest and the highest seed. None if there is one seed only."""
     return [round(min(values), 3), round(max(values), 3)] if len({row["seed"] for row in rows}) > 1 else None
 
 
 def note(rows: Rows, why: str = "") -> str:
-    """What sets the rows' size apart from the paper's, and why a claim doesn't hold."""
+    """How the rows' size differs from the paper's, and why a claim doesn't hold."""
     d_key = rows[0]["d_key"]
     size = "" if d_key == 64 else f"same law at another size: d_key {d_key}, not 64"
     return "; ".join(filter(None, (size, why)))
 
 
 def breaks(model: str) -> Claim:
-    """The first S that φ can't hold."""
+    """The claim about the first S that does not fit into a map's features."""
     published = fullness(first_unsolved(AUTHORS, model)[0])
     step = 20 / capacity({"model": model, "d_key": 64})
 
@@ -140,7 +140,10 @@ def measure_break_softmax(rows: Rows) -> Outcome:
 
 
 def located(rows: Rows) -> dict[str, list[tuple[float, float]]] | None:
-    """For each map and seed the last S solved and the first unsolved; None where a break isn't between two runs."""
+    """For each map and seed the last S solved and the first unsolved.
+
+    None if a break isn't between two runs.
+    """
     found = {
         model: [(last_solved(rows, row) * capacity(row), float(row["keys"])) for row in first_unsolved(rows, model)]
         for model in MAPS
@@ -154,7 +157,7 @@ NOT_LOCATED = "a seed of some map solved all or none of the S that were run"
 def measure_law(rows: Rows) -> Outcome:
     """log S = slope · log d_dot + …, least squares over the first unsolved S.
 
-    The interval is all slopes that breaks anywhere between the last S solved and the first unsolved could give.
+    The interval holds all slopes that are possible if each break lies between the last S solved and the first unsolved.
     """
     cells = located(rows)
     if cells is None:
@@ -213,7 +216,10 @@ def measure_softmax(rows: Rows) -> Outcome:
 
 
 def draw(rows: Rows) -> Figure:
-    """Left: the best loss against S, as in the paper. Middle: against S / d_dot. Right: where each map breaks."""
+    """Left: the best loss against S, as in the paper. Middle: against S / d_dot.
+
+    Right: where each map breaks.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.6), layout="constrained")

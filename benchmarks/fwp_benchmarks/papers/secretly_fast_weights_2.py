@@ -77,7 +77,10 @@ def measure_rules(rows: Rows) -> Outcome:
 
 
 def breaks(model: str) -> Claim:
-    """The first S that the delta rule leaves above 0.01; 0.001 is crossed to and fro, also in the authors' logs."""
+    """The claim about the first S that the delta rule leaves above 0.01.
+
+    It crosses 0.001 to and fro, also in the authors' logs.
+    """
 
     def first(rows: Rows) -> int | None:
         return next((S for S, loss in best(rows, model).items() if loss > 0.01), None)
@@ -126,7 +129,7 @@ def measure_length(rows: Rows) -> Outcome:
 
 
 def draw(rows: Rows) -> Figure:
-    """The best loss of each update rule against S; on one S alone, a column a rule."""
+    """The best loss of each update rule against S. If there is one S only, one column per rule."""
     from matplotlib.figure import Figure
 
     sizes = {row["keys"] for row in rows}
