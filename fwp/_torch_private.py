@@ -38,7 +38,10 @@ def inside_transform() -> bool:
 
 
 def inside_derivative() -> bool:
-    """Whether grad or jvp of torch.func is at work, and not vmap alone. There is no public question for it."""
+    """Whether grad or jvp of torch.func is at work, and not vmap alone.
+
+    There is no public question for it.
+    """
     levels = torch._C._functorch.get_interpreter_stack() or []
     return any(level.key() != torch._C._functorch.TransformType.Vmap for level in levels)
 

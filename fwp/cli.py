@@ -1,4 +1,7 @@
-"""The `fwp` command. The only module that needs typer and rich."""
+"""The `fwp` command.
+
+Its commands import what they run, so that `fwp list` needs neither benchmarks nor kernels.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,8 @@ import signal
 import sys
 import tempfile
 from collections.abc import Collection, Iterable, Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -18,6 +20,9 @@ from rich.table import Table
 
 from fwp.errors import suggest
 from fwp.rules import RULES, Rule
+
+if TYPE_CHECKING:
+    from fwp_benchmarks.claims import Family
 
 app = typer.Typer(
     help="Fast weight programmers: look at the rules, check every implementation, reproduce the papers.",
@@ -30,13 +35,16 @@ app = typer.Typer(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit status: 2 for bad arguments, said in one line before any work."""
+    """Runs the command line and returns its exit status.
+
+    Bad arguments give 2 and one line, before any work.
+    """
     try:
         return app(arguments, prog_name="fwp", standalone_mode=False) or 0
     except typer.Abort:
         return 130
     except Exception as error:
-        # newer typers have their own copy of click's exceptions: told by what they can do
+        # newer versions of typer have their own copy of click's exceptions, so their classes can't be named here
         if not hasattr(error, "format_message"):
             raise
         message = " ".join(error.format_message().removeprefix("Invalid value: ").split())
@@ -86,7 +94,7 @@ COLUMNS = ("rule", "S becomes", "gates", "extends", "paper")
 
 
 def described(rule: Rule) -> tuple[str, ...]:
-    """A rule as the cells of a line."""
+    """The cells of a rule's line."""
     gates = ", ".join(f"{name} [{', '.join(gate.shape)}]" for name, gate in rule.gates.items())
     return rule.name, rule.equation, gates or "none", ", ".join(rule.extends) or "none", rule.paper
 
@@ -114,8 +122,8 @@ def check(
 
     Exit status 1 if a row fails, or if nothing could be compared.
     """
-    equivalence = import_module("fwp_benchmarks.equivalence")  # by name: in a checkout it lies outside of fwp/
     from fwp.validate import BACKENDS
+    from fwp_benchmarks import equivalence
 
     if rule is not None:
         try:
@@ -138,26 +146,34 @@ def bench(
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="for the rows; plots beside it")] = None,
     tune: Annotated[bool, typer.Option("--tune", help="instead: find this GPU's block sizes, for good")] = False,
 ) -> None:
-    """Times each rule beside softmax attention and what the machine could do, in ten minutes; nothing that is wrong.
+    """Times each rule beside softmax attention and the machine's limit, in ten minutes.
+
+    Wrong results are not timed.
 
     Peers: on a GPU flash-linear-attention and flash-qla, on a CPU the fallback of transformers.
     """
+    import torch
+
     if device is not None:
         known("device", device, ("cpu", "cuda"))
-    if device == "cuda" and not import_module("torch").cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("device: expected a machine with a CUDA GPU, found none")
     if tune:
-        if device == "cpu" or not import_module("torch").cuda.is_available():
+        if device == "cpu" or not torch.cuda.is_available():
             raise typer.BadParameter("tune: expected a machine with a CUDA GPU, found none")
-        for row in import_module("fwp_benchmarks.tune").rows():
+        from fwp_benchmarks.tune import rows as tuned_rows
+
+        for row in tuned_rows():
             typer.echo(" ".join(f"{name}={value}" for name, value in row.items()))
         raise typer.Exit()
     writable(json)
-    raise typer.Exit(import_module("fwp_benchmarks.speed").main(device, peers, json))
+    from fwp_benchmarks import speed
+
+    raise typer.Exit(speed.main(device, peers, json))
 
 
 def writable(json: Path | None) -> None:
-    """Bad arguments unless the file can be written. By trying: permissions alone don't tell."""
+    """Bad arguments unless the file can be written. It tries, since permissions alone do not tell."""
     if json is None:
         return
     there = json.exists()
@@ -170,7 +186,7 @@ def writable(json: Path | None) -> None:
 
 
 def cannot_write(option: str, kind: str, path: Path, error: OSError) -> typer.BadParameter:
-    """Bad arguments: nothing can be written there, and why."""
+    """The error for bad arguments that says that nothing can be written there, and why."""
     return typer.BadParameter(f"{option}: expected a {kind} that can be written, got {str(path)!r}: {error.strerror}")
 
 
@@ -190,7 +206,7 @@ def reproduce(
 
     Ctrl-C keeps the finished runs; the same command goes on from there.
     """
-    runner = import_module("fwp_benchmarks.reproduce")
+    from fwp_benchmarks import reproduce as runner
 
     known("scale", scale, runner.SCALES)
     for name in ids or ():
@@ -206,7 +222,7 @@ def reproduce(
         tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise cannot_write("out", "folder", out, error) from None
-    # not only Ctrl-C: what stops a job in a queue sends SIGTERM, and the workers have to go with us
+    # queues of jobs stop a job by SIGTERM, which must end the workers as Ctrl-C does
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     again = shlex.join(["fwp", "reproduce", *(ids or ()), "--scale", scale, "--out", str(out)])
     try:
@@ -223,7 +239,7 @@ def reproduce(
 
 
 class Lines:
-    """A line for each finished run, above a bar where there is a terminal."""
+    """Prints a line for each finished run. In a terminal a progress bar stands below."""
 
     def __enter__(self) -> Lines:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
@@ -244,8 +260,8 @@ class Lines:
         self.bar.stop()
 
 
-def list_families(families: Iterable[Any]) -> None:
-    """Every experiment with its scales and claims."""
+def list_families(families: Iterable[Family]) -> None:
+    """Prints every experiment with its scales and claims."""
     console = Console(highlight=False)
     for family in families:
         console.print(f"[bold]{family.id}[/]  {family.title}\n{family.paper}", soft_wrap=True)
@@ -256,10 +272,10 @@ def list_families(families: Iterable[Any]) -> None:
 
 
 def verdicts(path: Path, ids: Collection[str]) -> None:
-    """The claims of these ids, each with its published and measured value."""
+    """Prints the claims of these ids, each with its published and measured value."""
     import json
 
-    in_words = import_module("fwp_benchmarks.report").in_words
+    from fwp_benchmarks.report import in_words
 
     table = Table(title="Claims", title_justify="left")
     for column in ("claim", "published", "measured", "holds"):

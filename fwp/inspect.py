@@ -1,4 +1,4 @@
-"""Looking into fast weights: the state over time, the attention matrix a rule implies, rank and norm, and plots.
+"""Looking into fast weights: states over time, attention matrices, ranks, recorded calls, plots.
 
 S = fwp.inspect.states("delta", q, k, v, beta=beta, steps=[0, 9, 99]).S  # [3, N, H, K', V]
 A = fwp.inspect.attention("delta", q, k, v, beta=beta)                   # [B, H, T, T], o_t = Σ_s A_ts v_s
@@ -50,13 +50,13 @@ def states(
 ) -> Any:
     """The state after each of `steps`, in one pass that stops only there.
 
-    steps: indices along T, in any order, negative ones from its end; None: every token. With cu_seqlens [N + 1] they
-        count within each sequence, and one that has ended keeps its last state. A step that `mask` hides shows what
-        was there before it.
+    steps: indices along T, in any order; negative ones count from its end; None means every token. With cu_seqlens
+        [N + 1] they count within each sequence, and a sequence that has ended keeps its last state. A masked step
+        shows the state before it.
     All else is as in `fwp.fast_weights`, gates included.
 
-    Returns what the op returns, stacked along a first axis: `State(S [len(steps), N, H, K', V], z [len(steps), N, H,
-    K'] or None)`, or for a rule with a state of its own that structure.
+    Returns the states of the op, stacked along a first axis: `State(S [len(steps), N, H, K', V], z [len(steps), N, H,
+    K'] or None)`, or the same structure as its `init` for a rule with a state of its own.
     TypeError and ValueError as in `fwp.fast_weights`; ValueError for steps outside T.
     """
     row = rules.get(rule)
@@ -100,11 +100,11 @@ def _indices(steps: Iterable[int] | None, T: int) -> list[int]:
 
 
 class Spectrum(NamedTuple):
-    """What the singular values σ_1 ≥ σ_2 ≥ … of matrices S [..., K, V] say.
+    """The singular values σ_1 ≥ σ_2 ≥ … of matrices S [..., K, V], and what follows from them.
 
     values: σ, [..., min(K, V)].
     rank: how many of them exceed rtol · σ_1, [...] int64.
-    stable_rank: Σσ² / σ_1², between 1 and the rank, 0 for S = 0, [...]: it moves little when S does.
+    stable_rank: Σσ² / σ_1², between 1 and the rank, 0 for S = 0, [...]. It changes little when S does.
     norm: √Σσ², the Frobenius norm of S, [...].
     """
 
@@ -115,10 +115,10 @@ class Spectrum(NamedTuple):
 
 
 def spectrum(S: Tensor, rtol: float | None = None) -> Spectrum:
-    """Singular values, rank and norm of S [..., K, V], at every step where S has them as an axis.
+    """Singular values, rank and norm of each matrix of S [..., K, V].
 
-    rtol: what counts as 0 beside σ_1; None: max(K, V) · eps of S's dtype, as in NumPy. A state that has erased much
-        more than it still holds keeps rounding errors of the erased, and needs a larger one.
+    rtol: up to rtol · σ_1 a singular value counts as 0; None: max(K, V) · eps of S's dtype, as in NumPy. A state that
+        erased much more than it still holds contains rounding errors of what it erased, and needs a larger rtol.
     ValueError unless S has two axes or more; TypeError unless it is floating.
     """
     errors.tensor("S", S, (*[None] * max(S.dim() - 2, 0), None, None))
@@ -146,7 +146,7 @@ def attention(rule: str | Rule, q: Tensor, k: Tensor, v: Tensor, *, state: Any =
       causal=False none need be.
     - Rows and columns of masked tokens are 0; packed sequences (cu_seqlens) are blocks along the diagonal.
     - Feature map, norms, scale and denominator are in A. With a denominator the rows of `additive` sum to almost 1.
-    - A state given at the start counts by its z alone: what its S adds to the output is no part of A.
+    - Of a given state only z counts: what its S adds to the output is no part of A.
 
     ValueError for a rule that isn't linear in v, and for a given state of a rule's own kind.
     """
@@ -186,7 +186,7 @@ def attention(rule: str | Rule, q: Tensor, k: Tensor, v: Tensor, *, state: Any =
 
 @contextmanager
 def recording() -> Iterator[list[dict[str, Any]]]:
-    """A context that keeps the arguments of every call of the op, by layers, models, `fwp.fast_weights` and its verbs.
+    """A context that keeps the arguments of every call of the op, also of those by layers and models.
 
     Gives a list of dicts in the order of the calls, so one entry per block after one pass of a `Decoder`:
     `states(**calls[0])`, `attention(**calls[0])`. Each holds all arguments of `fwp.fast_weights`, the gates by name,
@@ -208,9 +208,10 @@ Panels = Tensor | Mapping[str, Tensor]
 
 
 def plot_state(S: Tensor, steps: Sequence[int] | None = None) -> Figure:
-    """Fast weights as pictures, a panel a step, one colour scale: S [len(steps), K', V] of one sequence and head.
+    """Fast weights as pictures with one colour scale, one panel per step.
 
-    steps: what `states` was asked for; None: 0, 1, …
+    S: [len(steps), K', V], of one sequence and head.
+    steps: those given to `states`; None: 0, 1, …
     """
     errors.tensor("S", S, (None, None, None))
     titles = [f"after token {t}" for t in _numbers(steps, len(S))]
@@ -218,7 +219,10 @@ def plot_state(S: Tensor, steps: Sequence[int] | None = None) -> Figure:
 
 
 def plot_attention(A: Panels) -> Figure:
-    """Attention matrices as pictures, one colour scale: A [T, T], [H, T, T] with a panel a head, or title → [T, T]."""
+    """Attention matrices as pictures with one colour scale, one panel per matrix.
+
+    A: [T, T], [H, T, T], or a mapping of titles to [T, T].
+    """
     if isinstance(A, Tensor):
         A = {f"head {h}": x for h, x in enumerate(A)} if A.dim() == 3 else {"": A}
     for name, x in A.items():
@@ -227,10 +231,10 @@ def plot_attention(A: Panels) -> Figure:
 
 
 def plot_rank(S: Panels, steps: Sequence[int] | None = None, rtol: float | None = None) -> Figure:
-    """Rank, stable rank and norm over time: S [len(steps), K', V] of one sequence and head, or label → such.
+    """Rank, stable rank and norm of S over time.
 
-    steps, rtol: as in `plot_state` and `spectrum`. The dashed line is the largest rank that t + 1 writes into S = 0 can
-    make.
+    S: [len(steps), K', V], of one sequence and head, or a mapping of labels to such.
+    steps, rtol: as in `plot_state` and `spectrum`. The dashed line is the largest rank after t + 1 writes into S = 0.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -257,15 +261,18 @@ def plot_rank(S: Panels, steps: Sequence[int] | None = None, rtol: float | None 
 
 
 def _numbers(steps: Sequence[int] | None, count: int) -> Sequence[int]:
-    """One step number a state, for an axis."""
+    """The step number of each state, for an axis."""
     steps = range(count) if steps is None else steps
     if len(steps) != count or any(t < 0 for t in steps):
-        raise ValueError(f"steps: expected {count} numbers from 0 on, one a state, got {list(steps)}")
+        raise ValueError(f"steps: expected {count} numbers from 0 on, one per state, got {list(steps)}")
     return steps
 
 
 def _heatmaps(panels: Mapping[str, Tensor], across: str, down: str, value: str, cell: float) -> Figure:
-    """Matrices [rows, columns] by title, in rows of at most six, white being 0 and the colour scale symmetric."""
+    """Matrices [rows, columns] by title, in rows of at most six.
+
+    White is 0, and the colour scale is symmetric.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

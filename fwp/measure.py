@@ -1,4 +1,7 @@
-"""How far results are off, by row and by element, and how far off low precision may be. It knows tensors only."""
+"""How far results are off, by row and by element, and how far off low precision may be.
+
+It knows tensors only.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,10 @@ def error_budgets(rough: Mapping[str, Tensor], truth: Mapping[str, Tensor], dtyp
 
 
 class rounded_products(TorchDispatchMode):
-    """A context in which matrix products round their operands to `dtype`, not their sums; gradients included."""
+    """A context in which matrix products round their operands to `dtype`, but not their sums.
+
+    The products of a backward pass do so too.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

@@ -52,12 +52,18 @@ def unobserved() -> Iterator[None]:
 
 
 def observed() -> bool:
-    """Whether anybody listens. Never while torch.compile traces, so that observers change no compiled function."""
+    """Whether anybody listens.
+
+    Never while torch.compile traces, so that observers change no compiled function.
+    """
     return not torch.compiler.is_compiling() and bool(_observers.get())
 
 
 def tell(asked: Mapping[str, Any], backend: str, form: Form) -> None:
-    """Tells all observers of a call. asked: the arguments of `fast_weights`, with its gates under "gates"."""
+    """Tells all observers of a call.
+
+    asked: the arguments of `fast_weights`, with its gates under "gates".
+    """
     arguments = {name: x for name, x in asked.items() if name != "gates"}
     call = ObservedCall(arguments | asked["gates"], backend, form)
     for observer in _observers.get():

@@ -1,4 +1,4 @@
-"""Whether the Triton kernels are right on this GPU: known from tests, or found out by a canary before their first use.
+"""Whether the Triton kernels are right on this GPU, by tests or by a canary before the first use.
 
 Triton has compiled correct kernels into wrong code on one GPU and not on another. On a pair of GPU and Triton that is
 not known to be good, each configuration of the kernels is therefore run once on a small input (`fwp.canary`) before
@@ -30,7 +30,10 @@ KNOWN_GOOD: frozenset[tuple[str, str]] = frozenset()
 
 
 class KernelCase(NamedTuple):
-    """What the compiled kernels of a call depend on. All fields are constants, so that a traced call can ask too."""
+    """What the compiled kernels of a call depend on.
+
+    All fields are constants, so that a traced call can ask too.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -57,7 +60,10 @@ class KernelCase(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name of a file. The folder says the device. The numbers of heads change no code and are left out."""
+        """The name of a file. The folder says the device.
+
+        The numbers of heads change no code and are left out.
+        """
         switches = [self.form, f"decay{self.decay}", *(name for name in SWITCHES if getattr(self, name)), self.read]
         switches += [f"writes{self.writes}"] if self.writes != 1 else []
         switches += [name for name in (self.phi, self.norm) if name is not None]
@@ -74,9 +80,9 @@ _canary: Canary | None = None
 
 
 def use_canary(canary: Canary) -> None:
-    """Sets what runs the kernels of a case on a small input and returns what is wrong with them, None for nothing.
+    """Sets the function that runs the kernels of a case on a small input.
 
-    `fwp.functional` sets it, as it may know the backends.
+    It returns what is wrong with them, or None. `fwp.functional` sets it, as it may know the backends.
     """
     global _canary
     _canary = canary
@@ -94,8 +100,10 @@ def reason_to_distrust(core: Core, form: Form) -> str | None:
 
 
 def may_cut(core: Core) -> bool:
-    """Whether long sequences may be cut into segments. It always checks both passes, as a backward cuts like its
-    forward."""
+    """Whether long sequences may be cut into segments.
+
+    It always checks both passes, as a backward cuts like its forward.
+    """
     if not runs_on_gpu(core.v):
         return True
     reason = _verdict(*KernelCase(*case_fields(core, "chunk"))._replace(gradients=True, cut=True))
@@ -111,7 +119,7 @@ def warn_of_torch(reason: str) -> None:
 
 
 def runs_on_gpu(x: Tensor) -> bool:
-    """Whether kernels on x run on a real GPU, neither in the interpreter nor on a tensor that pretends to be there."""
+    """Whether kernels on x run on a real GPU, not in the interpreter and not on a fake tensor."""
     return x.is_cuda and torch.cuda.is_available()
 
 
@@ -160,7 +168,10 @@ _asked: set[KernelCase] = set()
 
 @cache
 def _ask(case: KernelCase) -> str | None:
-    """Asks the cache directory, then the canary. A failure is remembered in this process only: its cause may go."""
+    """Asks the cache directory, then the canary.
+
+    A failure is remembered in this process only: its cause may go.
+    """
     import triton
 
     gpu, architecture = gpu_and_architecture(case.device)

@@ -44,7 +44,7 @@ BINDING = torch.cat([4 * torch.eye(3) - 2, torch.zeros(3, 3)], 1).double()  # a 
 
 def test_flip_flop_answers_the_first_b_after_an_a() -> None:
     events = [2, 1, 0, 2, 1, 1, 0, 0, 1, 2, 1]  # C B A C B B A A B C B
-    stream = paper.flip_flop_of(torch.tensor(events).unsqueeze(1))
+    stream = paper.flip_flop_from(torch.tensor(events).unsqueeze(1))
     assert stream.target.flatten().tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0]
     assert stream.slow.argmax(2).flatten().tolist() == events
     assert stream.scored.all()
@@ -105,7 +105,7 @@ def test_solved_is_100_scored_steps_in_a_row() -> None:
     assert wrong is None
     # one error in between starts the count anew
     events = torch.randint(3, (300,), generator=torch.Generator().manual_seed(0)).unsqueeze(1)
-    right = paper.flip_flop_of(events)
+    right = paper.flip_flop_from(events)
     spoilt = paper.Stream(right.slow, right.fast, right.target.clone(), right.scored)
     spoilt.target[50] += 1
     assert paper.run(net("flip-flop"), LATCH.unsqueeze(0), right).solved == [100]

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from fwp.backends import triton
 from fwp.core import State
 from fwp.functional import fast_weights
 from fwp.testing import cast, evaluate, rounded_products, row_error, sample
+from fwp_benchmarks import equivalence, speed
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -61,7 +61,6 @@ def agree(rule, inputs, form, **options):
 @pytest.mark.parametrize("rule", RULES)
 def test_every_case_form_and_dtype(rule, monkeypatch):
     """What `fwp check` compares."""
-    equivalence = import_module("fwp_benchmarks.equivalence")
     if not GPU:
         monkeypatch.setattr(equivalence, "CASES", equivalence.CASES[:1])
     rows = equivalence.kernel_rows(rule)
@@ -135,7 +134,7 @@ def test_sixty_runs_have_the_same_bits(rule, form):
 
 def captured(call):
     """What replays the call: a CUDA graph."""
-    return import_module("fwp_benchmarks.speed").graphed(call) if GPU else call
+    return speed.graphed(call) if GPU else call
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from itertools import pairwise
 from unittest import mock
 
@@ -18,6 +19,7 @@ from fwp.functional import fast_weights
 from fwp.inspect import attention, plot_attention, plot_rank, plot_state, recording, spectrum, states
 from fwp.models import Decoder, DecoderConfig
 from fwp.nn import FastWeightAttention
+from fwp.observe import observing
 from fwp.rules.reference import outer
 from fwp.testing import deviation, sample
 
@@ -435,6 +437,62 @@ def test_looking_is_not_recorded():
         states("delta", **x)
         attention("delta", **x)
     assert calls == []
+
+
+def test_what_is_refused_is_not_recorded():
+    x = sample("delta", T=4)
+    with recording() as calls:
+        with pytest.raises(TypeError):
+            fast_weights("delta", x["q"], x["k"], x["v"])
+        fast_weights("delta", **x, read="before")
+    assert [call["read"] for call in calls] == ["before"] and torch.equal(calls[0]["beta"], x["beta"])
+
+
+def test_threads_do_not_see_each_others_calls():
+    x = sample("delta", T=4)
+    heard = {}
+
+    def listen(name, first, then):
+        with recording() as calls:
+            first.wait()
+            fast_weights("delta", **x, scale=float(len(name)))
+            then.wait()
+        heard[name] = [call["scale"] for call in calls]
+
+    together, done = threading.Barrier(3), threading.Barrier(3)
+    threads = [threading.Thread(target=listen, args=(name, together, done)) for name in ("a", "bc")]
+    for thread in threads:
+        thread.start()
+    with recording() as calls:
+        together.wait()
+        done.wait()
+    for thread in threads:
+        thread.join()
+    assert heard == {"a": [1.0], "bc": [2.0]} and calls == []
+
+
+def test_recording_changes_no_compiled_function():
+    torch._dynamo.reset()
+    x, traced = sample("delta", T=4), []
+
+    def backend(graph, _):
+        traced.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda x: fast_weights("delta", **x)[0], fullgraph=True, backend=backend)
+    truth = compiled(x)
+    with recording() as calls:
+        assert torch.equal(compiled(x), truth)
+    assert calls == [] and len(traced) == 1
+
+
+def test_observers_hear_what_runs():
+    x, heard = sample("delta", T=4), []
+    with observing(heard.append):
+        for options in ({"backend": "reference"}, {"form": "recurrent"}, {}):
+            fast_weights("delta", **x, **options)
+    assert [call[1:] for call in heard] == [("reference", "recurrent"), ("torch", "recurrent"), ("torch", "chunk")]
+    assert all(call.arguments["mask"] is None and call.arguments["q"] is x["q"] for call in heard)
 
 
 # ---- plots ----

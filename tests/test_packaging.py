@@ -112,26 +112,63 @@ def test_sdist(dist: Path) -> None:
     assert held >= top.union(*(files(folder) for folder in ("fwp", "tests", "notebooks", *FOLDERS)))
 
 
-@built
-def test_installed_wheel(wheel: Path, tmp_path: Path) -> None:
-    """Outside the checkout every module of the kernels and benchmarks is found where the wheel was installed."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site")]
-    subprocess.run([*command, str(wheel)], check=True, timeout=300)
-    names = sorted(
-        name.partition("/")[2].removesuffix(".py").replace("/", ".")
-        for package in PACKAGES
-        for name in files(package)
-        if name.endswith(".py") and ("kernels" not in package or importlib.util.find_spec("triton"))
-    )
+def modules(package: str) -> list[str]:
+    """The modules of a package of the checkout by their dotted names; none of the kernels where Triton is missing."""
+    if "kernels" in package and importlib.util.find_spec("triton") is None:
+        return []
+    paths = (name.partition("/")[2].removesuffix(".py") for name in files(package) if name.endswith(".py"))
+    return sorted(path.removesuffix("/__init__").replace("/", ".") for path in paths)
+
+
+def imported(folders: dict[str, Path], cwd: Path, path: tuple[Path, ...] = ()) -> str:
+    """Imports every module of kernels and benchmarks, and the op, from these folders. Returns the version of fwp.
+
+    folders: package → where it has to be found.
+    """
+    names = [name for package in PACKAGES for name in modules(package)]
     assert names
     code = f"""
-import importlib, fwp
-site = {str(tmp_path / "site")!r}
-for module in map(importlib.import_module, {names!r}):
-    assert module.__file__.startswith(site), module.__file__
+import importlib, os.path, fwp.functional
+folders = { ({name: os.path.realpath(folder) for name, folder in folders.items()})!r}
+for name in ["fwp.functional", *{names!r}]:
+    file = os.path.realpath(importlib.import_module(name).__file__)
+    assert file.startswith(folders[name.partition('.')[0]]), file
 print(fwp.__version__)
 """
-    assert python(code, cwd=tmp_path, path=(tmp_path / "site",)) in wheel.name
+    return python(code, cwd=cwd, path=path)
+
+
+HERE = {"fwp": ROOT / "fwp", "fwp_kernels": ROOT / "kernels", "fwp_benchmarks": ROOT / "benchmarks"}
+
+
+@built
+def test_installed_wheel(wheel: Path, tmp_path: Path) -> None:
+    """Outside the checkout every module is found where the wheel was installed."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site")]
+    subprocess.run([*command, str(wheel)], check=True, timeout=300)
+    version = imported(dict.fromkeys(HERE, tmp_path / "site"), tmp_path, (tmp_path / "site",))
+    assert f"-{version}-" in wheel.name
+
+
+# ---- a checkout ----
+def test_bare_checkout() -> None:
+    """In the root, nothing installed: what `make test-gpu` puts on the path suffices."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (path,) = re.findall(r"PYTHONPATH=(\S+)", makefile)
+    imported(HERE, ROOT, tuple(map(Path, path.split(":"))))
+
+
+@built
+def test_editable_install(tmp_path: Path) -> None:
+    """Anywhere else, after an editable install: the folders that its .pth names suffice."""
+    pytest.importorskip("hatchling")
+    code = f"from hatchling.build import build_editable\nprint(build_editable({str(tmp_path)!r}))"
+    wheel = tmp_path / python(code).splitlines()[-1]
+    with zipfile.ZipFile(wheel) as archive:
+        (pth,) = (name for name in archive.namelist() if name.endswith(".pth"))
+        folders = archive.read(pth).decode().split()
+        assert not any(name.endswith(".py") for name in archive.namelist())
+    imported(HERE, tmp_path, tuple(map(Path, folders)))
 
 
 # ---- sources ----

@@ -19,7 +19,7 @@ import torch
 
 import fwp
 from fwp import cli
-from fwp_benchmarks import reproduce, workers
+from fwp_benchmarks import reproduce, results, workers
 from fwp_benchmarks.claims import Claim, Family, Outcome, Scale
 from fwp_benchmarks.papers.secretly_fast_weights_1 import SETTING_1
 
@@ -73,7 +73,7 @@ def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Family:
             "paper": Scale(runs(sleeps=1), "a minute"),
         },
         train=count,
-        describe=lambda row: f"run {row['n']}",
+        summarise=lambda row: f"run {row['n']}",
         draw=draw,
         claims=(
             Claim("sum", "The sum is 30.", 30, "page 1", "added", lambda rows: Outcome(total(rows), total(rows) == 30)),
@@ -101,7 +101,7 @@ def fill(family: Family, scale: str, out: Path) -> None:
     """The runs of a scale, as if they had been run."""
     for run in family.scales[scale].settings:
         row = {"square": run["n"] ** 2, "seconds": 1.0, "torch": "2", "device": "cpu"}
-        reproduce.append(reproduce.results(family, out), {"key": reproduce.key(run), **run, **row})
+        results.append(results.results_file(family, out), {"key": results.run_key(run), **run, **row})
 
 
 def strict(path: Path) -> Any:
@@ -121,17 +121,17 @@ def test_runs_once_and_resumes(family: Family, tmp_path: Path, monkeypatch: pyte
     assert os.environ == environment
     assert marks(tmp_path) == [0, 1, 2, 3, 4]
     assert [line[:2] for line in lines] == [(n, 5) for n in range(6)]
-    rows = reproduce.finished(family, "quick", out)
+    rows = results.finished(family, "quick", out)
     assert [row["square"] for row in rows] == [0, 1, 4, 9, 16]
     assert all(row["worker"] == [1, workers.WORKER["MALLOC_TOP_PAD_"], True] for row in rows)
 
-    file = reproduce.results(family, out)
+    file = results.results_file(family, out)
     kept = file.read_bytes().splitlines(keepends=True)
     no_run = json.dumps({"key": json.loads(kept[3])["key"]}).encode() + b"\n\xff\n"
     file.write_bytes(b"".join(kept[:3]) + no_run + kept[3][:20])  # a crash in the middle of a line
     reproduce.main([], "quick", out)
     assert len(marks(tmp_path)) == 7
-    assert [row["square"] for row in reproduce.finished(family, "quick", out)] == [0, 1, 4, 9, 16]
+    assert [row["square"] for row in results.finished(family, "quick", out)] == [0, 1, 4, 9, 16]
     report.unlink()
     reproduce.main([], "quick", out)  # nothing is left: only redraws
     assert len(marks(tmp_path)) == 7
@@ -141,16 +141,16 @@ def test_runs_once_and_resumes(family: Family, tmp_path: Path, monkeypatch: pyte
 def test_every_setting_tells_runs_apart(family: Family) -> None:
     run = SETTING_1.scales["smoke"].settings[0]
     changed = [run | {name: "another"} for name in run]
-    assert len({reproduce.key(each) for each in (run, *changed)}) == len(run) + 1
-    assert reproduce.key(dict(reversed(run.items()))) == reproduce.key(run)
-    assert fwp.__version__ in reproduce.key(run)
+    assert len({results.run_key(each) for each in (run, *changed)}) == len(run) + 1
+    assert results.run_key(dict(reversed(run.items()))) == results.run_key(run)
+    assert fwp.__version__ in results.run_key(run)
 
 
 def test_failing_run_keeps_the_others(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reproduce, "cores", lambda: 1)
     with pytest.raises(FloatingPointError, match="run 3"):
         reproduce.main([], "reduced", tmp_path)
-    assert [row["n"] for row in reproduce.finished(family, "reduced", tmp_path)] == [0, 1, 2]
+    assert [row["n"] for row in results.finished(family, "reduced", tmp_path)] == [0, 1, 2]
 
 
 def test_claims_and_report(family: Family, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_claims_and_report(family: Family, tmp_path: Path) -> None:
 
 def test_no_nan(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="JSON"):
-        reproduce.append(tmp_path / "rows.jsonl", {"key": "", "loss": math.nan})
+        results.append(tmp_path / "rows.jsonl", {"key": "", "loss": math.nan})
     assert not (tmp_path / "rows.jsonl").exists()
     fill(family, "quick", tmp_path)
     wrong = Claim("sum", "", 30, "", "", lambda rows: Outcome(math.nan, False))
@@ -202,7 +202,7 @@ def test_unjudged_and_unfinished(family: Family, tmp_path: Path) -> None:
     assert all(claim["note"] for claim in strict(tmp_path / "claims.json"))
     assert "<td>0</td><td>0</td><td>2</td>" in page
 
-    file = reproduce.results(family, tmp_path)
+    file = results.results_file(family, tmp_path)
     file.write_text(file.read_text(encoding="utf-8").split("\n")[0] + "\n", encoding="utf-8")
     from fwp_benchmarks import report
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from importlib import import_module
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from torch import nn
 from torch.func import functional_call, vmap
 
 from fwp.nn import FastWeightRNN, Online, SlowFastNet
-from fwp_benchmarks import oracle
+from fwp_benchmarks import equivalence, oracle
 
 KINDS = [
     (version, update, read) for version in (1, 2) for update in ("bounded", "additive") for read in ("before", "after")
@@ -312,7 +311,6 @@ def test_it_says_what_it_is():
 
 def test_fwp_check_compares_it_with_linear_attention(monkeypatch):
     torch.set_default_dtype(torch.float32)  # as where `fwp check` runs
-    equivalence = import_module("fwp_benchmarks.equivalence")
     additive = equivalence.rules.RULES["additive"]
     found = list(equivalence.against_1991(additive))
     assert [row["case"] for row in found] == ["1991: linear attention", "1991: read before", "1991: two layers"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import sys
 import warnings
 from contextlib import nullcontext
@@ -17,13 +18,11 @@ import torch
 from fwp import rules, testing
 from fwp.cli import main
 from fwp.testing import row_error
+from fwp_benchmarks import peers, precompile, speed
+from fwp_benchmarks import speed_report as report
 from fwp_benchmarks.oracle import fast_weights as oracle
+from fwp_benchmarks.points import Point
 
-speed = import_module("fwp_benchmarks.speed")
-peers = import_module("fwp_benchmarks.peers")
-report = import_module("fwp_benchmarks.speed_report")
-beforehand = import_module("fwp_benchmarks.beforehand")
-Point = speed.Point
 RATES = (1e9, 1e10)
 
 
@@ -33,7 +32,7 @@ def small(monkeypatch):
     monkeypatch.setattr(speed, "SECONDS", 0)
     monkeypatch.setattr(speed, "points", lambda device: [Point(rule, 1, 65, 2, 16, device) for rule in rules.RULES])
     monkeypatch.setattr(speed, "ceilings", lambda device, dtype: RATES)
-    speed.wrong.cache_clear()
+    speed.worst_violation.cache_clear()
 
 
 def read(file):
@@ -102,15 +101,15 @@ def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch):
 def test_a_fault_of_one_percent_is_wrong_in_every_dtype(dtype, monkeypatch):
     monkeypatch.setattr(Point, "dtype", dtype)
     point = Point("delta", 1, 70, 2, 64, "cpu")
-    assert speed.wrong(point) is None
+    assert speed.worst_violation(point) is None
     right = testing.evaluate
 
     def faulty(*inputs, **options):  # what "auto" takes, not the reference and the budgets
         return {name: x * (1 if "backend" in options else 1.01) for name, x in right(*inputs, **options).items()}
 
     monkeypatch.setattr(testing, "evaluate", faulty)
-    speed.wrong.cache_clear()
-    assert speed.wrong(point) > 0.005
+    speed.worst_violation.cache_clear()
+    assert speed.worst_violation(point) > 0.005
 
 
 def faulty_from(T, change):
@@ -158,7 +157,10 @@ def test_medians_of_everybody_taking_turns(monkeypatch):
     order = []
     monkeypatch.setattr(speed, "timed", lambda lap, device: order.append(lap()) or float(len(order)))
     laps = {name: lambda name=name: name for name in ("ours", "peer")}
-    assert speed.compared(laps, 2, "cpu") == {"ours": [1.5, 2.5, 3.5], "peer": [2, 3, 4]}  # after a round that warms up
+    assert speed.times_by_turns(laps, 2, "cpu") == {
+        "ours": [1.5, 2.5, 3.5],
+        "peer": [2, 3, 4],
+    }  # after a round that warms up
     assert order == ["ours", "peer"] * 4
 
 
@@ -216,8 +218,8 @@ def test_the_limit_of_a_step_is_its_state():
 
 def test_the_first_call_of_a_process(monkeypatch):
     point = Point("additive", 1, 4, 1, 4, "cpu", cold=True)
-    found = beforehand.Beforehand([point], "cpu", False, beforehand.time.monotonic() + 300)
-    row = beforehand.first_call(found.cold[point])
+    found = precompile.Precompiler([point], "cpu", False, precompile.time.monotonic() + 300)
+    row = precompile.first_call(found.cold[point])
     assert row["seconds"]["ours"] > 0 and "red" not in row and found.serves(point, "ours")
 
 
@@ -227,13 +229,13 @@ def test_the_first_call_of_a_process(monkeypatch):
 )
 def test_a_process_that_fails_or_is_late_is_red(task, who, left, expected):
     point = Point("additive", 1, 4, 1, 4, "cpu", cold=True)
-    with beforehand.ThreadPoolExecutor(1) as pool:
-        job = pool.submit(beforehand.child, task, point, who, beforehand.time.monotonic() + left, {})
-    row = beforehand.first_call({"ours": job})
+    with precompile.ThreadPoolExecutor(1) as pool:
+        job = pool.submit(precompile.run_child, task, point, who, precompile.time.monotonic() + left, {})
+    row = precompile.first_call({"ours": job})
     assert row["red"] == expected and row["times"] == {}
 
 
-def test_what_compiles_beforehand(monkeypatch):
+def test_what_is_compiled_before(monkeypatch):
     """A process for each set of kernels, and peers where theirs came to an end."""
     started = []
 
@@ -241,10 +243,10 @@ def test_what_compiles_beforehand(monkeypatch):
         started.append((task, point.rule, point.D, point.T, who))
         return (1.0, None if point.rule == "delta" and who == peers.LEADER else "1")
 
-    monkeypatch.setattr(beforehand, "child", child)
-    monkeypatch.setattr(beforehand, "find_spec", lambda name: True)
+    monkeypatch.setattr(precompile, "run_child", child)
+    monkeypatch.setattr(precompile, "find_spec", lambda name: True)
     todo = [Point(rule, 2, T, 8, 64) for rule in ("additive", "delta") for T in (256, 4096)]
-    found = beforehand.Beforehand([*todo, Point("kda", 1, 64, 8, 64, cold=True)], "cuda", True, 0.0)
+    found = precompile.Precompiler([*todo, Point("kda", 1, 64, 8, 64, cold=True)], "cuda", True, 0.0)
     who = ("ours", peers.LEADER)
     ready = {("ready", rule, 64, 256, name) for rule in ("additive", "delta") for name in who}
     assert set(started) == ready | {("cold", "kda", 64, 64, name) for name in who} and len(started) == 6
@@ -340,7 +342,16 @@ def test_peers_are_asked_for_the_same(point, fakes):
     assert list(found) == [peers.LEADER, *(["flash-qla"] if qla else [])] and notes == []
     for call in found.values():
         same(point, call)
-    assert peers.os.environ["FLA_FLASH_QLA"] == "0"  # else one peer would hand over to the other
+
+
+def test_a_peer_hands_over_to_no_other_while_it_is_measured(fakes, monkeypatch):
+    monkeypatch.setattr(speed, "_measure", lambda *_: iter([os.environ["FLA_FLASH_QLA"]]))
+    assert list(speed.measure(Point("gated_delta", 2, 9, 2, 128), RATES, True)) == ["0"]
+    assert os.environ["FLA_FLASH_QLA"] == "1"
+    monkeypatch.delenv("FLA_FLASH_QLA")
+    with peers.separate():
+        assert os.environ["FLA_FLASH_QLA"] == "0"
+    assert "FLA_FLASH_QLA" not in os.environ
 
 
 def test_a_peer_with_another_result_is_left_out(fakes, monkeypatch):
@@ -455,7 +466,7 @@ def test_every_goal_has_points(monkeypatch):
 
 
 def test_a_run_on_a_gpu(tmp_path, fakes, monkeypatch, capsys):
-    """Every step but the GPU's own: processes beforehand, peers, events, graphs, goals."""
+    """Every step but the GPU's own: processes that compile, peers, events, graphs, goals."""
     drawn = testing.sample
     monkeypatch.setattr(testing, "sample", lambda *a, device="cpu", **options: drawn(*a, **options))
     monkeypatch.setattr(Point, "dtype", torch.float32)
@@ -477,8 +488,8 @@ def test_a_run_on_a_gpu(tmp_path, fakes, monkeypatch, capsys):
             {"seconds": 12.0 if who == peers.LEADER else 1.0, "import": 3.0}
         ) if task == "cold" else "2"
 
-    monkeypatch.setattr(beforehand, "child", child)
-    monkeypatch.setattr(beforehand, "find_spec", lambda name: True)
+    monkeypatch.setattr(precompile, "run_child", child)
+    monkeypatch.setattr(precompile, "find_spec", lambda name: True)
     stream = SimpleNamespace(wait_stream=lambda other: None)
     graph = SimpleNamespace(replay=lambda: replayed.append(1))
     event = SimpleNamespace(record=lambda: None, elapsed_time=lambda end: 2.0)

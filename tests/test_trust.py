@@ -1,6 +1,7 @@
 """Whether kernels that a compiler got wrong are found out before anybody relies on them."""
 
 import threading
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from fwp import canary, functional, trust
+from fwp.backends import torch as chunked
 from fwp.core import Core, Features
 from fwp.functional import fast_weights
 from fwp.testing import deviation, sample
@@ -15,6 +17,7 @@ from fwp.testing import deviation, sample
 pytest.importorskip("triton")
 import triton
 
+from fwp.backends import triton as kernels
 from fwp_kernels import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -132,6 +135,94 @@ def test_without_gradients_only_the_forward_is_asked(monkeypatch):
     with torch.no_grad():
         assert trust.reason_to_distrust(some_core(), "chunk") is None
     assert trust.reason_to_distrust(some_core(), "chunk") is not None
+
+
+# ---- what a case is ----
+
+CASE = trust.KernelCase(
+    *(torch.device("cpu"), torch.float32, "chunk", 2, True, False, False, True, 1, "after"),
+    *(False, False, True, None, None, False, 4, 3, 2, 1, 2),
+)
+
+
+def test_no_two_cases_share_a_file():
+    changed = {
+        "dtype": torch.float16,
+        "form": "recurrent",
+        "decay": 1,
+        "read": "before",
+        "phi": "relu",
+        "norm": "l2",
+        "writes": 2,
+        "K": 5,
+        "V": 5,
+        **{name: not getattr(CASE, name) for name in trust.SWITCHES},
+    }
+    assert set(CASE._fields) - set(changed) == {"device", "Hq", "Hk", "Hv"}
+    names = [CASE.name, *(CASE._replace(**{name: value}).name for name, value in changed.items())]
+    assert len(set(names)) == len(names)
+    assert not any(set(name) & set("/\\: ") for name in names)
+
+
+ERASERS = {
+    "own key": {"erase_key": True},
+    "own key, no strength": {"erase_key": True, "erase_strength": False},
+    "before decay": {"erase_key": True, "erase_before_decay": True},
+    "own key of few features": {"erase_key": True, "erase_strength": False, "phi": "dpfp-1", "K": 2},
+    "writes": {"writes": 3, "packed": True},
+    "writes and own key": {"writes": 2, "erase_key": True, "denominator": True, "read": "before"},
+}
+
+
+@pytest.mark.parametrize("name", ERASERS)
+def test_a_call_asks_for_a_canary_like_itself(name):
+    case = CASE._replace(**ERASERS[name])
+    core = canary.small_inputs(case)
+    assert trust.KernelCase(*trust.case_fields(replace(core, q=core.q.requires_grad_()), case.form)) == case
+    assert core.k.shape[1] == core.v.shape[1] == case.writes * core.q.shape[1]
+    for gate in (core.g, core.a, core.e, core.w):
+        assert gate is None or gate.shape[:3] == (1, core.k.shape[1], 2)
+    assert core.a is None or (core.a.shape[-1] == core.width and core.a.dtype == core.k.dtype)
+
+
+@pytest.mark.parametrize("name", ERASERS)
+def test_the_state_of_a_canary_lives_and_does_not_blow_up(monkeypatch, name):
+    monkeypatch.setattr(canary, "T", REAL_T)
+    core = canary.small_inputs(CASE._replace(**ERASERS[name]))
+    ends = chunked.run(core, "chunk")[1].S.norm(dim=(-2, -1))
+    assert ends.min() > 1e-3 and ends.max() < 1e3
+
+
+def forgets_the_erase_key(core):
+    return replace(core, a=None, e=core.w if core.e is None else core.e)
+
+
+def erases_after_the_decay(core):
+    return replace(core, erase_before_decay=False)
+
+
+def reads_after_every_write(core):
+    q = core.q.repeat_interleave(core.writes, 1)
+    ends = None if core.cu_seqlens is None else core.cu_seqlens * core.writes
+    return replace(core, q=q, cu_seqlens=ends, writes=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "found"),
+    [
+        ("own key", forgets_the_erase_key, "o is off by"),
+        ("own key, no strength", forgets_the_erase_key, "o is off by"),
+        ("before decay", erases_after_the_decay, "o is off by"),
+        ("writes", reads_after_every_write, "o is off by inf"),
+    ],
+)
+def test_kernels_that_erase_or_read_wrongly_are_found(monkeypatch, name, fault, found):
+    """The torch backend stands for kernels."""
+    case = CASE._replace(**ERASERS[name], gradients=False)
+    monkeypatch.setattr(kernels, "run", lambda core, form, segment: chunked.run(core, form))
+    assert canary.fault_of_kernels(case) is None
+    monkeypatch.setattr(kernels, "run", lambda core, form, segment: chunked.run(fault(core), form))
+    assert canary.fault_of_kernels(case).startswith(found)
 
 
 # ---- sequences in segments ----

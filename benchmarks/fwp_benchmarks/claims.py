@@ -1,4 +1,4 @@
-"""What a reproduction is made of: runs, rows of results, and claims that the rows bear out or not."""
+"""What a reproduction is made of: settings, rows of results, and claims that they confirm or not."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Settings = Mapping[str, Any]  # everything that decides a run's result, "seed" among it; JSON values
-Rows = Sequence[Mapping[str, Any]]  # a run's settings and what came out of it, a row a run
+Settings = Mapping[str, Any]  # everything that decides a run's result, with its "seed"; JSON values
+Rows = Sequence[Mapping[str, Any]]  # one row per run: its settings and its results
 
 
 @dataclass(frozen=True)
 class Scale:
     """How much of an experiment is run.
 
-    settings: the runs. cost: how long that takes, in words. judged: False where it only shows that the code runs, so
-    that no claim is measured.
+    settings: the runs. cost: how long they take, in words. judged: False if the scale only shows that the code runs;
+    then no claim is measured.
     """
 
     settings: Sequence[Settings]
@@ -28,7 +28,10 @@ class Scale:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the rows say of a claim. holds: None where the rows it needs are missing. note: why, in one sentence."""
+    """What the rows say of a claim. holds: None if the rows it needs are missing.
+
+    note: why, in one sentence.
+    """
 
     measured: Any
     holds: bool | None
@@ -40,7 +43,7 @@ class Outcome:
 class Claim:
     """A sentence that can be false.
 
-    published: the paper's value. source: where it stands. method: how the same is measured here.
+    published: the paper's value. source: its place in the paper. method: how the same is measured here.
     measure: (rows) → `Outcome`.
     """
 
@@ -56,8 +59,8 @@ class Claim:
 class Family:
     """One experiment of a paper and the claims that rest on it.
 
-    train: (settings) → result, one run; a function at a module's top level, as it is sent to other processes.
-    describe: (row) → one line for the terminal. draw: (rows) → the figure.
+    train: (settings) → result of one run. It must stand at the top level of a module, to be sent to other processes.
+    summarise: (row) → one line for the terminal. draw: (rows) → the figure.
     """
 
     id: str
@@ -68,6 +71,6 @@ class Family:
     caption: str
     scales: Mapping[str, Scale]
     train: Callable[[Settings], Mapping[str, Any]]
-    describe: Callable[[Mapping[str, Any]], str]
+    summarise: Callable[[Mapping[str, Any]], str]
     draw: Callable[[Rows], Figure]
     claims: Sequence[Claim]

@@ -1,17 +1,18 @@
-"""The functions of others that compute what ours do, called on the same tensors: `fwp bench --peers`.
+"""Functions of other packages that compute the same from the same tensors: `fwp bench --peers`.
 
-`PEERS` names them; each takes a point of `fwp_benchmarks.speed` and gives a function of its inputs that returns the
-output, or None where it serves no such point. They are told scale 1, no l2 norm unless the point has it, and to return
-the final state wherever they can, since ours always does. A peer that isn't installed is no peer.
+`PEERS` names them. Each takes a `Point` and returns a function from the inputs to the output, or None if the peer
+does not serve the point. Peers get scale 1, and the l2 norm only if the point has it. They return the final state
+wherever they can, since ours always does. A peer that is not installed is left out.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module, metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +20,16 @@ from torch import Tensor
 
 from fwp.rules import RULES
 
-if TYPE_CHECKING:
-    from .speed import Point
+from .points import Point
 
 Call = Callable[[dict[str, Any]], Tensor]  # the inputs of `fast_weights` by name → the output
 
 
 def softmax(point: Point) -> Call | None:
-    """PyTorch's own attention, causal: another function, of quadratic cost. Not for a single token."""
+    """PyTorch's causal softmax attention, which computes something else at quadratic cost.
+
+    Not for a single token.
+    """
     if point.T == 1:
         return None
 
@@ -37,7 +40,7 @@ def softmax(point: Point) -> Call | None:
     return call
 
 
-# Rule → where it stands in fla.ops, and after which verb; what the recurrent form calls its decay.
+# Rule → its folder in fla.ops, which is also the end of its functions' names; how the recurrent form calls the decay.
 FLA = {
     "additive": ("linear_attn", "g"),
     "decay": ("simple_gla", "g"),
@@ -49,13 +52,12 @@ FLA = {
 
 
 def flash_linear_attention(point: Point) -> Call | None:
-    """fla.ops of flash-linear-attention 0.6: its chunk form, for one token its recurrent form.
+    """fla.ops of flash-linear-attention 0.6: its chunk form, and for one token its recurrent form.
 
-    Feature maps are eager there. Its gated delta rule would hand over to FlashQLA, which has a row of its own here.
+    It computes feature maps eagerly. `separate` keeps its gated delta rule from handing over to FlashQLA.
     """
     if point.device == "cpu" or point.rule not in FLA:
         return None
-    os.environ["FLA_FLASH_QLA"] = "0"
     folder, decay = FLA[point.rule]
     step = point.T == 1
     function = getattr(import_module(f"fla.ops.{folder}"), ("fused_recurrent_" if step else "chunk_") + folder)
@@ -78,6 +80,20 @@ def flash_linear_attention(point: Point) -> Call | None:
         return out
 
     return call
+
+
+@contextmanager
+def separate() -> Iterator[None]:
+    """A context in which flash-linear-attention does not hand over to FlashQLA, another peer."""
+    name = "FLA_FLASH_QLA"
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def _feature_map(point: Point) -> Callable[[Tensor], Tensor]:
@@ -132,11 +148,12 @@ PEERS: dict[str, Callable[[Point], Call | None]] = {
 
 
 def in_a_line(error: Exception) -> str:
+    """The kind of an error and the first line of its message."""
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def calls(point: Point) -> tuple[dict[str, Call], list[str]]:
-    """The peers that serve a point, and why others that are installed don't come."""
+    """The peers that serve a point, and what is broken about others that are installed."""
     found: dict[str, Call] = {}
     broken: list[str] = []
     for name, adapter in PEERS.items():
@@ -151,7 +168,7 @@ def calls(point: Point) -> tuple[dict[str, Call], list[str]]:
 
 
 def versions() -> dict[str, str]:
-    """Of the peers that are installed, and of Triton."""
+    """The versions of PyTorch, of Triton and of the peers that are installed."""
     found = {}
     for name in (*PEERS, "fla-core", "triton"):
         try:

@@ -1,4 +1,4 @@
-"""What the finished runs show: figures, `claims.json`, and `report.html`, one file that a stranger can read."""
+"""What the finished runs show: figures, `claims.json`, and `report.html`, which needs no other file."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import fwp
 
-from . import reproduce
 from .claims import Claim, Family, Outcome
+from .results import finished
 from .workers import cores
 
 STYLE = """
@@ -34,10 +34,13 @@ VERDICTS = {True: ("yes", "holds"), False: ("no", "does not hold"), None: ("open
 
 
 def write(families: Iterable[Family], scale: str, out: Path, asked: Sequence[str]) -> Path:
-    """Makes all of it from the finished runs; the path of report.html. asked: families of this call, to be printed."""
+    """Makes figures, claims and report from the finished runs. Returns the path of report.html.
+
+    asked: the families that the command named; the report prints the command.
+    """
     sections, claims = [], []
     for family in families:
-        rows = reproduce.finished(family, scale, out)
+        rows = finished(family, scale, out)
         verdicts = [judge(family, claim, rows, scale) for claim in family.claims]
         claims += verdicts
         sections.append(section(family, rows, scale, verdicts, picture(family, rows, out)))
@@ -50,7 +53,7 @@ def write(families: Iterable[Family], scale: str, out: Path, asked: Sequence[str
 
 
 def judge(family: Family, claim: Claim, rows: Sequence[dict[str, Any]], scale: str) -> dict[str, Any]:
-    """A claim's entry in claims.json. Measured only where all runs of the scale are there."""
+    """A claim's entry in claims.json. A claim is measured only if all runs of the scale are finished."""
     wanted = family.scales[scale]
     if not wanted.judged:
         outcome = Outcome(None, None, note=f"the {scale} scale only shows that the code runs")
@@ -75,12 +78,15 @@ def judge(family: Family, claim: Claim, rows: Sequence[dict[str, Any]], scale: s
 
 
 def seeds(rows: Sequence[Mapping[str, Any]]) -> int:
-    """How many seeds there are; a run of many nets at once has one for each."""
+    """The number of seeds. A run of many nets at once has one per net."""
     return len({(row["seed"], n) for row in rows for n in range(row.get("nets", 1))})
 
 
 def picture(family: Family, rows: Sequence[dict[str, Any]], out: Path) -> str:
-    """The figure beside the report, `<family>.png`, and as an <img> for it."""
+    """Draws a family's figure into `<family>.png` beside the report.
+
+    Returns it as an <img> for the report.
+    """
     if not rows:
         return ""
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
@@ -98,7 +104,7 @@ def picture(family: Family, rows: Sequence[dict[str, Any]], out: Path) -> str:
 def section(
     family: Family, rows: Sequence[dict[str, Any]], scale: str, verdicts: Sequence[dict[str, Any]], image: str
 ) -> str:
-    """A family's part of the report."""
+    """A family's section of the report, as HTML."""
     wanted = family.scales[scale]
     protocol = "".join(f"<li>{html.escape(line)}</li>" for line in family.protocol)
     spent = sum(row["seconds"] for row in rows)
@@ -115,7 +121,7 @@ def section(
 
 
 def claim_table(verdicts: Sequence[dict[str, Any]]) -> str:
-    """The claims with their verdicts."""
+    """The claims with their verdicts, as an HTML table."""
     lines = []
     for claim in verdicts:
         mark, word = VERDICTS[claim["holds"]]
@@ -134,7 +140,7 @@ def claim_table(verdicts: Sequence[dict[str, Any]]) -> str:
 
 
 def tally(claims: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
-    """For each paper how many of its claims held, were decided, and are listed."""
+    """Three counts for each paper: claims that held, that were decided, that are listed."""
     counts: dict[str, list[int]] = {}
     for claim in claims:
         found = counts.setdefault(claim["paper"], [0, 0, 0])
@@ -144,7 +150,7 @@ def tally(claims: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
 
 
 def page(sections: Sequence[str], claims: Sequence[dict[str, Any]], scale: str, asked: Sequence[str]) -> str:
-    """The whole report."""
+    """The whole report, as HTML."""
     papers = "".join(
         f"<tr><td>{html.escape(paper)}</td>{''.join(f'<td>{n}</td>' for n in counts)}</tr>"
         for paper, counts in tally(claims).items()
@@ -164,7 +170,7 @@ def page(sections: Sequence[str], claims: Sequence[dict[str, Any]], scale: str, 
 
 
 def in_words(value: Any) -> str:
-    """A value of claims.json for a reader."""
+    """A value of claims.json as text."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {in_words(item)}" for name, item in value.items())
     if isinstance(value, list):

@@ -1,10 +1,10 @@
 """`fwp bench`: how long each rule takes, beside peers in the same run and the machine's limit.
 
-What is measured is the list `points`. First comes whether a point is right: against the equation in float64 at a small
-size, and by itself at its own; what is wrong is not timed. Then ours and the peers take turns, so that a ratio holds
-when the machine's speed drifts. The limit of a point is what its fewest bytes or its operations take at the rates of a
-large copy and a large matrix product, measured in the same run. On a GPU the kernels of all points are compiled
-beforehand, in processes side by side; whatever the time does not suffice for is left out and said.
+`fwp_benchmarks.points` lists what is measured. Each point is checked first: at a small size against the equation in
+float64, and at its own size against itself. What is wrong is not timed. Then ours and the peers take turns, so that
+a ratio holds when the machine's speed drifts. The limit of a point is the time that its fewest bytes or its operations
+take at the rates of a large copy and a large matrix product, measured in the same run. On a GPU the kernels of all
+points are compiled before, in processes side by side. A point for which no time is left is listed as left out.
 """
 
 from __future__ import annotations
@@ -15,151 +15,72 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 import fwp
-from fwp import feature_maps, functional, testing
+from fwp import testing
 from fwp._torch_private import tree_leaves
 from fwp.core import state_dtype
 from fwp.measure import row_error
+from fwp.observe import ObservedCall, observing
 from fwp.rules import RULES
 
 from . import peers as others
-from .beforehand import Beforehand, first_call
 from .peers import LEADER, Call, in_a_line
+from .points import BOTH, Point, points
+from .precompile import Precompiler, first_call
 
 Row = dict[str, Any]
 
-CHUNK = 64  # the chunk whose operations count as necessary
-ROUNDS = 30  # at most, of everybody taking turns …
-SECONDS = 0.5  # … until these are over, but 3 rounds at least
-TOTAL = 540.0  # seconds that a whole run may take …
-BEFOREHAND = 240.0  # … and of these, with peers, what compiles beforehand
+CHUNK = 64  # the chunk size whose operations count as necessary
+ROUNDS = 30  # in which everybody takes a turn; the most for a pass
+SECONDS = 0.5  # for each function of a pass, after 3 rounds at least
+TOTAL = 540.0  # seconds of a whole run
+PRECOMPILE = 240.0  # seconds of these for compiling, with peers
 SPREAD = {"cpu": 0, "cuda": 2**28}  # bytes of all inputs in rotation, so that no cache holds them
-
-FORWARD, BOTH, STEP, COLD = "forward", "forward + backward", "step", "first call"
-
-
-@dataclass(frozen=True)
-class Point:
-    """A rule with what belongs to it, at a size: B sequences of T tokens, H heads of D key and value features.
-
-    graph: in a CUDA graph as well. cold: only the first call of a process whose kernels nobody has compiled yet.
-    """
-
-    rule: str
-    B: int
-    T: int
-    H: int
-    D: int
-    device: str = "cuda"
-    feature_map: str | None = None
-    feature_norm: str | None = None
-    denominator: bool = False
-    graph: bool = False
-    cold: bool = False
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """For `fwp.fast_weights`."""
-        names = ("feature_map", "feature_norm", "denominator")
-        return {name: value for name in names if (value := getattr(self, name))}
-
-    @property
-    def what(self) -> str:
-        """The rule and what belongs to it, in words."""
-        more = [self.feature_map, self.feature_norm, "denominator" if self.denominator else None]
-        return " + ".join([self.rule, *(name for name in more if name)])
-
-    @property
-    def passes(self) -> tuple[str, ...]:
-        return (COLD,) if self.cold else (STEP,) if self.T == 1 else (FORWARD, BOTH)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.device == "cuda" else torch.float32
-
-    @property
-    def width(self) -> int:
-        """K', the features of a key after the feature map."""
-        return feature_maps.get(self.feature_map)(torch.zeros(self.D)).shape[-1]
-
-
-def points(device: str) -> list[Point]:
-    """What is measured, most important first: the time may not suffice for the last."""
-    if device == "cpu":
-        cpu = partial(Point, B=1, H=4, device="cpu")
-        return [
-            *(cpu(rule, T=T, D=D) for D in (64, 128) for T in (512, 2048) for rule in RULES),
-            *(cpu("additive", T=512, D=64, feature_map=phi, denominator=True) for phi in ("elu+1", "dpfp-3")),
-            cpu("gated_delta", T=1, D=128),
-            cpu("gated_delta", T=512, D=64, cold=True),
-        ]
-    full, small = (partial(Point, B=B, T=T, H=8) for B, T in ((16, 4096), (1, 256)))
-    six = ("additive", "gated_delta", "kda", "decay", "delta", "gla")
-    maps = [(D, phi) for D in (64, 32, 16) for phi in ("dpfp-3", "elu+1")]
-    return [
-        *(Point(rule, 1, 4096, 8, 128, cold=True) for rule in ("additive", "gated_delta")),
-        *(full(rule, D=128) for rule in six[:5]),
-        *(Point(rule, 64, 1, 32, 128, graph=True) for rule in ("additive", "delta", "gated_delta", "kda")),
-        *(full("additive", D=D, feature_map=phi, denominator=True) for D, phi in maps),
-        *(full(rule, D=64) for rule in ("additive", "decay")),
-        *(small(rule, D=128, graph=True) for rule in six[:5]),
-        small("additive", D=64, feature_map="elu+1", denominator=True, graph=True),
-        *(
-            Point(rule, min(64, 65536 // T), T, 8, 128)
-            for T in (65536, 16384, 1024)
-            for rule in ("additive", "gated_delta")
-        ),
-        full("gated_delta", D=128, feature_norm="l2"),
-        *(full(rule, D=256) for rule in ("additive", "gated_delta", "kda", "delta")),
-        *(full(rule, D=64) for rule in ("gated_delta", "kda", "delta")),
-        full("gla", D=128),
-    ]
 
 
 # ---- limits ----
 
 
 def work(point: Point, backward: bool) -> tuple[float, float]:
-    """The fewest bytes through memory, and the operations of the chunk form's matrix products, of a pass.
+    """The fewest bytes that a pass moves, and the operations of the chunk form's matrix products.
 
-    Bytes: each input read and each result written once, the final state among them. Operations, a token and head, with
-    products over whole chunks of C: QKᵀ, its product with V, Q S and Kᵀ V; a rule that erases has K Kᵀ, K S and two
-    products with the triangular inverse as well. The backward has two products for each of the forward's, after those
-    of the forward whose results it needs.
+    Bytes: each input is read once and each result written once, the final state among them. Operations per token and
+    head, with products over whole chunks of C tokens: QKᵀ, its product with V, Q S and Kᵀ V. A rule that erases also
+    has K Kᵀ, K S and two products with the triangular inverse. The backward has two products for each one of the
+    forward, and repeats those products of the forward whose results it needs.
     """
     K, V, C = point.width, point.D, min(CHUNK, point.T)
     tokens, heads, kept = point.B * point.T * point.H, point.B * point.H, state_dtype(point.dtype).itemsize
-    rows = 2 * point.D + V  # q, k, v: the feature map needs not lie in memory
+    numbers_in = 2 * point.D + V  # q, k and v of a token and head; φ of them need not lie in memory
     gates = sum(K if gate.shape == "BTHK" else 1 for gate in RULES[point.rule].gates.values())
     state = K * V + (K if point.denominator else 0)
     erases = RULES[point.rule].erases
     if backward:
-        numbers, moved = 2 * rows + V, 2 * gates * kept * tokens
+        numbers, moved = 2 * numbers_in + V, 2 * gates * kept * tokens
         counted = 18 * C * K + 10 * C * V + 16 * K * V if erases else 6 * C * K + 4 * C * V + 10 * K * V
     else:
-        numbers, moved = rows + V, gates * kept * tokens + state * kept * heads * (2 if point.T == 1 else 1)
+        numbers, moved = numbers_in + V, gates * kept * tokens + state * kept * heads * (2 if point.T == 1 else 1)
         counted = 6 * C * K + 4 * C * V + 6 * K * V if erases else 2 * C * (K + V) + 4 * K * V
     return float(numbers * point.dtype.itemsize * tokens + moved), float(counted * tokens)
 
 
 def limit(point: Point, backward: bool, ceilings: tuple[float, float]) -> float:
-    """Seconds that no implementation of a pass beats: forward, or forward and backward."""
+    """Seconds that no implementation beats, of the forward or of forward and backward together."""
     passes = (False, True) if backward else (False,)
     return sum(max(amount / rate for amount, rate in zip(work(point, x), ceilings)) for x in passes)
 
 
 def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes a second of a large copy (read and written), operations a second of a large matrix product."""
+    """Bytes per second of a large copy, read and written, and operations per second of a large product."""
     n, numbers = (8192, 2**28) if device == "cuda" else (1024, 2**24)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     x = torch.zeros(numbers, device=device, dtype=dtype)
@@ -172,8 +93,11 @@ def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
 
 
 @cache
-def wrong(point: Point) -> float | None:
-    """The worst error over its bound, of output, state or a gradient; None if there is none. For small points."""
+def worst_violation(point: Point) -> float | None:
+    """The largest error beyond its bound, of output, state or a gradient. None: there is none.
+
+    For small points.
+    """
     step = point.T == 1
     draw = partial(
         testing.sample,
@@ -186,7 +110,7 @@ def wrong(point: Point) -> float | None:
         dtype=point.dtype,
         feature_map=point.feature_map,
         denominator=point.denominator,
-        state=True,  # else the first token's output does not depend on q under a denominator, and dq is rounding alone
+        state=True,  # without one, dq of the first token is 0 under a denominator, and only rounding would be compared
     )
     how: dict[str, Any] = point.options | {"gradients": not step}
     truth = testing.evaluate(point.rule, testing.cast(draw(), torch.float64), backend="reference", **how)
@@ -197,8 +121,11 @@ def wrong(point: Point) -> float | None:
     return max((error for name, error in errors.items() if error > bounds[name]), default=None)
 
 
-def inconsistent(point: Point, x: dict[str, Any], d_o: Tensor) -> str | None:
-    """What is amiss at the point's own size: not finite, other bits at a second run, other halves than the whole."""
+def inconsistency(point: Point, x: dict[str, Any], d_o: Tensor) -> str | None:
+    """What is wrong at the point's own size. None: nothing.
+
+    All results must be finite, a second run must give the same bits, and two halves must give what the whole does.
+    """
 
     def results() -> list[Tensor]:
         found = tree_leaves(fwp.fast_weights(point.rule, **x, **point.options))
@@ -219,7 +146,7 @@ def inconsistent(point: Point, x: dict[str, Any], d_o: Tensor) -> str | None:
             o, state = fwp.fast_weights(point.rule, **half, **point.options, state=state)
             out.append(o)
     off = row_error(torch.cat(out, 1), whole[0])
-    bound = 3e-3 if point.dtype == torch.float32 else 0.1  # a chunk gone wrong is far beyond
+    bound = 3e-3 if point.dtype == torch.float32 else 0.1  # a wrong chunk is far off
     return None if off <= bound else f"two halves differ from the whole by {off:.1e}"
 
 
@@ -227,7 +154,10 @@ def inconsistent(point: Point, x: dict[str, Any], d_o: Tensor) -> str | None:
 
 
 def inputs(point: Point, seed: int = 0) -> tuple[dict[str, Any], Tensor]:
-    """Random arguments of `fwp.fast_weights` and a gradient of the output: few tokens over and over, quickly drawn."""
+    """Random arguments of `fwp.fast_weights` and a gradient of the output.
+
+    A few tokens are repeated: that is quick.
+    """
     few = min(point.T, 64)
     x = testing.sample(
         point.rule,
@@ -260,27 +190,23 @@ def ours(point: Point) -> Call:
 
 
 def chosen(point: Point, x: dict[str, Any]) -> tuple[str, str]:
-    """Backend and form that `fast_weights` takes of itself."""
-    taken: list[tuple[str, str]] = []
-
-    def watched(*arguments: Any, **options: Any) -> Any:
-        found = functional_choose(*arguments, **options)
-        taken.append(found[:2])
-        return found
-
-    functional_choose = functional.choose
-    with mock.patch.object(functional, "choose", watched), torch.no_grad():
+    """The backend and form that `fast_weights` chooses."""
+    calls: list[ObservedCall] = []
+    with observing(calls.append), torch.no_grad():
         ours(point)(x)
-    return taken[-1]
+    return calls[-1].backend, calls[-1].form
 
 
 def gradients(out: Tensor, x: dict[str, Any], d_o: Tensor) -> tuple[Tensor, ...]:
-    """Of every input that has one; softmax attention has none for gates."""
+    """The gradient of every input.
+
+    It is None for an input that is not used: softmax attention has no gates.
+    """
     leaves = [y for y in x.values() if isinstance(y, Tensor)]
     return torch.autograd.grad(out, leaves, d_o, allow_unused=True)
 
 
-def through(call: Call, sets: list[tuple[dict[str, Any], Tensor]], backward: bool) -> None:
+def run_all(call: Call, sets: list[tuple[dict[str, Any], Tensor]], backward: bool) -> None:
     """One call for each set of inputs."""
     with torch.set_grad_enabled(backward):
         for x, d_o in sets:
@@ -290,7 +216,7 @@ def through(call: Call, sets: list[tuple[dict[str, Any], Tensor]], backward: boo
 
 
 def timed(run: Callable[[], Any], device: str) -> float:
-    """Seconds of one call, by the device's own clock on a GPU."""
+    """Seconds of one call. On a GPU they are by its own clock."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -304,7 +230,7 @@ def timed(run: Callable[[], Any], device: str) -> float:
 
 
 def graphed(lap: Callable[[], None]) -> Callable[[], None]:
-    """The same in a CUDA graph."""
+    """Captures the calls in a CUDA graph and returns what replays it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -316,8 +242,11 @@ def graphed(lap: Callable[[], None]) -> Callable[[], None]:
     return lambda: graph.replay()
 
 
-def compared(laps: dict[str, Callable[[], None]], calls: int, device: str) -> dict[str, list[float]]:
-    """Seconds of a call in each round, everybody taking turns; the first round warms up."""
+def times_by_turns(laps: dict[str, Callable[[], None]], calls: int, device: str) -> dict[str, list[float]]:
+    """Seconds per call in each round. Everybody takes turns, and the first round only warms up.
+
+    laps: what is timed, by name. calls: how many calls a lap has.
+    """
     found: dict[str, list[float]] = {name: [] for name in laps}
     until = time.monotonic() + SECONDS * len(laps)
     for round_ in range(ROUNDS + 1):
@@ -331,14 +260,22 @@ def compared(laps: dict[str, Callable[[], None]], calls: int, device: str) -> di
 
 
 def measure(point: Point, rates: tuple[float, float], peers: bool) -> Iterator[Row]:
-    """The rows of a point: a pass each, eager or in a graph; one without times if it is wrong."""
+    """The rows of a point, one per pass and mode (eager or in a graph).
+
+    A single row without times if it is wrong.
+    """
+    with others.separate():
+        yield from _measure(point, rates, peers)
+
+
+def _measure(point: Point, rates: tuple[float, float], peers: bool) -> Iterator[Row]:
     row = blank(point)
-    if off := wrong(replace(point, B=1, T=min(point.T, 80), H=2, graph=False)):
+    if off := worst_violation(replace(point, B=1, T=min(point.T, 80), H=2, graph=False)):
         yield row | {"red": f"not timed, it is wrong by {off:.1e}"}
         return
     x, d_o = inputs(point)
-    if amiss := inconsistent(point, x, d_o):
-        yield row | {"red": f"not timed: {amiss}"}
+    if reason := inconsistency(point, x, d_o):
+        yield row | {"red": f"not timed: {reason}"}
         return
     row["backend"], row["form"] = chosen(point, x)
     size = sum(y.nbytes for y in tree_leaves([x, d_o]) if isinstance(y, Tensor))
@@ -349,7 +286,7 @@ def measure(point: Point, rates: tuple[float, float], peers: bool) -> Iterator[R
         for mode in ("eager", "graph") if point.graph and point.device == "cuda" else ("eager",):
             laps: dict[str, Callable[[], None]] = {}
             for name, call in calls.items():
-                lap = partial(through, call, sets, kind == BOTH)
+                lap = partial(run_all, call, sets, kind == BOTH)
                 try:
                     lap()
                     laps[name] = graphed(lap) if mode == "graph" else lap
@@ -357,7 +294,7 @@ def measure(point: Point, rates: tuple[float, float], peers: bool) -> Iterator[R
                     if name == "ours":
                         raise
                     notes.append(f"{name}, {kind}, {mode}: {in_a_line(error)}")
-            times = compared(laps, count, point.device)
+            times = times_by_turns(laps, count, point.device)
             yield row | {
                 "pass": kind,
                 "mode": mode,
@@ -376,7 +313,10 @@ def blank(point: Point) -> Row:
 
 
 def callers(point: Point, x: dict[str, Any], peers: bool) -> tuple[dict[str, Call], list[str]]:
-    """Ours, softmax attention and the peers whose result is ours; and why others don't come."""
+    """What is timed: ours, softmax attention, and the peers with our result.
+
+    Then why other peers are left out.
+    """
     calls, notes = {"ours": ours(point)}, list[str]()
     if softmax := others.softmax(point):
         calls["softmax"] = softmax
@@ -398,28 +338,32 @@ def callers(point: Point, x: dict[str, Any], peers: bool) -> tuple[dict[str, Cal
 def cold(point: Point, who: str) -> dict[str, float]:
     """Seconds of the first forward and backward of this process, and of the peer's import before it."""
     x, d_o = inputs(point)
-    started = time.perf_counter()
-    call = ours(point) if who == "ours" else others.PEERS[who](point)
-    imported = time.perf_counter()
-    assert call is not None, who
-    gradients(call(x), x, d_o)
-    if point.device == "cuda":
-        torch.cuda.synchronize()
-    return {"seconds": time.perf_counter() - imported, "import": imported - started}
+    with others.separate():
+        started = time.perf_counter()
+        call = ours(point) if who == "ours" else others.PEERS[who](point)
+        imported = time.perf_counter()
+        assert call is not None, who
+        gradients(call(x), x, d_o)
+        if point.device == "cuda":
+            torch.cuda.synchronize()
+        return {"seconds": time.perf_counter() - imported, "import": imported - started}
 
 
 # ---- all of it ----
 
 
-def rows(device: str, peers: bool, say: Callable[[str], None] = lambda line: None) -> Iterator[Row]:
-    """All measurements, point by point; "red" says what is wrong, "note" what is missing."""
+def measurements(device: str, peers: bool, say: Callable[[str], None] = lambda line: None) -> Iterator[Row]:
+    """The rows of all points. "red" says what is wrong, "note" what is missing.
+
+    say: takes a line for each point that is done.
+    """
     started = time.monotonic()
     todo = points(device)
-    machine = describe(device)
+    machine = describe_machine(device)
     rates = ceilings(device, todo[0].dtype)
     machine |= {"bytes_per_second": rates[0], "operations_per_second": rates[1]}
     say(f"{machine['card']}: copies {rates[0] / 1e12:.2f} TB/s, multiplies {rates[1] / 1e12:.1f} TFLOP/s")
-    before = Beforehand(todo, device, peers, started + BEFOREHAND * (1 if peers else 0.6))
+    compiled = Precompiler(todo, device, peers, started + PRECOMPILE * (1 if peers else 0.6))
     costs = [20.0]
     for done, point in enumerate(todo, 1):
         left = started + TOTAL - time.monotonic()
@@ -427,12 +371,12 @@ def rows(device: str, peers: bool, say: Callable[[str], None] = lambda line: Non
         row = blank(point)
         found: list[Row] = []
         if point.cold:
-            found = [row | first_call(before.cold[point])]
-            found[0]["note"] = "; ".join(filter(None, (found[0]["note"], before.note)))
+            found = [row | first_call(compiled.cold[point])]
+            found[0]["note"] = "; ".join(filter(None, (found[0]["note"], compiled.note)))
         elif left < max(costs[-3:]):
             found = [row | {"note": "left out, no time"}]
         else:
-            with_peers = peers and before.serves(point, LEADER)
+            with_peers = peers and compiled.serves(point, LEADER)
             try:
                 for made in measure(point, rates, with_peers):
                     found.append(made)
@@ -445,13 +389,15 @@ def rows(device: str, peers: bool, say: Callable[[str], None] = lambda line: Non
         if device == "cuda":
             torch.cuda.empty_cache()
         left = started + TOTAL - time.monotonic()
-        say(f"{done} of {len(todo)}, {left:.0f} s left: {point.what}, T {point.T}, D {point.D}: {told(found)}")
+        say(
+            f"{done} of {len(todo)}, {left:.0f} s left: {point.what}, T {point.T}, D {point.D}: {times_in_words(found)}"
+        )
         for made in found:
             yield made | machine
 
 
-def told(found: list[Row]) -> str:
-    """The times of a point's rows in words."""
+def times_in_words(found: list[Row]) -> str:
+    """The times of a point, from its rows."""
     words = []
     for row in found:
         ms = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in row["seconds"].items())
@@ -459,8 +405,8 @@ def told(found: list[Row]) -> str:
     return "; ".join(words)
 
 
-def describe(device: str) -> Row:
-    """The machine, and the versions of everything."""
+def describe_machine(device: str) -> Row:
+    """Its processor, the versions of all packages, and the commit of fwp."""
     folder = Path(fwp.__file__).parent
     git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
@@ -473,7 +419,10 @@ def describe(device: str) -> Row:
 
 
 def main(device: str | None = None, peers: bool = False, json_file: Path | None = None) -> int:
-    """Prints times as they are measured, then a table; writes the rows as JSON and draws beside it; 1 if one is red."""
+    """Prints times as they are measured, then a table. Returns the exit status: 1 if a row is red.
+
+    device: None takes the GPU if there is one. json_file: for the rows; plots are drawn beside it.
+    """
     from rich.console import Console
 
     from . import speed_report as report
@@ -482,10 +431,10 @@ def main(device: str | None = None, peers: bool = False, json_file: Path | None 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     found: list[Row] = []
     goals: list[dict[str, Any]] = []
-    for row in rows(device, peers, lambda line: console.print(line, markup=False, soft_wrap=True)):
+    for row in measurements(device, peers, lambda line: console.print(line, markup=False, soft_wrap=True)):
         found.append(row)
         goals = report.verdicts(found) if device == "cuda" else []
-        if json_file is not None:  # whatever stops a run, what was measured is kept
+        if json_file is not None:  # after each row, so that a run that is stopped keeps what it measured
             text = json.dumps({"rows": found, "goals": goals}, indent=1, allow_nan=False)
             json_file.write_text(text + "\n", encoding="utf-8")
     console.print(report.table(found))

@@ -1,16 +1,19 @@
-"""What `fwp bench` shows of its rows: a table, which goals hold, two plots."""
+"""What `fwp bench` shows of its rows: a table, the goals and whether they hold, two plots."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
 
 from .peers import LEADER
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 
@@ -21,9 +24,9 @@ TWIN = "D = 128, scaled by its operations"
 
 @dataclass(frozen=True)
 class Goal:
-    """What is to hold of every row that it is about.
+    """What has to hold for every row that the goal is about.
 
-    faster: how many times as long as ours a peer takes at least. near: how many times the limit ours takes at most.
+    faster: the least ratio of a peer's time to ours. near: the greatest ratio of our time to the limit.
     """
 
     work: str
@@ -34,6 +37,7 @@ class Goal:
 
 
 def _trained(row: Row) -> bool:
+    """Whether a row is about training on sequences that are not short."""
     return row["pass"] == "forward + backward" and row["mode"] == "eager" and row["T"] > 512
 
 
@@ -80,7 +84,7 @@ GOALS = (
 
 
 def verdicts(rows: list[Row]) -> list[dict[str, Any]]:
-    """Each goal with its worst ratios and whether it holds: None without a measurement of all that it is about."""
+    """Each goal with its worst ratios and whether it holds. None: some of its rows were not measured."""
     found = []
     for goal in GOALS:
         about = [row for row in rows if goal.about(row | {"mode": row.get("mode", "eager")})]
@@ -110,7 +114,7 @@ def verdicts(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def with_twin(row: Row, rows: list[Row]) -> dict[str, float]:
-    """The times of a row of D = 256, and what D = 128 took for the same, in proportion to the operations."""
+    """The times of a row of D = 256, and the time of the same at D = 128, scaled by their operations."""
     same = ("what", "B", "T", "H", "pass", "mode", "device")
     twins = [x for x in rows if x["D"] == 128 and all(x.get(name) == row.get(name) for name in same)]
     seconds: dict[str, float] = dict(row["seconds"])
@@ -123,8 +127,8 @@ def with_twin(row: Row, rows: list[Row]) -> dict[str, float]:
 
 
 def table(rows: list[Row]) -> Table:
-    """A line a row: our time, that of the others over ours, ours over the limit."""
-    names = list(dict.fromkeys(name for row in rows for name in row["seconds"] if name != "ours"))
+    """One line per row: our time, the ratio of each other's time to ours, and of ours to the limit."""
+    others = [name for name in timed_names(rows) if name != "ours"]
     headers = (
         "rule",
         "on",
@@ -133,7 +137,7 @@ def table(rows: list[Row]) -> Table:
         "D",
         "pass",
         "ms",
-        *(f"{name.replace(LEADER, 'fla')}\n/ ours" for name in names),
+        *(f"{name.replace(LEADER, 'fla')}\n/ ours" for name in others),
     )
     made = Table(*headers, "ours\n/ limit", box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
@@ -144,13 +148,13 @@ def table(rows: list[Row]) -> Table:
         if row.get("red") or ours is None:
             made.add_row(*start, kind, row.get("red") or row["note"])
             continue
-        ratios = (f"{row['seconds'][name] / ours:.2f}" if name in row["seconds"] else "" for name in names)
+        ratios = (f"{row['seconds'][name] / ours:.2f}" if name in row["seconds"] else "" for name in others)
         made.add_row(*start, kind, f"{ours * 1e3:.3g}", *ratios, f"{ours / row['limit']:.1f}" if row["limit"] else "")
     return made
 
 
 def in_words(goal: dict[str, Any]) -> str:
-    """A verdict as a line."""
+    """A verdict in one line."""
     held = {True: "held", False: "not held", None: "not measured"}[goal["holds"]]
     ratios = []
     if goal["faster"] is not None:
@@ -165,7 +169,10 @@ def in_words(goal: dict[str, Any]) -> str:
 
 
 def plots(rows: list[Row], json_file: Path) -> list[Path]:
-    """Time against T, of rules measured at several, and the fraction of the limit, beside the JSON file."""
+    """Draws time against T, for rules measured at several T, and the fraction of the limit.
+
+    Returns the paths of the figures, which lie beside the JSON file.
+    """
     from matplotlib.figure import Figure
 
     timed = [row for row in rows if row["limit"] and "ours" in row["seconds"] and row["mode"] == "eager"]
@@ -175,21 +182,21 @@ def plots(rows: list[Row], json_file: Path) -> list[Path]:
     lengths: dict[str, list[Row]] = {}
     for row in sorted(plain, key=lambda row: row["T"]):
         lengths.setdefault(row["rule"], []).append(row)
-    swept = {rule: of for rule, of in lengths.items() if len({row["T"] for row in of}) > 1}
+    swept = {rule: same for rule, same in lengths.items() if len({row["T"] for row in same}) > 1}
     figure = Figure(figsize=(max(4, 4 * len(swept)), 4), layout="constrained")
-    for at, (rule, of) in enumerate(swept.items(), 1):
+    for at, (rule, same) in enumerate(swept.items(), 1):
         axes = figure.add_subplot(1, len(swept), at)
-        for name in names(of):
-            times = [(row["T"], token(row, row["seconds"][name])) for row in of if name in row["seconds"]]
+        for name in timed_names(same):
+            times = [(row["T"], ns_per_token(row, row["seconds"][name])) for row in same if name in row["seconds"]]
             axes.loglog(*zip(*times), marker="o", label=name)
-        axes.loglog(*zip(*((row["T"], token(row, row["limit"])) for row in of)), "k:", label="limit")
-        axes.set(title=f"{rule}, forward + backward, D = 128", xlabel="T", ylabel="ns a token and head")
+        axes.loglog(*zip(*((row["T"], ns_per_token(row, row["limit"])) for row in same)), "k:", label="limit")
+        axes.set(title=f"{rule}, forward + backward, D = 128", xlabel="T", ylabel="ns per token and head")
         axes.legend()
     if swept:
         made.append(save(figure, json_file, "time"))
     figure = Figure(figsize=(7, 1 + 0.3 * max(1, len(trained))), layout="constrained")
     axes = figure.add_subplot()
-    for name in names(trained):
+    for name in timed_names(trained):
         points = [(row["limit"] / row["seconds"][name], i) for i, row in enumerate(trained) if name in row["seconds"]]
         axes.plot(*zip(*points), "o", label=name)
     labels = [f"{row['what']}, T {row['T']}, D {row['D']}, B·H {row['B'] * row['H']}" for row in trained]
@@ -203,16 +210,18 @@ def plots(rows: list[Row], json_file: Path) -> list[Path]:
     return made
 
 
-def names(rows: Iterable[Row]) -> list[str]:
+def timed_names(rows: Iterable[Row]) -> list[str]:
+    """Everybody that was timed, in the order of the rows."""
     return list(dict.fromkeys(name for row in rows for name in row["seconds"]))
 
 
-def token(row: Row, seconds: float) -> float:
-    """Nanoseconds a token and head."""
+def ns_per_token(row: Row, seconds: float) -> float:
+    """Nanoseconds per token and head."""
     return float(seconds * 1e9 / (row["B"] * row["T"] * row["H"]))
 
 
-def save(figure: Any, json_file: Path, name: str) -> Path:
+def save(figure: Figure, json_file: Path, name: str) -> Path:
+    """Writes a figure beside the JSON file and returns its path."""
     path = json_file.with_name(f"{json_file.stem}-{name}.png")
     figure.savefig(path, dpi=150)
     return path

@@ -13,8 +13,8 @@ from multiprocessing.connection import wait
 
 import torch
 
-# glibc would give the pages of every large tensor back to the kernel and take them anew at the next step: a third
-# of the time of a run.
+# By default glibc returns the pages of every large tensor to the operating system and takes new ones at the next
+# step, which costs a third of the time of a run.
 WORKER = {
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
@@ -23,7 +23,7 @@ WORKER = {
 
 
 def start_worker() -> None:
-    """One thread a worker, and no worker outlives its parent."""
+    """Prepares a worker: it computes with one thread, and it ends when its parent does."""
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -37,7 +37,10 @@ def cores() -> int:
 
 @contextmanager
 def for_workers() -> Iterator[None]:
-    """Processes started meanwhile get the environment above, where it isn't set already, and leave Ctrl-C to us."""
+    """A context for starting workers, which get the environment above and leave Ctrl-C to us.
+
+    A variable that is set already stays.     The environment of this process is restored at the end.
+    """
     ours = {name: value for name, value in WORKER.items() if name not in os.environ}
     os.environ.update(ours)
     main_thread = threading.current_thread() is threading.main_thread()

@@ -52,7 +52,7 @@ PAPER = (
 
 @dataclass(frozen=True)
 class Stream:
-    """Steps 0 to L of N streams: inputs of S and F and targets [L + 1, N, ·], and which steps count [L + 1, N]."""
+    """Steps 0 to L of N streams: inputs of S and F, targets [L + 1, N, ·], and which count [L + 1, N]."""
 
     slow: Tensor
     fast: Tensor
@@ -61,12 +61,12 @@ class Stream:
 
 
 def flip_flop(generators: Sequence[torch.Generator], steps: int) -> Stream:
-    """Random events, one generator a stream."""
-    return flip_flop_of(torch.stack([torch.randint(3, (steps + 1,), generator=g) for g in generators], 1))
+    """Streams of random events, one for each generator."""
+    return flip_flop_from(torch.stack([torch.randint(3, (steps + 1,), generator=g) for g in generators], 1))
 
 
-def flip_flop_of(events: Tensor) -> Stream:
-    """events [L + 1, N]: 0 is A, 1 is B, 2 is C."""
+def flip_flop_from(events: Tensor) -> Stream:
+    """Streams of given events [L + 1, N]: 0 is A, 1 is B, 2 is C."""
     x = nn.functional.one_hot(events, 3).double()
     target, armed = torch.zeros(events.shape), torch.zeros(events.shape[1], dtype=torch.bool)
     for t in range(1, len(events)):
@@ -76,7 +76,10 @@ def flip_flop_of(events: Tensor) -> Stream:
 
 
 def parking(generators: Sequence[torch.Generator], steps: int, asked: float = 0.5) -> Stream:
-    """A car owner's life: drives, parks for one step, does business, and so on. asked: how often F is, in business."""
+    """Streams of a car owner's life: driving, parking for one step, business, and so on.
+
+    asked: the share of the steps of business at which F is asked.
+    """
     L, N = steps + 1, len(generators)
     chance = torch.stack([torch.rand(L, 3, generator=g) for g in generators], 1)  # of leaving, of parking, of asking
     bits = torch.stack([torch.randint(2, (L, 3), generator=g) for g in generators], 1)
@@ -104,9 +107,10 @@ LAG = 1000  # steps between an A and its B that no net meets in training
 
 @dataclass
 class Run:
-    """What N nets did in L steps: E [L, N]; W [N, ·, ·], W_S at the end; y [L, N, ·] and w(t) [L, N, fast weights].
+    """What N nets did in L steps.
 
-    solved: the step that completed 100 scored ones in a row with E ≤ 0.05; any: the same of all steps, scored or not.
+    E: [L, N]. W: W_S at the end, [N, ·, ·]. y: [L, N, ·]. w: w(t), [L, N, fast weights].
+    solved: the step at which 100 scored steps in a row had E ≤ 0.05. any: the same for all steps, scored or not.
     """
 
     E: Tensor
@@ -118,9 +122,9 @@ class Run:
 
 
 def run(net: SlowFastNet, W: Tensor, stream: Stream, rate: float = 0.0) -> Run:
-    """Online learning of N nets from W on, step by step: W_S ← W_S − rate · ∂E(t)/∂W_S until a net solves its task.
+    """Online learning of N nets from W on: W_S ← W_S − rate · ∂E(t)/∂W_S until a net solves its task.
 
-    y and w are kept at rate 0 only: a long training has no room for them.
+    y and w are kept at rate 0 only, since those of a long training would not fit into memory.
     """
 
     def step(slow: Any, carried: Any, rate: Tensor, x: Tensor, target: Tensor, fast_input: Tensor) -> Any:
@@ -132,7 +136,7 @@ def run(net: SlowFastNet, W: Tensor, stream: Stream, rate: float = 0.0) -> Run:
     carried = vmap(net.begin_online)(slow, stream.slow[0])
     rates = torch.full((N,), rate, dtype=W.dtype)
     given = list(zip(stream.slow[1:], stream.target[1:], stream.fast[1:]))
-    # as the plain operations of which it consists, recorded once, a step takes a third of the time
+    # make_fx records the plain operations of a step once; running these takes a third of the time
     all_nets = make_fx(vmap(step))(slow, carried, rates, *given[0])
     E: list[Tensor] = []
     y: list[Tensor] = []
@@ -157,12 +161,13 @@ def run(net: SlowFastNet, W: Tensor, stream: Stream, rate: float = 0.0) -> Run:
 
 
 def judge_flip_flop(net: SlowFastNet, W: Tensor, test: Stream, tested: Run) -> dict[str, list[float]]:
-    """good: the share of steps with w_B above ½ from an A until the next B and below else, w_A and w_C always below.
+    """How well the nets are a latch.
 
-    after_lag: E when a B follows its A after 1,000 C.
+    good: the share of steps at which w_B is above ½ exactly between an A and the next B, and w_A and w_C are below.
+    after_lag: E at a B that follows its A after 1,000 C.
     """
     N = W.shape[0]
-    armed, known = torch.zeros(2, N, dtype=torch.bool)  # what was before the first A or B isn't known
+    armed, known = torch.zeros(2, N, dtype=torch.bool)  # before the first A or B, whether it is armed isn't known
     good, steps = torch.zeros(2, N)
     for event, on in zip(test.slow[1:].bool(), tested.w > 0.5):
         a, b, _ = event.unbind(1)
@@ -170,13 +175,14 @@ def judge_flip_flop(net: SlowFastNet, W: Tensor, test: Stream, tested: Run) -> d
         good += known & (on[:, 1] == armed) & ~on[:, 0] & ~on[:, 2]
         steps += known
     events = torch.tensor([2, 0, *[2] * LAG, 1]).unsqueeze(1).expand(-1, N)
-    return {"good": (good / steps).tolist(), "after_lag": run(net, W, flip_flop_of(events)).E[-1].tolist()}
+    return {"good": (good / steps).tolist(), "after_lag": run(net, W, flip_flop_from(events)).E[-1].tolist()}
 
 
 def judge_parking(net: SlowFastNet, W: Tensor, test: Stream, tested: Run) -> dict[str, list[float]]:
-    """good: the share of questions at which the weight of the car's slot is above ½ and the other two are below.
+    """How well the nets remember the car's slot.
 
-    from_bits: the largest weight with which S listens to a random bit.
+    good: the share of questions at which the weight of the car's slot is above ½ and the other two are below.
+    from_bits: the largest weight of S from a random bit.
     """
     asked = test.scored[1:]
     right = ((tested.y > 0.5) == (test.target[1:] > 0.5)).all(2)  # y is w(t − 1) where F is asked
@@ -188,7 +194,10 @@ def judge_parking(net: SlowFastNet, W: Tensor, test: Stream, tested: Run) -> dic
 
 @dataclass(frozen=True)
 class Task:
-    """inputs: of S and F; outputs: of F; window: steps of a point of the learning curve."""
+    """A task. inputs: the numbers of inputs of S and F. outputs: of F.
+
+    window: steps per point of the learning curve.
+    """
 
     stream: Callable[..., Stream]
     judge: Callable[[SlowFastNet, Tensor, Stream, Run], dict[str, list[float]]]
@@ -205,7 +214,7 @@ TASKS = {
 
 @torch.no_grad()
 def train(settings: Settings) -> dict[str, Any]:
-    """`nets` nets side by side, of seeds from `seed` on: how they learn, and what they do on a new stream then."""
+    """Trains `nets` nets side by side, with seeds from `seed` on, and tests them on a new stream."""
     task = TASKS[settings["task"]]
     (to_slow, to_fast), outputs = task.inputs, task.outputs
     program = nn.Linear(to_slow, to_fast * outputs if settings["version"] == 1 else to_fast + outputs, bias=False)
@@ -230,7 +239,7 @@ def train(settings: Settings) -> dict[str, Any]:
 
 
 def curve(E: Tensor, scored: Tensor, window: int) -> list[list[float]]:
-    """Quartiles over nets of the mean E at scored steps, a point a window of steps. E, scored [L, N]."""
+    """Quartiles over nets of the mean E at scored steps, one point per window of steps. E, scored [L, N]."""
     at = torch.tensor([0.25, 0.5, 0.75], dtype=E.dtype)
     parts = zip(E.split(window), scored.split(window))
     means = ((errors * which).sum(0) / which.sum(0).clamp(min=1) for errors, which in parts)
@@ -238,14 +247,14 @@ def curve(E: Tensor, scored: Tensor, window: int) -> list[list[float]]:
 
 
 def trace(test: Stream, tested: Run, n: int, steps: int = 80) -> dict[str, list[list[float]]]:
-    """The first steps of one net in the test: what S and F see, the target, the answer, the fast weights after it."""
+    """The first steps of net n in the test: inputs of S and F, target, answer, fast weights after it."""
     seen = {"slow": test.slow[1:], "fast": test.fast[1:], "target": test.target[1:], "y": tested.y, "w": tested.w}
     return {name: [[round(value, 3) for value in now[n].tolist()] for now in x[:steps]] for name, x in seen.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------- the grids
 
-# what the paper states
+# The settings that the paper states.
 FLIP_FLOP: dict[int, dict[str, Any]] = {
     1: {"task": "flip-flop", "version": 1, "steepness": 10.0, "rate": 1.0},
     2: {"task": "flip-flop", "version": 2, "steepness": 10.0, "rate": 0.5},
@@ -255,7 +264,7 @@ GENTLE = PARKING | {"steepness": 5.0}
 
 
 def runs(kinds: Sequence[Settings], nets: int, steps: int) -> list[dict[str, Any]]:
-    """A run for each kind, all its nets side by side."""
+    """One run for each kind, with all its nets side by side."""
     return [{**kind, "seed": 1, "nets": nets, "steps": steps} for kind in kinds]
 
 
@@ -293,22 +302,22 @@ PARKING_SCALES = {
 SOURCE = "section 3, one net"
 
 
-def of(rows: Rows, kind: Settings) -> Mapping[str, Any]:
-    """The row of a kind of net, among those of a grid."""
+def row_of_kind(rows: Rows, kind: Settings) -> Mapping[str, Any]:
+    """The row of a kind of net in a grid."""
     return next(row for row in rows if all(row[name] == value for name, value in kind.items()))
 
 
 def within(row: Mapping[str, Any], name: str, limit: int) -> int:
-    """How many nets had solved the task within so many steps; name: "solved" or "any"."""
+    """How many nets solved the task within `limit` steps. name: "solved" or "any"."""
     return sum(step is not None and step <= limit for step in row[name])
 
 
 def speed(kind: Settings, published: int, why: str) -> Claim:
-    """The paper's number of steps."""
+    """The claim that a net learns within the paper's number of steps."""
     parking = kind["task"] == "parking"
 
     def measure(rows: Rows) -> Outcome:
-        row = of(rows, kind)
+        row = row_of_kind(rows, kind)
         nets, done = row["nets"], sorted(step for step in row["solved"] if step is not None)
         soon = within(row, "solved", published)
         typical = median(done + [math.inf] * (nets - len(done)))
@@ -338,15 +347,18 @@ VERSIONS = {f"version {version}:": kind for version, kind in FLIP_FLOP.items()}
 STEEPNESS = {f"T = {kind['steepness']:g}:": kind for kind in (PARKING, GENTLE)}
 
 
-def of_solved(
+def share_of_solved(
     kinds: Mapping[str, Settings], good: Callable[[Mapping[str, Any], int], bool], least: float
 ) -> Callable[[Rows], Outcome]:
-    """Of the nets of each kind that solved the task at least this share is good."""
+    """Measures which share of the nets of each kind that solved the task is good.
+
+    It must be `least` or more.
+    """
 
     def measure(rows: Rows) -> Outcome:
         words, shares, others = {}, [], []
         for name, kind in kinds.items():
-            row = of(rows, kind)
+            row = row_of_kind(rows, kind)
             solved = [n for n, step in enumerate(row["solved"]) if step is not None]
             bad = [n for n in solved if not good(row, n)]
             words[name] = f"{len(solved) - len(bad)} of {len(solved)}"
@@ -363,7 +375,7 @@ def of_solved(
 
 
 def measure_steepness(rows: Rows) -> Outcome:
-    found = {name: of(rows, kind) for name, kind in STEEPNESS.items()}
+    found = {name: row_of_kind(rows, kind) for name, kind in STEEPNESS.items()}
     steep, gentle = (median(row["good"]) for row in found.values())
     spread = {name: [round(min(row["good"]), 2), round(max(row["good"]), 2)] for name, row in found.items()}
     bits = " and ".join(f"{median(row['from_bits']):.2g}" for row in found.values())
@@ -382,7 +394,7 @@ def draw_flip_flop(rows: Rows) -> Figure:
     """By when the nets have learned it, how E falls, and the latch in one net of each version."""
     figure, axes = panels(("version 1", "version 2"))
     for (version, kind), published, colour in zip(FLIP_FLOP.items(), (300, 800), COLOURS):
-        row, name = of(rows, kind), f"version {version}"
+        row, name = row_of_kind(rows, kind), f"version {version}"
         learning(axes["solved"], axes["curve"], row, TASKS["flip-flop"], published, colour, name)
         first = next(t for t, seen in enumerate(row["trace"]["slow"]) if seen[0])  # what was before an A isn't known
         part = {what: values[first : first + 60] for what, values in row["trace"].items()}
@@ -403,7 +415,7 @@ def draw_parking(rows: Rows) -> Figure:
     """By when the nets have learned it, how E falls, and what one net of each steepness binds."""
     figure, axes = panels(("T = 10", "T = 5"))
     for kind, colour in zip((PARKING, GENTLE), COLOURS):
-        row, name = of(rows, kind), f"T = {kind['steepness']:g}"
+        row, name = row_of_kind(rows, kind), f"T = {kind['steepness']:g}"
         part = {what: values[:60] for what, values in row["trace"].items()}
         learning(axes["solved"], axes["curve"], row, TASKS["parking"], 6000 if kind is PARKING else None, colour, name)
         fast_weights(axes[name], part, "123", COLOURS)
@@ -448,7 +460,10 @@ def learning(
 
 
 def fast_weights(axes: Axes, trace: Mapping[str, Any], names: str, answers: Sequence[str]) -> None:
-    """A net's fast weights over time, and where F is asked its answers beside the targets; answers: their colours."""
+    """Draws a net's fast weights over time, and its answers beside the targets where F is asked.
+
+    answers: their colours.
+    """
     steps = range(len(trace["w"]))
     for weights, name, colour in zip(zip(*trace["w"]), names, COLOURS):
         # what is written at a step is read from the next one on
@@ -465,7 +480,7 @@ def fast_weights(axes: Axes, trace: Mapping[str, Any], names: str, answers: Sequ
 # -------------------------------------------------------------------------------------------------------- the families
 
 
-def describe(row: Mapping[str, Any]) -> str:
+def summarise_run(row: Mapping[str, Any]) -> str:
     """A finished run in one line."""
     done = [step for step in row["solved"] if step is not None]
     soonest = f", the first after {min(done)} steps" if done else ""
@@ -507,7 +522,7 @@ FLIP_FLOP_FAMILY = Family(
     "small again: a single fast weight is the memory.",
     scales=FLIP_FLOP_SCALES,
     train=train,
-    describe=describe,
+    summarise=summarise_run,
     draw=draw_flip_flop,
     claims=(
         speed(FLIP_FLOP[1], 300, ""),
@@ -523,7 +538,7 @@ FLIP_FLOP_FAMILY = Family(
             "described as the typical solution",
             "section 3.1",
             "nets that solved the task and do so at 99 % of 1,000 new steps; holds if these are at least half",
-            of_solved(VERSIONS, lambda row, n: row["good"][n] >= 0.99, 0.5),
+            share_of_solved(VERSIONS, lambda row, n: row["good"][n] >= 0.99, 0.5),
         ),
         Claim(
             "flip-flop-lag",
@@ -532,7 +547,7 @@ FLIP_FLOP_FAMILY = Family(
             "section 3.1",
             "nets that solved the task within 5,000 steps, with E ≤ 0.05 at that B; holds if these are at least 90 % "
             "(of nets that took up to 20,000 steps fewer do)",
-            of_solved(VERSIONS, lambda row, n: row["after_lag"][n] <= TOLERANCE, 0.9),
+            share_of_solved(VERSIONS, lambda row, n: row["after_lag"][n] <= TOLERANCE, 0.9),
         ),
     ),
 )
@@ -559,7 +574,7 @@ PARKING_FAMILY = Family(
     "the others are suppressed.",
     scales=PARKING_SCALES,
     train=train,
-    describe=describe,
+    summarise=summarise_run,
     draw=draw_parking,
     claims=(
         speed(
@@ -576,7 +591,7 @@ PARKING_FAMILY = Family(
             "section 3.2",
             "nets that solved the task and do so at 90 % of the questions in 1,000 new steps; holds if these are at "
             "least 90 %",
-            of_solved(STEEPNESS, lambda row, n: row["good"][n] >= 0.9, 0.9),
+            share_of_solved(STEEPNESS, lambda row, n: row["good"][n] >= 0.9, 0.9),
         ),
         Claim(
             "parking-steepness",

@@ -1,4 +1,4 @@
-"""What fast weights can hold, and how they should be written: Settings 1 and 2 of Schlag, Irie and Schmidhuber 2021.
+"""What fast weights can hold, and how to write them: Settings 1 and 2 of Schlag et al. 2021.
 
 "Linear Transformers Are Secretly Fast Weight Programmers", ICML 2021, arXiv 2102.11174, section 6.1. A sequence writes
 keys with values into a memory, then asks for the value of a key. Setting 1: S keys, each once, for growing S; a memory
@@ -198,11 +198,11 @@ class Retrieval(nn.Module):
     def answer(
         self, phi: str | FeatureMap, q: Tensor, k: Tensor, values: Tensor, gates: Mapping[str, Tensor]
     ) -> Tensor:
-        """W φ(q) for one query [B, 1, d_key] a sequence without making W, S times cheaper: y = Σ c_i v_i.
+        """W φ(q) for one query [B, 1, d_key] per sequence, as y = Σ c_i v_i. Without W it is S times cheaper.
 
-        A rule that erases multiplies W by I − e φ(k) φ(k)ᵀ at each later pair, which may as well act on the query: from
-        the last block of pairs to the first, c solves the transpose of the chunk form's triangular system. A rule that
-        isn't linear steps through its equation.
+        A rule that erases multiplies W by I − e φ(k) φ(k)ᵀ at each later pair. The same factors can act on the query
+        instead: from the last block of pairs to the first, c solves the transpose of the chunk form's triangular
+        system. A rule that isn't linear steps through its equation.
         """
         options = self.memory.update.options
         q, k = (feature_maps.norm(feature_maps.get(phi)(x), options.get("feature_norm")) for x in (q, k))
@@ -219,7 +219,7 @@ class Retrieval(nn.Module):
             parts, reader = [], q.mT  # [B, d_dot, 1]
             for block, e in zip(reversed(k.split(64, 1)), reversed(core.e.split(64, 1))):
                 erased = e * block
-                later = block @ erased.mT  # only what lies above the diagonal is looked at
+                later = block @ erased.mT  # the solver reads above the diagonal only
                 parts.append(torch.linalg.solve_triangular(later, block @ reader, upper=True, unitriangular=True))
                 reader = reader - erased.mT @ parts[-1]
             c = torch.cat(parts[::-1], 1)
@@ -237,7 +237,7 @@ class Retrieval(nn.Module):
 
 @dataclass(frozen=True)
 class Training:
-    """The paper's numbers."""
+    """The paper's settings of a training."""
 
     batch: int = 32
     learning_rate: float = 1e-3
@@ -249,7 +249,7 @@ class Training:
 
 
 def sequences(count: int, S: int, length: int, repeated: bool) -> tuple[Tensor, Tensor]:
-    """Keys and values [count, length] below S: drawn with replacement if `repeated`, else each of the S once."""
+    """Keys and values [count, length] below S, drawn with replacement if `repeated`, else each once."""
     if repeated:
         return torch.randint(S, (count, length)), torch.randint(S, (count, length))
     return torch.rand(count, S).argsort(-1), torch.rand(count, S).argsort(-1)
@@ -268,7 +268,7 @@ def losses(answers: Tensor, values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: Retrieval, count: int, length: int, repeated: bool) -> float:
-    """The mean loss over all keys of new sequences. Where φ is random, every sequence draws its own."""
+    """The mean loss over all keys of new sequences. If φ is random, every sequence draws its own."""
     keys, values = sequences(count, model.S, length, repeated)
     asked = torch.arange(model.S).expand(count, -1)
     targets, there = latest(keys, values, model.S)
@@ -278,8 +278,10 @@ def evaluate(model: Retrieval, count: int, length: int, repeated: bool) -> float
 
 
 def train(settings: Settings) -> dict[str, Any]:
-    """One run: the best evaluation loss, the step it was reached at, and the last step; of Setting 2 also the loss on
-    sequences of 2S pairs at the best step; whether it diverged afterwards."""
+    """One run: its best evaluation loss and that step, the last step, and whether it diverged afterwards.
+
+    In Setting 2 also the loss on sequences of 2S pairs at the best step.
+    """
     S, repeated = settings["keys"], settings["repeated"]
     how = Training(**{name: settings[name] for name in asdict(Training())})
     length = 2 * S if repeated else S
@@ -315,7 +317,10 @@ def train(settings: Settings) -> dict[str, Any]:
 def runs(
     d_key: int, keys: Mapping[str, Iterable[int]], seeds: int, repeated: bool = False, **training: Any
 ) -> list[dict[str, Any]]:
-    """A run for each model, number of keys and seed; the longest first, lest one core be left with it at the end."""
+    """A run for each model, number of keys and seed.
+
+    The longest come first, so that all cores end together.
+    """
     of_model = {"tanh-fwm": {"batch": 128, "learning_rate": 1e-4}}
     grid = [
         {"model": model, "d_key": d_key, "keys": S, "repeated": repeated, "seed": seed}
@@ -331,7 +336,7 @@ def runs(
 
 
 def capacity(row: Mapping[str, Any]) -> float:
-    """d_dot, the number of features; of softmax attention infinite."""
+    """d_dot, the number of features. It is infinite for softmax attention."""
     return (MEMORIES[row["model"]].d_dot or math.inf) * row["d_key"]
 
 
@@ -341,7 +346,7 @@ def fullness(row: Mapping[str, Any]) -> float:
 
 
 def floor(row: Mapping[str, Any]) -> float:
-    """½ (1 − d_dot / S), below which no memory of d_dot features can get; 0 within its capacity."""
+    """½ (1 − d_dot / S), the least loss of any memory of d_dot features; 0 within its capacity."""
     return 0.5 * (1 - 1 / fullness(row)) if fullness(row) > 1 else 0.0
 
 
@@ -381,7 +386,7 @@ def authors(memories: Mapping[str, Memory], repeated: bool) -> list[dict[str, An
 SOURCE = "the authors’ logs, d_key 64, one seed"
 
 
-def of(rows: Rows, model: str) -> list[Mapping[str, Any]]:
+def rows_of_model(rows: Rows, model: str) -> list[Mapping[str, Any]]:
     """The runs of a model, by S."""
     return sorted((row for row in rows if row["model"] == model), key=lambda row: row["keys"])
 
@@ -389,13 +394,16 @@ def of(rows: Rows, model: str) -> list[Mapping[str, Any]]:
 def best(rows: Rows, model: str, column: str = "best_loss") -> dict[int, float]:
     """A model's loss at each S, the median over seeds."""
     found: dict[int, list[float]] = {}
-    for row in of(rows, model):
+    for row in rows_of_model(rows, model):
         found.setdefault(row["keys"], []).append(row[column])
     return {S: median(values) for S, values in found.items()}
 
 
 def measure_deviation(published: Rows) -> Callable[[Rows], Outcome]:
-    """|ours / theirs − 1| on the points that both have and they left unsolved; ours is the median over seeds."""
+    """Measures |ours / theirs − 1| where both have a run and theirs is unsolved.
+
+    Ours is the median over seeds.
+    """
     theirs = {(row["model"], row["d_key"], row["keys"]): row for row in published}
 
     def measure(rows: Rows) -> Outcome:
@@ -421,14 +429,14 @@ def measure_deviation(published: Rows) -> Callable[[Rows], Outcome]:
 def over_seeds(rows: Rows, model: str, x: Callable[[Any], float]) -> tuple[list[float], ...]:
     """A model's x in order, and the median, lowest and highest loss there."""
     points: dict[float, list[float]] = {}
-    for row in of(rows, model):
+    for row in rows_of_model(rows, model):
         points.setdefault(x(row), []).append(row["best_loss"])
     xs = sorted(points)
     return xs, *([statistic(points[at]) for at in xs] for statistic in (median, min, max))
 
 
 def lines(axes: Axes, rows: Rows, memories: Mapping[str, Memory], theirs: Rows) -> None:
-    """A line a model: ours with the range over seeds, dotted the authors' where d_key is the same."""
+    """Draws one line per model with the range over seeds, and dotted the authors' if d_key is the same."""
     d_key = rows[0]["d_key"]
     for name, memory in memories.items():
         xs, middle, low, high = over_seeds(rows, name, lambda row: row["keys"])
@@ -437,7 +445,7 @@ def lines(axes: Axes, rows: Rows, memories: Mapping[str, Memory], theirs: Rows) 
         marker = "s" if memory.phi is None else "o"
         axes.plot(xs, middle, marker=marker, markersize=3.5, lw=1.2, color=memory.colour, label=memory.label)
         axes.fill_between(xs, low, high, color=memory.colour, alpha=0.25, lw=0)
-        lost = [(row["keys"], row["best_loss"]) for row in of(rows, name) if row.get("diverged")]
+        lost = [(row["keys"], row["best_loss"]) for row in rows_of_model(rows, name) if row.get("diverged")]
         axes.plot(*zip(*lost) if lost else ([], []), "o", mfc="white", color=memory.colour, markersize=4, zorder=3)
         if d_key == 64:
             xs, middle, *_ = over_seeds(theirs, name, lambda row: row["keys"])
@@ -450,6 +458,7 @@ def lines(axes: Axes, rows: Rows, memories: Mapping[str, Memory], theirs: Rows) 
 
 
 def legend(axes: Axes, columns: int) -> None:
+    """Puts a legend above the axes."""
     above = (-0.02, 1)
     axes.legend(
         loc="lower left",
@@ -462,7 +471,7 @@ def legend(axes: Axes, columns: int) -> None:
     )
 
 
-def describe(row: Mapping[str, Any]) -> str:
+def summarise_run(row: Mapping[str, Any]) -> str:
     """A finished run in one line."""
     return (
         f"{MEMORIES[row['model']].label}, S = {row['keys']}, seed {row['seed']}: best loss {row['best_loss']:.3g} "

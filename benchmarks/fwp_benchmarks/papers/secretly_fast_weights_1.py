@@ -20,23 +20,23 @@ from .secretly_fast_weights import (
     STOPPING,
     authors,
     capacity,
-    describe,
     floor,
     fullness,
     legend,
     lines,
     measure_deviation,
-    of,
     over_seeds,
+    rows_of_model,
     runs,
     solved,
+    summarise_run,
     train,
 )
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# S of d_key 16 is a quarter of the authors' S at d_key 64: the same shares of d_dot.
+# At d_key 16, S is a quarter of the authors' S at d_key 64, so that S / d_dot is the same.
 QUICK = {
     "linear": [10, 15, 20, 40],
     "dpfp-1": [20, 25, 30, 40],
@@ -70,8 +70,8 @@ AUTHORS = authors(MEMORIES_1, False)
 
 
 def first_unsolved(rows: Rows, model: str) -> list[Mapping[str, Any]]:
-    """For each seed the run with the smallest S that stayed above 0.001; none at all if a seed solved every S."""
-    mine = of(rows, model)
+    """For each seed the run with the smallest S that stayed above 0.001. Empty if a seed solved every S."""
+    mine = rows_of_model(rows, model)
     failed = {row["seed"]: row for row in reversed(mine) if not solved(row)}
     seeds = sorted({row["seed"] for row in mine})
     return [failed[seed] for seed in seeds] if len(failed) == len(seeds) else []
@@ -79,29 +79,29 @@ def first_unsolved(rows: Rows, model: str) -> list[Mapping[str, Any]]:
 
 def last_solved(rows: Rows, first: Mapping[str, Any]) -> float:
     """The largest S below a seed's first unsolved one, over d_dot."""
-    same = [row for row in of(rows, first["model"]) if row["seed"] == first["seed"]]
+    same = [row for row in rows_of_model(rows, first["model"]) if row["seed"] == first["seed"]]
     return max((fullness(row) for row in same if row["keys"] < first["keys"]), default=0.0)
 
 
 def spread(rows: Rows, values: Sequence[float]) -> list[float] | None:
-    """From the lowest to the highest seed, where there are several."""
+    """The values of the lowest and the highest seed. None if there is one seed only."""
     return [round(min(values), 3), round(max(values), 3)] if len({row["seed"] for row in rows}) > 1 else None
 
 
 def note(rows: Rows, why: str = "") -> str:
-    """What sets the rows' size apart from the paper's, and why a claim doesn't hold."""
+    """How the rows' size differs from the paper's, and why a claim doesn't hold."""
     d_key = rows[0]["d_key"]
     size = "" if d_key == 64 else f"same law at another size: d_key {d_key}, not 64"
     return "; ".join(filter(None, (size, why)))
 
 
 def breaks(model: str) -> Claim:
-    """The first S that φ can't hold."""
+    """The claim about the first S that does not fit into a map's features."""
     published = fullness(first_unsolved(AUTHORS, model)[0])
     step = 20 / capacity({"model": model, "d_key": 64})
 
     def measure(rows: Rows) -> Outcome:
-        first, largest = first_unsolved(rows, model), max(map(fullness, of(rows, model)))
+        first, largest = first_unsolved(rows, model), max(map(fullness, rows_of_model(rows, model)))
         if not first:
             late = largest > published + step
             why = f"a seed solved every S that was run, to {largest:.2f} d_dot"
@@ -127,7 +127,7 @@ def breaks(model: str) -> Claim:
 
 
 def measure_break_softmax(rows: Rows) -> Outcome:
-    first, largest = first_unsolved(rows, "softmax"), max(row["keys"] for row in of(rows, "softmax"))
+    first, largest = first_unsolved(rows, "softmax"), max(row["keys"] for row in rows_of_model(rows, "softmax"))
     if rows[0]["d_key"] != 64:
         return Outcome(None, None, note="softmax attention has no d_dot to scale by: measured at d_key 64 only")
     why = "the authors’ 360 is one run of one seed: they solved 380 to 440 and 480, and nothing from 500 on"
@@ -140,7 +140,10 @@ def measure_break_softmax(rows: Rows) -> Outcome:
 
 
 def located(rows: Rows) -> dict[str, list[tuple[float, float]]] | None:
-    """For each map and seed the last S solved and the first unsolved; None where a break isn't between two runs."""
+    """For each map and seed the last S solved and the first unsolved.
+
+    None if a break isn't between two runs.
+    """
     found = {
         model: [(last_solved(rows, row) * capacity(row), float(row["keys"])) for row in first_unsolved(rows, model)]
         for model in MAPS
@@ -154,7 +157,7 @@ NOT_LOCATED = "a seed of some map solved all or none of the S that were run"
 def measure_law(rows: Rows) -> Outcome:
     """log S = slope · log d_dot + …, least squares over the first unsolved S.
 
-    The interval is all slopes that breaks anywhere between the last S solved and the first unsolved could give.
+    The interval holds all slopes that are possible if each break lies between the last S solved and the first unsolved.
     """
     cells = located(rows)
     if cells is None:
@@ -202,7 +205,10 @@ def measure_favor(rows: Rows) -> Outcome:
 
 
 def measure_softmax(rows: Rows) -> Outcome:
-    largest = {model: max((row["keys"] for row in of(rows, model) if solved(row)), default=0) for model in MEMORIES_1}
+    largest = {
+        model: max((row["keys"] for row in rows_of_model(rows, model) if solved(row)), default=0)
+        for model in MEMORIES_1
+    }
     rivals = {model: S for model, S in largest.items() if model != "softmax"}
     best = max(rivals, key=rivals.__getitem__)
     outcome = {"softmax": largest["softmax"], best: rivals[best]}
@@ -210,7 +216,10 @@ def measure_softmax(rows: Rows) -> Outcome:
 
 
 def draw(rows: Rows) -> Figure:
-    """Left: the best loss against S, as in the paper. Middle: against S / d_dot. Right: where each map breaks."""
+    """Left: the best loss against S, as in the paper. Middle: against S / d_dot.
+
+    Right: where each map breaks.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.6), layout="constrained")
@@ -268,7 +277,7 @@ SETTING_1 = Family(
     "and Young). Right: the first S that is not solved grows like d_dot.",
     scales=SCALES,
     train=train,
-    describe=describe,
+    summarise=summarise_run,
     draw=draw,
     claims=(
         *map(breaks, MAPS),

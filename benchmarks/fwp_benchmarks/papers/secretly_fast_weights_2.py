@@ -17,12 +17,12 @@ from .secretly_fast_weights import (
     STOPPING,
     authors,
     best,
-    describe,
     legend,
     lines,
     measure_deviation,
-    of,
+    rows_of_model,
     runs,
+    summarise_run,
     train,
 )
 
@@ -77,7 +77,10 @@ def measure_rules(rows: Rows) -> Outcome:
 
 
 def breaks(model: str) -> Claim:
-    """The first S that the delta rule leaves above 0.01; 0.001 is crossed to and fro, also in the authors' logs."""
+    """The claim about the first S that the delta rule leaves above 0.01.
+
+    It crosses 0.001 to and fro, also in the authors' logs.
+    """
 
     def first(rows: Rows) -> int | None:
         return next((S for S, loss in best(rows, model).items() if loss > 0.01), None)
@@ -126,7 +129,7 @@ def measure_length(rows: Rows) -> Outcome:
 
 
 def draw(rows: Rows) -> Figure:
-    """The best loss of each update rule against S; on one S alone, a column a rule."""
+    """The best loss of each update rule against S. If there is one S only, one column per rule."""
     from matplotlib.figure import Figure
 
     sizes = {row["keys"] for row in rows}
@@ -138,12 +141,12 @@ def draw(rows: Rows) -> Figure:
         axes.axhline(1e-3, color="k", lw=0.6)
         legend(axes, 4)
         return figure
-    names = [name for name in MEMORIES_2 if of(rows, name)]
+    names = [name for name in MEMORIES_2 if rows_of_model(rows, name)]
     for i, name in enumerate(names):
         colour = MEMORIES_2[name].colour
-        axes.plot(i, median(row["best_loss"] for row in of(rows, name)), "o", color=colour, markersize=9)
-        axes.plot(i, median(row["loss_2S"] for row in of(rows, name)), "kD", markersize=4)
-        for row in of(AUTHORS, name):
+        axes.plot(i, median(row["best_loss"] for row in rows_of_model(rows, name)), "o", color=colour, markersize=9)
+        axes.plot(i, median(row["loss_2S"] for row in rows_of_model(rows, name)), "kD", markersize=4)
+        for row in rows_of_model(AUTHORS, name):
             if row["keys"] in sizes and row["d_key"] == rows[0]["d_key"]:
                 axes.plot(i, row["best_loss"], "kx", markersize=7)
     axes.plot([], [], "o", color="#8a8a8a", markersize=9, label="ours")
@@ -179,7 +182,7 @@ SETTING_2 = Family(
     "point lies means nothing. Crosses: the authors’ logs, which have no gated sum.",
     scales=SCALES,
     train=train,
-    describe=describe,
+    summarise=summarise_run,
     draw=draw,
     claims=(
         Claim(

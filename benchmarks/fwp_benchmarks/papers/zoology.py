@@ -1,4 +1,6 @@
-"""How much recall does a state of constant size buy? Multi-query associative recall (MQAR) of Arora et al.
+"""How much recall does a state of constant size buy?
+
+Multi-query associative recall (MQAR) of Arora et al.
 
 "Zoology: Measuring and Improving Recall in Efficient Language Models", ICLR 2024, arXiv 2312.04927 (the task and its
 Figure 2), and "Simple linear attention language models balance the recall-throughput tradeoff", ICML 2024,
@@ -46,7 +48,10 @@ if TYPE_CHECKING:
 
 
 def distinct(rows: int, count: int, start: int, stop: int) -> Tensor:
-    """Each row `count` different numbers of start … stop − 1 in random order, all equally likely (Floyd's sampling)."""
+    """Rows of `count` different numbers from start to stop − 1, in random order.
+
+    All are equally likely (Floyd's sampling).
+    """
     chosen = torch.empty(rows, 0, dtype=torch.int64)
     for last in range(stop - count, stop):
         drawn = torch.randint(start, last + 1, (rows, 1))
@@ -55,7 +60,7 @@ def distinct(rows: int, count: int, start: int, stop: int) -> Tensor:
 
 
 def sequences(rows: int, L: int, pairs: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
-    """tokens [rows, L], where the keys are asked for [rows, pairs], and the values that answer [rows, pairs]."""
+    """Tokens [rows, L], the places of the questions [rows, pairs], and their answers [rows, pairs]."""
     keys = distinct(rows, pairs, 1, vocabulary // 2)
     values = distinct(rows, pairs, vocabulary // 2, vocabulary)
     tokens = torch.zeros(rows, L, dtype=torch.int64)
@@ -70,7 +75,10 @@ def sequences(rows: int, L: int, pairs: int, vocabulary: int) -> tuple[Tensor, T
 
 
 class SoftmaxAttention(nn.Module):
-    """softmax(q kᵀ / √E) v over the past, one head. Its state: all keys and values, and the convolution's tail."""
+    """softmax(q kᵀ / √E) v over the past, one head.
+
+    Its state: all keys and values, and the convolution's tail.
+    """
 
     def __init__(self, embed_dim: int, num_heads: int = 1, short_conv: int = 0) -> None:
         super().__init__()
@@ -146,7 +154,10 @@ class Recall(nn.Module):
 
 @torch.no_grad()
 def state_size(model: Recall, L: int) -> int:
-    """How many numbers a layer keeps of L tokens: S and z, or all keys and values; and the convolution's tail."""
+    """How many numbers a layer keeps of L tokens.
+
+    S and z, or all keys and values; and the convolution's last inputs.
+    """
     _, states = model.hidden(torch.zeros(1, L, dtype=torch.int64))
     return sum(kept.numel() for kept in (*states[0].memory, states[0].conv) if kept is not None)
 
@@ -182,7 +193,7 @@ def evaluate(model: Recall, test: tuple[Tensor, Tensor, Tensor], batch: int) -> 
 
 
 def train(settings: Settings) -> dict[str, Any]:
-    """One run: the accuracy it ended with, after how many passes, and the numbers in a layer's state."""
+    """One run: its last accuracy, the number of passes, and the size of a layer's state."""
     how = Training(**{name: settings[name] for name in asdict(Training())})
     L, pairs = settings["L"], settings["pairs"]
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -260,7 +271,7 @@ Point = tuple[str, bool, int, int]  # mixer, whether with a convolution, L, d
 
 
 def by_seed(rows: Rows) -> dict[Point, list[float]]:
-    """Accuracy at each point, the best learning rate of each seed."""
+    """The accuracies at each point, one per seed, at the seed's best learning rate."""
     best: dict[Point, dict[int, float]] = {}
     for row in rows:
         seeds = best.setdefault((row["model"], row["conv"] > 0, row["L"], row["d"]), {})
@@ -269,12 +280,12 @@ def by_seed(rows: Rows) -> dict[Point, list[float]]:
 
 
 def points(rows: Rows) -> dict[Point, float]:
-    """… and the median over seeds."""
+    """The accuracy at each point, the median over seeds."""
     return {point: median(found) for point, found in by_seed(rows).items()}
 
 
 def select(rows: Rows, models: Sequence[str], conv: bool) -> dict[Point, float]:
-    """The points of these mixers with a convolution or without."""
+    """The points of these mixers, with a convolution or without."""
     return {point: value for point, value in points(rows).items() if point[0] in models and point[1] is conv}
 
 
@@ -285,12 +296,12 @@ def name(point: Point) -> str:
 
 
 def solved(rows: Rows) -> float:
-    """Accuracy above which a run is stopped, so that differences there mean nothing."""
+    """The accuracy above which a run is stopped. Differences above it mean nothing."""
     return float(rows[0]["solved"])
 
 
 def note(rows: Rows, why: str = "") -> str:
-    """What sets the rows apart from the paper's, and why a claim doesn't hold."""
+    """How the rows differ from the paper's, and why a claim doesn't hold."""
     ours, paper = rows[0], Training()
     names = {
         "vocabulary": "tokens",
@@ -304,13 +315,16 @@ def note(rows: Rows, why: str = "") -> str:
 
 
 def as_long(rows: Rows) -> bool:
-    """Whether the models saw as many sequences as the paper's; if not, an unsolved task may want no more than that."""
+    """Whether the models saw as many sequences as the paper's.
+
+    If not, more training might solve an unsolved task.
+    """
     paper = Training()
     return all(row["sequences"] * row["passes"] >= paper.sequences * paper.passes for row in rows)
 
 
 def solves(conv: bool) -> Callable[[Rows], Outcome]:
-    """The lowest accuracy of softmax attention over L and d, which is to be a solution."""
+    """Measures the lowest accuracy of softmax attention over L and d, which has to solve the task."""
 
     def measure(rows: Rows) -> Outcome:
         found = select(rows, ["softmax"], conv)
@@ -326,7 +340,10 @@ def solves(conv: bool) -> Callable[[Rows], Outcome]:
 
 
 def measure_linear_alone(rows: Rows) -> Outcome:
-    """Judged where softmax attention shows that the training was long enough to do without a convolution."""
+    """Measures the highest accuracy of linear attention without a convolution.
+
+    Only where softmax attention without one solves the task, as training was long enough there.
+    """
     rivals, found = select(rows, ["softmax"], False), select(rows, ["linear"], False)
     fair = {p: value for p, value in found.items() if rivals[("softmax",) + p[1:]] > solved(rows)}
     if not fair:
@@ -336,8 +353,10 @@ def measure_linear_alone(rows: Rows) -> Outcome:
 
 
 def compare(rows: Rows, lower: Iterable[Point], higher: Callable[[Point], Point]) -> Outcome:
-    """Whether the higher of two points is nowhere less accurate and somewhere more, by 0.01 and up to a solution: its
-    lowest seed against the highest of the other."""
+    """Whether the higher of two points is nowhere less accurate and somewhere more accurate, by 0.01.
+
+    Its lowest seed is compared with the highest of the other. Accuracies count up to a solution.
+    """
     found, top = by_seed(rows), solved(rows)
     gains = {p: min(*found[higher(p)], top) - min(max(found[p]), top) for p in lower if higher(p) in found}
     if not gains:
@@ -379,7 +398,7 @@ def measure_length(rows: Rows) -> Outcome:
 
 
 def draw(rows: Rows) -> Figure:
-    """A panel for each length: accuracy against the numbers in a layer's state, a line a model, a point a width."""
+    """Accuracy against the size of a state: a panel per length, a line per model, a point per width."""
     from matplotlib.figure import Figure
 
     sizes = sorted({(row["L"], row["pairs"]) for row in rows})
@@ -431,7 +450,7 @@ def draw(rows: Rows) -> Figure:
 # ---------------------------------------------------------------------------------------------------------- the family
 
 
-def describe(row: Mapping[str, Any]) -> str:
+def summarise_run(row: Mapping[str, Any]) -> str:
     """A finished run in one line."""
     point = (row["model"], row["conv"] > 0, row["L"], row["d"])
     return (
@@ -467,7 +486,7 @@ MQAR = Family(
     "knows the values of the context, but not which belongs to the key. The numbers are d; bars span the seeds.",
     scales=SCALES,
     train=train,
-    describe=describe,
+    summarise=summarise_run,
     draw=draw,
     claims=(
         Claim(

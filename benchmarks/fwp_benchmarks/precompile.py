@@ -1,4 +1,4 @@
-"""First calls, timed in processes of their own, while on a GPU others compile what the points of `fwp bench` need."""
+"""Processes of their own for `fwp bench`: some time first calls, others compile kernels for a GPU."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .peers import LEADER
+from .points import Point
 from .workers import cores
 
-if TYPE_CHECKING:
-    from .speed import Point
-
-    Job = Future[tuple[float, str | None]]  # of what `child` returns
+Job = Future[tuple[float, str | None]]  # what `run_child` returns
 
 
-def child(task: str, point: Point, who: str, until: float, environment: dict[str, str]) -> tuple[float, str | None]:
-    """Seconds it ran, and the last line it wrote, None if it had to be stopped; RuntimeError if it failed."""
+def run_child(task: str, point: Point, who: str, until: float, environment: dict[str, str]) -> tuple[float, str | None]:
+    """Runs `fwp_benchmarks.speed` on a point in a new process.
+
+    Returns the seconds it ran and the last line it wrote, which is None if the time was over before it ended.
+    RuntimeError if it failed.
+    """
     command = [sys.executable, "-m", "fwp_benchmarks.speed", task, json.dumps(asdict(point)), who]
     started = time.monotonic()
     if started >= until:
@@ -39,7 +41,7 @@ def child(task: str, point: Point, who: str, until: float, environment: dict[str
 
 
 def first_call(jobs: dict[str, Job]) -> dict[str, Any]:
-    """The times of a cold point's row, from its processes."""
+    """The times of a cold point, for its row. jobs: one process for each name."""
     row: dict[str, Any] = {"seconds": {}, "times": {}}
     notes = []
     for name, job in jobs.items():
@@ -61,8 +63,13 @@ def first_call(jobs: dict[str, Job]) -> dict[str, Any]:
     return row | {"note": "; ".join(notes)}
 
 
-class Beforehand:
-    """First calls, timed in processes of their own, while on a GPU others compile what the points need."""
+class Precompiler:
+    """Times first calls, each in a process of its own.
+
+    On a GPU it compiles the kernels of all points as well.
+
+    todo: the points. peers: the fastest peer too, if it is installed. until: when to stop, by `time.monotonic`.
+    """
 
     def __init__(self, todo: list[Point], device: str, peers: bool, until: float) -> None:
         who = ["ours", *([LEADER] if peers and device == "cuda" and find_spec("fla") is not None else [])]
@@ -71,25 +78,28 @@ class Beforehand:
         with tempfile.TemporaryDirectory() as empty, ThreadPoolExecutor(workers) as pool:
 
             def start(task: str, point: Point, name: str) -> Job:
-                # what a peer's autotuner measures in this crowd is not to be kept
+                # a peer's autotuner measures badly beside so many processes: its results are not kept
                 own: dict[str, str] = {"FLA_CACHE_RESULTS": "0"}
                 if task == "cold":
                     folders = ("TRITON_CACHE_DIR", "XDG_CACHE_HOME")
                     own = {name: tempfile.mkdtemp(dir=empty) for name in folders}
-                return pool.submit(child, task, point, name, until, own)
+                return pool.submit(run_child, task, point, name, until, own)
 
             self.cold = {point: {name: start("cold", point, name) for name in who} for point in todo if point.cold}
             self.ready: dict[str, dict[Point, Job]] = {name: {} for name in who}
             if device == "cuda":
-                kernels = dict.fromkeys(key(point) for point in todo if not point.cold)
+                kernels = dict.fromkeys(with_same_kernels(point) for point in todo if not point.cold)
                 self.ready = {name: {small: start("ready", small, name) for small in kernels} for name in who}
 
     def serves(self, point: Point, name: str) -> bool:
-        """Whether what the point needs of ours or the peers is compiled, or failed at once and so will again."""
-        job = self.ready.get(name, {}).get(key(point))
+        """Whether the kernels of a point are compiled, or their compilation failed at once.
+
+        Then the point can be timed: what fails does so quickly again.
+        """
+        job = self.ready.get(name, {}).get(with_same_kernels(point))
         return job is None or job.exception() is not None or job.result()[1] is not None
 
 
-def key(point: Point) -> Point:
-    """The small point that needs the same kernels."""
+def with_same_kernels(point: Point) -> Point:
+    """A small point that needs the same kernels."""
     return replace(point, B=1, T=min(point.T, 256), graph=False)

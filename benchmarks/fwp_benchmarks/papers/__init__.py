@@ -1,0 +1,1 @@
+"""One experiment per file, each with its claims."""
