@@ -28,8 +28,11 @@ def pytest_report_header() -> str | None:
     return f"hypothesis is not installed, left out: {', '.join(collect_ignore)}" if collect_ignore else None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not GPU:
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = {} if GPU else {"gpu": "needs a GPU"}
+    if "mutants" not in config.option.markexpr:
+        left_out["mutants"] = "planted faults: make mutants"
+    for item in items:
+        for marker, reason in left_out.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
