@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreter import patch_language_once
 
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when Triton is imported
+    patch_language_once()
 
 # `make test-gpu` runs on what a machine has: PyTorch, Triton and pytest must do.
 collect_ignore: list[str] = []
