@@ -1,23 +1,35 @@
 # Everything needs Python ≥ 3.10, make and a package index; nothing needs a C++ compiler.
-#   make reproduce [SCALE=smoke|quick|reduced|paper]    check the op, draw the papers' figures
-#   make test                                           all tests, notebooks too
+#   make check                                          compare every rule, backend and form with the equations
+#   make reproduce [SCALE=smoke|quick|reduced|paper]    the same, then draw the papers' figures
+#   make test                                           run all tests and notebooks; says what it skips and why
+#   make mutants                                        plant faults, one at a time: the tests must see each
 #   PYTHON=python3.12 make …                            another interpreter for .venv (make clean when it changes)
 PYTHON ?= python3
 SCALE ?= quick
 OUT ?= fwp-results
 VENV := .venv
 BIN := $(VENV)/bin
+# One thread per worker: the tests are many and small, and more threads than cores only wait for each other. The timeout
+# is for a test that hangs, so it must be longer than the slowest test on the slowest machine.
+TIMEOUT := 3600
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PARALLEL := -n auto --maxprocesses 8 --dist loadgroup --timeout $(TIMEOUT)
 
-.PHONY: reproduce test test-gpu lint bench static notebooks wheel clean
+.PHONY: check reproduce test mutants test-gpu lint bench static notebooks wheel clean
+
+check: $(VENV)/.installed
+	$(BIN)/fwp check
 
 reproduce: $(VENV)/.installed
 	$(BIN)/fwp check
 	$(BIN)/fwp reproduce --scale $(SCALE) --out $(OUT)
 
-# One thread a worker: the tests are many and small, and more threads than cores only wait for each other.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup --timeout 600 tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout 300 notebooks
+	$(PYTEST) $(PARALLEL) tests
+	$(PYTEST) $(PARALLEL) --nbmake --nbmake-timeout $(TIMEOUT) notebooks
+
+mutants: $(VENV)/.installed
+	$(PYTEST) $(PARALLEL) -m mutants tests/test_mutants.py
 
 # On the Python, PyTorch and Triton that the machine has, from a bare checkout.
 test-gpu:

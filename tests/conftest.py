@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreter import patch_language_once
 
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when Triton is imported
+    patch_language_once()
 
 # `make test-gpu` runs on what a machine has: PyTorch, Triton and pytest must do.
 collect_ignore: list[str] = []
@@ -28,8 +30,11 @@ def pytest_report_header() -> str | None:
     return f"hypothesis is not installed, left out: {', '.join(collect_ignore)}" if collect_ignore else None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not GPU:
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = {} if GPU else {"gpu": "needs a GPU"}
+    if "mutants" not in config.option.markexpr:
+        left_out["mutants"] = "planted faults: make mutants"
+    for item in items:
+        for marker, reason in left_out.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
