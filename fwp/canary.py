@@ -26,7 +26,7 @@ def fault_of_kernels(case: KernelCase) -> str | None:
 
     Each result may be off by 4 times what float32 with rounded products is, or by half the digits of the dtype.
     """
-    from fwp.backends import torch as chunked
+    from fwp.backends import chunked
     from fwp.backends import triton as kernels
 
     core, exact = small_inputs(case), partial(chunked.run, form="chunk")

@@ -196,7 +196,7 @@ def applied(core: Core) -> Core:
     return replace(core, q=q, k=k, features=Features())
 
 
-def description(feature_map: str | FeatureMap | None, kind: str | None, scale: float) -> Features | None:
+def kernel_features(feature_map: str | FeatureMap | None, kind: str | None, scale: float) -> Features | None:
     """What `transform` is asked, where a backend can be told; None where it can't."""
     phi: str | None = None
     if feature_map is not None:
@@ -214,6 +214,6 @@ def description(feature_map: str | FeatureMap | None, kind: str | None, scale: f
     return Features(phi, kind, scale) if kind in (None, "sum", "l2") else None
 
 
-def hidden(features: Features) -> float:
+def preimage_of_zero(features: Features) -> float:
     """The x of which φ(x) is 0."""
     return -math.inf if features.phi in ("elu+1", "exp") else 0.0

@@ -111,8 +111,8 @@ def fast_weights(
         q = q.masked_fill(~mask[:, :, None, None], 0)
         k, v = (x.masked_fill(~written[:, :, None, None], 0) for x in (k, v))
     deferred = causal and not row.lower_uses_k
-    features = feature_maps.description(feature_map, feature_norm, scale) if deferred else None
-    zero = 0.0 if features is None else feature_maps.hidden(features)
+    features = feature_maps.kernel_features(feature_map, feature_norm, scale) if deferred else None
+    zero = 0.0 if features is None else feature_maps.preimage_of_zero(features)
     if features is None:
         q = feature_maps.transform(q, feature_map, feature_norm, scale)
         k = feature_maps.transform(k, feature_map, feature_norm)
@@ -191,7 +191,7 @@ def read(
     errors.number("eps", eps, 0)
     (q,) = _under_autocast(q)
     errors.tensor("q", q, (None, None, None, None))
-    from fwp.backends import torch as chunked
+    from fwp.backends import chunked
 
     x = feature_maps.transform(q, feature_map, feature_norm, scale)
     validate.readable(state, x, cu_seqlens)
@@ -250,7 +250,7 @@ def _backend(name: str) -> _Backend:
         from fwp.backends import triton
 
         return triton
-    from fwp.backends import torch as chunked
+    from fwp.backends import chunked
 
     return chunked
 

@@ -11,7 +11,7 @@ from outside.delta_rnn import DELTA_RNN
 from outside.pkda import PKDA
 
 import fwp
-from fwp.backends import torch as chunked
+from fwp.backends import chunked
 from fwp.core import Core
 from fwp.testing import deviation, sample
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fwp import rules
-from fwp.backends import torch as chunked
+from fwp.backends import chunked
 from fwp.cli import main
 from fwp.rules import lowering
 from fwp_benchmarks import equivalence

@@ -123,7 +123,7 @@ def test_a_planted_circle_is_found(tmp_path: Path, how: str) -> None:
 
 HELPERS = {"fwp.errors", "fwp._torch_private", "fwp._version"}
 BASE = HELPERS | {"fwp.core", "fwp.feature_maps"}
-BACKENDS = {"fwp.backends.reference", "fwp.backends.torch", "fwp.backends.triton"}
+BACKENDS = {"fwp.backends.reference", "fwp.backends.chunked", "fwp.backends.triton"}
 RULES = {"fwp.rules", "fwp.rules.lowering", "fwp.rules.reference", "fwp.rules.spec"}
 
 # A module, or all below a package "name.*" → the modules of ours that it may import. The first that fits counts.
@@ -136,7 +136,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "fwp.measure": HELPERS,
     "fwp.observe": HELPERS | {"fwp.core"},
     "fwp.trust": HELPERS | {"fwp.core"},
-    "fwp.canary": BASE | {"fwp.measure", "fwp.trust", "fwp.backends.torch", "fwp.backends.triton"},
+    "fwp.canary": BASE | {"fwp.measure", "fwp.trust", "fwp.backends.chunked", "fwp.backends.triton"},
     "fwp.backends.reference": BASE | RULES,
     "fwp.backends.triton": BASE | {"fwp.trust", "fwp_kernels.*"},
     "fwp.backends.*": BASE,
@@ -174,11 +174,11 @@ def test_each_part_imports_only_what_it_may_know(ours: dict[str, set[Import]]) -
     ("name", "imported"),
     [
         ("fwp.core", "fwp.rules"),
-        ("fwp.trust", "fwp.backends.torch"),
-        ("fwp.backends.triton", "fwp.backends.torch"),
-        ("fwp.backends.torch", "fwp.rules.spec"),
-        ("fwp.backends.native", "fwp.backends.torch"),
-        ("fwp.nn.new", "fwp.backends.torch"),
+        ("fwp.trust", "fwp.backends.chunked"),
+        ("fwp.backends.triton", "fwp.backends.chunked"),
+        ("fwp.backends.chunked", "fwp.rules.spec"),
+        ("fwp.backends.native", "fwp.backends.chunked"),
+        ("fwp.nn.new", "fwp.backends.chunked"),
         ("fwp.nn.new", "fwp.rules.lowering"),
         ("fwp_kernels.chunk", "fwp.core"),
         ("fwp.functional", "fwp_benchmarks.speed"),

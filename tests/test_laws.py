@@ -33,7 +33,7 @@ from poison import poisoned_empties
 
 import fwp
 from fwp import verbs
-from fwp.backends import torch as chunked
+from fwp.backends import chunked
 from fwp.core import State
 from fwp.functional import fast_weights
 from fwp.rules.spec import OPTIONS

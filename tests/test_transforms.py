@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fwp
 from fwp import feature_maps
-from fwp.backends import torch as chunked
+from fwp.backends import chunked
 from fwp.core import Core, State
 from fwp.functional import fast_weights
 from fwp.testing import deviation, evaluate, sample

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fwp import canary, functional, trust
-from fwp.backends import torch as chunked
+from fwp.backends import chunked
 from fwp.core import Core, Features
 from fwp.functional import fast_weights
 from fwp.testing import deviation, sample
