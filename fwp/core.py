@@ -41,9 +41,9 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Features:
-    """What q and k are yet to pass: q ← scale · norm(φ(q)), k ← norm(φ(k)). A backend may do it as it reads them.
+    """The feature map that a backend is to apply as it reads q and k: q ← scale · norm(φ(q)), k ← norm(φ(k)).
 
-    phi: "relu", "elu+1", "exp" or "dpfp-ν", None for φ(x) = x. norm: "sum", "l2" or None. See `fwp.feature_maps`.
+    phi: "relu", "elu+1", "exp", "dpfp-ν", or None for φ(x) = x. norm: "sum", "l2" or None. See `fwp.feature_maps`.
     """
 
     phi: str | None = None
@@ -51,7 +51,7 @@ class Features:
     scale: float = 1.0
 
     def width(self, D: int) -> int:
-        """K', the features of φ(x) for x of D features."""
+        """K', the width of φ(x) where x has D features."""
         if self.phi is None or not self.phi.startswith("dpfp-"):
             return D
         return 2 * D * int(self.phi.removeprefix("dpfp-"))
@@ -61,14 +61,14 @@ class Features:
 class Core:
     """The inputs of the recurrence above. Letters: B batch, T time, H state heads, K key and V value features.
 
-    q has T tokens. k, v and the gates have n·T, with n = `writes`: token t of q reads after writes n·t … n·t + n − 1,
-    or with read "before" ahead of them. `cu_seqlens` counts tokens of q.
-
-    q [B, T, Hq, K] is already scaled; q and k have passed the feature map and its norm, or with `features` are yet to.
-    Hk and Hv divide H = max(Hk, Hv); Hq is a multiple or a divisor of H. State head h uses key head h // (H / Hk) and
-    value head h // (H / Hv); query head i of Hq ≥ H reads state head i // (Hq / H). Masked tokens arrive with v = 0,
-    neutral gates, and q and k of which φ is 0 (φ(q) where nobody asks for the output).
-    With cu_seqlens [N + 1] (packed sequences) B is 1 and the state is of N sequences, else N = B.
+    Tokens: q has T, and k, v and the gates have n·T, with n = `writes`. Token t of q reads after writes
+    n·t … n·t + n − 1, or before all of them.
+    Heads: Hk and Hv divide H = max(Hk, Hv), and Hq is a multiple or a divisor of H. State head h uses key head
+    h // (H / Hk) and value head h // (H / Hv). Where Hq ≥ H, query head i reads state head i // (Hq / H).
+    Features: q is scaled, and q and k have passed the feature map and its norm, unless `features` says what is left to
+    do.
+    Mask: masked tokens arrive with v = 0, neutral gates, and a k whose φ is 0. Their output is thrown away.
+    Packed sequences: with cu_seqlens [N + 1], which counts tokens of q, B is 1 and there are N states. Else N = B.
     """
 
     q: Tensor  # [B, T, Hq, K]
@@ -87,7 +87,7 @@ class Core:
     causal: bool = True
     features: Features = Features()
     writes: int = 1  # n
-    erase_before_decay: bool = False  # what the erase key finds is read before the decay of its own token
+    erase_before_decay: bool = False  # whether the erase key reads S before the decay of its own token
 
     @property
     def erases(self) -> bool:
@@ -116,7 +116,7 @@ class Core:
 
     @property
     def wants_gradients(self) -> bool:
-        """Whether a gradient of these inputs can be asked for."""
+        """Whether autograd may ask for a gradient of these inputs."""
         given = (self.q, self.k, self.v, self.g, self.a, self.e, self.w, self.S, self.z)
         return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
 
@@ -130,7 +130,7 @@ class Core:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """A context in which autocast is off on the device of x; meta tensors know none."""
+    """A context in which autocast is off on the device of x. Meta tensors have no autocast."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
@@ -139,7 +139,7 @@ _overwrites: ContextVar[bool] = ContextVar("_overwrites", default=False)
 
 @contextmanager
 def overwriting() -> Iterator[None]:
-    """Within it a backend may write the new S over the given one: a layer that decodes in place owns its state."""
+    """A context in which a backend may write the new S over the given one, for a layer that owns its state."""
     token = _overwrites.set(True)
     try:
         yield
@@ -148,12 +148,12 @@ def overwriting() -> Iterator[None]:
 
 
 def overwrites() -> bool:
-    """Whether S may be written over. Never while torch.compile traces."""
+    """Whether a backend may write over S. Never while torch.compile traces."""
     return not torch.compiler.is_compiling() and _overwrites.get()
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64 inputs, else float32: a bf16 state drifts by percents within a few thousand tokens."""
+    """float64 for float64 inputs, else float32. A bf16 state drifts by percents within a few thousand tokens."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -164,7 +164,7 @@ def ratio(a: Tensor, b: Tensor) -> Tensor:
 
 
 def to_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, T, Hx, …] → [B, T, heads, …]: each of the Hx heads serves heads / Hx neighbours."""
+    """[B, T, Hx, …] → [B, T, heads, …]: each of the Hx heads is repeated heads / Hx times."""
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
@@ -177,20 +177,20 @@ def check_bounds(cu_seqlens: Tensor, T: int) -> None:
 
 
 def opaque() -> bool:
-    """Whether loops over T are to hide in opaque ops: under torch.compile, which would recompile them for every T.
+    """Whether loops over T should run inside opaque ops: torch.compile would recompile them for every T.
 
-    Not inside vmap, grad or jvp there: those don't see into an op, and a jvp would silently be 0.
+    Inside vmap, grad or jvp they should not: those can't see into an op, and a jvp would silently be 0.
     """
     return torch.compiler.is_compiling() and not _transformed()
 
 
 @constant_under_compile
 def _transformed() -> bool:
-    """Asked once, while torch.compile traces: it guards on the transforms around a function itself."""
+    """A constant of each trace, since torch.compile guards on the transforms around a function."""
     return inside_transform()
 
 
 def refuse_forward_derivatives() -> None:
-    """For the opaque ops, which would silently drop the tangents of dual numbers."""
+    """Raises under forward derivatives: opaque ops would silently drop the tangents."""
     if inside_dual_level():
         raise RuntimeError("forward derivatives are not supported under torch.compile; call fast_weights in eager mode")

@@ -1,6 +1,6 @@
-"""Feature maps φ: what keys and queries pass before they meet the fast weights.
+"""Feature maps φ, which keys and queries pass before they meet the fast weights.
 
-A map is any callable [..., d] → [..., K']. `FEATURE_MAPS` names the ones of the field; `norm` holds the two norms.
+A map is any callable [..., d] → [..., K']. `FEATURE_MAPS` names those of the field. `norm` holds the two norms.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Taylor:
 
 
 def favor_plus(x: Tensor) -> Tensor:
-    """FAVOR+ with m = d directions drawn once from a fixed seed; redraw with `FavorPlus.draw`."""
+    """FAVOR+ with m = d directions, drawn once from a fixed seed. `FavorPlus.draw` draws others."""
     return positive_features(x, _fixed_directions(index(x.shape[-1]), x.dtype, x.device))
 
 
@@ -107,7 +107,7 @@ def _fixed_directions(d: int, dtype: torch.dtype, device: torch.device) -> Tenso
 
 @cache
 def _drawn_once(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """In a thread of its own: what is kept must not belong to a vmap, a trace or a mode around the first call."""
+    """Drawn in a thread of its own: the cached tensor must not belong to a vmap, trace or mode of the first caller."""
 
     def draw() -> Tensor:
         return directions(d, generator=torch.Generator().manual_seed(0)).to(device, dtype)
@@ -159,7 +159,7 @@ def get(feature_map: str | FeatureMap | None) -> FeatureMap:
 
 
 def apply(phi: FeatureMap, x: Tensor) -> Tensor:
-    """φ(x), if it is what a feature map has to make of x."""
+    """φ(x), checked: a tensor of x's shape but for the last axis, on x's device."""
     y = phi(x)
     errors.tensor("feature_map", y, (*x.shape[:-1], None), device=x.device)
     if y.shape[-1] == 0:
@@ -168,7 +168,7 @@ def apply(phi: FeatureMap, x: Tensor) -> Tensor:
 
 
 def norm(x: Tensor, kind: str | None) -> Tensor:
-    """Over the last axis. "sum": x / Σx, 0 where the sum is 0. "l2": x · rsqrt(Σx² + 1e-6). None: x."""
+    """The norm of x over its last axis. "sum": x / Σx, 0 where the sum is 0. "l2": x · rsqrt(Σx² + 1e-6). None: x."""
     if kind is None:
         return x
     if kind == "sum":
@@ -179,7 +179,7 @@ def norm(x: Tensor, kind: str | None) -> Tensor:
 
 
 def transform(x: Tensor, feature_map: str | FeatureMap | None, kind: str | None, scale: float = 1.0) -> Tensor:
-    """scale · norm(φ(x)), computed in the state's dtype; a module is given x as it is, under autocast if that is on."""
+    """scale · norm(φ(x)), computed in the state's dtype. A module gets x as it is, under the caller's autocast."""
     dtype, phi = x.dtype, get(feature_map)
     if isinstance(phi, torch.nn.Module):
         x, phi = apply(phi, x), get(None)
@@ -197,7 +197,7 @@ def applied(core: Core) -> Core:
 
 
 def kernel_features(feature_map: str | FeatureMap | None, kind: str | None, scale: float) -> Features | None:
-    """What `transform` is asked, where a backend can be told; None where it can't."""
+    """What `transform` would do, in the form that a backend can do it itself, or None if no backend can."""
     phi: str | None = None
     if feature_map is not None:
         fn = get(feature_map)
@@ -215,5 +215,5 @@ def kernel_features(feature_map: str | FeatureMap | None, kind: str | None, scal
 
 
 def preimage_of_zero(features: Features) -> float:
-    """The x of which φ(x) is 0."""
+    """The x for which φ(x) is 0."""
     return -math.inf if features.phi in ("elu+1", "exp") else 0.0

@@ -41,7 +41,7 @@ def tensors(rule: Rule, q: Tensor, k: Tensor, v: Tensor) -> int:
 
 
 def writes(k: Any, T: int) -> int:
-    """n where k has n·T tokens, n ≥ 1; 1 where it has another number, which is no fit."""
+    """n ≥ 1 where k has n·T tokens. Where no n fits it is 1, and the check of k's shape says so."""
     if not isinstance(k, Tensor) or k.dim() < 2 or k.shape[1] == T or T == 0 or k.shape[1] == 0 or k.shape[1] % T:
         return 1
     return int(k.shape[1] // T)
@@ -96,7 +96,7 @@ def packing(cu_seqlens: Tensor, B: int, T: int, check: bool = False, *, device: 
 def gates(
     rule: Rule, given: Mapping[str, Tensor | None], sizes: tuple[int, int, int, int, int], like: Tensor
 ) -> dict[str, Tensor]:
-    """The rule's gates in the state's dtype, at their default where not given. sizes: B, T, H, K', V."""
+    """The rule's gates in the state's dtype. A gate that isn't given gets its default. sizes: B, n·T, H, K', V."""
     for name in given:
         if name not in rule.gates:
             raise TypeError(f"unexpected keyword {name!r}{suggest(name, [*rule.gates, *OPTIONS])}")
@@ -167,7 +167,7 @@ def readable(state: Any, q: Tensor, cu_seqlens: Tensor | None) -> None:
 
 
 def values(rule: Rule, q: Tensor, k: Tensor, v: Tensor, given: Mapping[str, Tensor], state: Any) -> None:
-    """Finite numbers, gates within their range, unit keys for rules that erase: the first offender with its index."""
+    """Numbers are finite, gates lie in their range, and keys are short enough. Names the first offender's index."""
     for name, x in ({"q": q, "k": k, "v": v} | named_tensors("state", state)).items():
         _first(name, x, ~x.isfinite(), "a finite number")
     for name, x in given.items():
@@ -175,7 +175,7 @@ def values(rule: Rule, q: Tensor, k: Tensor, v: Tensor, given: Mapping[str, Tens
         _first(name, x, ~((x >= low) & (x <= high)), f"a value in [{low:g}, {high:g}]")
     if rule.wants_unit_keys:
         length = k.float().norm(dim=-1)
-        # masked keys are 0; beyond length 1 a step can overshoot and the state blow up
+        # Masked keys are 0. Beyond length 1 a step can overshoot, and the state blows up.
         _first("k", length, (length > 1 + 1e-2), "keys of at most unit length for a rule that erases")
 
 

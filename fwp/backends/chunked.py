@@ -1,4 +1,4 @@
-"""The recurrence as chunked matrix products in plain torch: any device, differentiable as often as you like.
+"""The recurrence as chunked matrix products in plain torch, on any device, differentiable as often as you like.
 
 Within a chunk of C writes, with G the running sum of g. G^q is the reader's: G after its last write, or for read
 "before" G ahead of its first. G^a is the eraser's: G, or G of the write before it where it reads before the decay::
@@ -7,9 +7,9 @@ Within a chunk of C writes, with G the running sum of g. G^q is the reader's: G 
     (I + A) X = w V − (e a ⊙ exp G^a) S₀
     O = (q ⊙ exp G^q) S₀ + P X                             S = exp(G_C) S₀ + (exp(G_C − G) ⊙ k)ᵀ X
 
-No exponent is ever positive, and the mask comes before the exponential. The gradient of a chunk is written out as well,
-for torch.compile: there a Python loop over chunks would be unrolled and recompiled for every length, so forward and
-backward are two opaque ops. In eager mode autograd differentiates the forward.
+No exponent is ever positive, since the mask comes before the exponential. In eager mode autograd differentiates the
+forward. Under torch.compile forward and backward are two opaque ops: a Python loop over chunks would be unrolled
+and recompiled for every length. For them the gradient of a chunk is written out as well.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CHUNK = 64
 
 
 def refuses(core: Core, form: Form) -> str | None:
-    """Why these inputs can't be served; None: they can."""
+    """Why these inputs can't be served, or None."""
     return None
 
 
@@ -59,7 +59,7 @@ def run(core: Core, form: Form, chunk: int = CHUNK) -> tuple[Tensor, State]:
 
 
 def read(core: Core) -> Tensor:
-    """o [B, T, max(Hq, H), V] of queries against the initial state, in its dtype; k and v are not looked at."""
+    """o [B, T, max(Hq, H), V]: the queries read the initial state. k and v don't matter. In the state's dtype."""
     if core.cu_seqlens is not None and opaque():
         return run(core, "chunk")[0]
     core = _with_z(core)
@@ -82,7 +82,7 @@ def _with_z(core: Core) -> Core:
 
 
 def _normalised(out: Tensor, eps: float) -> Tensor:
-    """Sᵀq / (zᵀq + eps), 0 where zᵀq = 0, from both side by side."""
+    """Sᵀq / (zᵀq + eps), 0 where zᵀq = 0. out holds Sᵀq and zᵀq side by side."""
     out, found = out.split([out.shape[-1] - 1, 1], -1)
     return ratio(out, torch.where(found == 0, 0, found + eps))
 
@@ -133,7 +133,7 @@ class Piece:
 
 
 def _rows(x: Tensor, H: int, dtype: torch.dtype) -> Tensor:
-    """[N, C, H·r, D] → [N, H, r, C, D] in the state's dtype; [N, C, H] as D = 1."""
+    """[N, C, H·r, D] → [N, H, r, C, D] in the state's dtype. [N, C, H] counts as D = 1."""
     x = x if x.dim() == 4 else x.unsqueeze(-1)
     return x.to(dtype).unflatten(2, (H, -1)).permute(0, 2, 3, 1, 4)
 
@@ -148,8 +148,8 @@ class Layout:
 
     tokens: how many there are on this axis for each token of q: 1 for q itself, `writes` for k, v and the gates.
 
-    Packed sequences are walked side by side, longest first, so that the living ones are always a prefix. Everything is
-    gathered once and then split: indexing inside the loop would cost a pass over all of T per piece in the backward.
+    Packed sequences are walked side by side, longest first, so that those that go on are always a prefix. Everything is
+    gathered once and then split. Indexing inside the loop would cost the backward a pass over all of T per piece.
     """
 
     def __init__(self, core: Core, chunk: int, tokens: int) -> None:
@@ -161,7 +161,7 @@ class Layout:
         lengths = bounds.diff()
         order = lengths.argsort(descending=True, stable=True)
         starts, lengths = bounds[:-1][order], lengths[order]
-        steps = []  # [N, C] each: where the tokens lie; T, a row of zeros, for none
+        steps = []  # [N, C] each: where the tokens lie. T, the index of a row of zeros, stands for no token
         for t in range(0, int(lengths.max()) if len(lengths) else 0, chunk):
             left = lengths[lengths > t] - t
             at = torch.arange(min(chunk, int(left[0])))
@@ -182,7 +182,7 @@ class Layout:
         return S[self.unorder] if self.packed else S
 
     def split(self, x: Tensor) -> list[Tensor]:
-        """[B, T, H·r, D] → [N, H, r, C, D] for every step; [B, T, H] as D = 1."""
+        """[B, T, H·r, D] → [N, H, r, C, D] for every step. [B, T, H] counts as D = 1."""
         x = x if x.dim() == 4 else x.unsqueeze(-1)
         if self.packed:
             x = torch.cat([x[0], torch.zeros_like(x[0, :1])])[self.rows]
@@ -193,7 +193,7 @@ class Layout:
         return [_rows(part, self.H, self.dtype) for part in parts]
 
     def join(self, parts: list[Tensor], like: Tensor) -> Tensor:
-        """The inverse of `split`, [B, T, H·r, D]; zeros of the shape of `like` if there are no tokens."""
+        """The inverse of `split`, [B, T, H·r, D]. Without tokens it is zeros of the shape of `like`."""
         if not parts:
             return like.new_zeros(like.shape, dtype=self.dtype)
         parts = [_tokens(part) for part in parts]
@@ -226,7 +226,7 @@ def _walk(core: Core, chunk: int) -> tuple[Tensor, Tensor]:
 
 
 def _at_once(core: Core, chunk: int) -> tuple[Tensor, Tensor]:
-    """`_walk` where every query reads the final state: two products, whatever the chunk."""
+    """`_walk` where every query reads the final state. Two products do it, whatever the chunk."""
     assert core.S is not None
     q, k, v = (_rows(x, core.heads, core.dtype) for x in (core.q, core.k, core.v))
     x = v if core.w is None else _rows(core.w, core.heads, core.dtype) * v
@@ -237,7 +237,7 @@ def _at_once(core: Core, chunk: int) -> tuple[Tensor, Tensor]:
 def _forward(
     pieces: list[Piece], S: Tensor, core: Core, chunk: int, starts: list[Tensor] | None = None
 ) -> tuple[list[Tensor], Tensor]:
-    """Outputs [N, H, r, C, V] of each piece and the final state, sequences sorted; `starts` gets the states between."""
+    """Outputs [N, H, r, C, V] of each piece and the final state, sequences sorted. `starts` gets the states between."""
     step, options = _tokens_of_one_read if chunk == 1 else _chunk, _options(core)
     outs, ended = [], []
     for piece in pieces:
@@ -278,16 +278,16 @@ def _tokens_of_one_read(p: Piece, S: Tensor, options: Options) -> tuple[Tensor, 
 
 
 def _with_one(x: Tensor, S: Tensor) -> Tensor:
-    """x with the constant 1 that makes the column z of S, if S has it."""
+    """x with one more column of ones, if S has the column z that they make."""
     return x if x.shape[-1] == S.shape[-1] else torch.cat([x, torch.ones_like(x[..., :1])], -1)
 
 
 class Pairs:
     """M_ij = Σ_d a_id b_jd exp(Ga_i − Gb_j)_d where visible, else 0, and the two gradients of that product.
 
-    A decay per channel can't be taken out of the sum over d, and exp(Ga_i) exp(−Gb_j) overflows. But where i lies in
-    the later half of a block of tokens and j in the earlier one, it is i's decay since the middle times j's until the
-    middle; every pair does so in one block of some size 2, 4, 8, …, so that log₂ C masked products make all pairs.
+    A decay per channel can't be taken out of the sum over d, and exp(Ga_i) exp(−Gb_j) overflows. But let i lie in the
+    later half of a block of tokens and j in the earlier half. Then the decay is i's since the middle times j's until
+    the middle. Every pair lies so in one block of some size 2, 4, 8, …, so log₂ C masked products make all pairs.
 
     a has R rows and b has C. Row i of a stands at write at_i [R] and sees b's rows j < at_i, with `own` also j = at_i.
     Ga [N, H, 1, R, 1 or K] and Gb [N, H, 1, C, 1 or K] are the summed log decays of the rows, None without decay.
@@ -379,8 +379,8 @@ class Decays:
         at = i[n - 1 :: n] if after else i[::n]
         if p.g is None:
             return Decays(Pairs(None, None, i, C, False, dtype), Pairs(None, None, at, C, after, dtype))
-        # Summed in float64: differences of float32 sums of gates like −1e4 are off by 1e-3. exp(−800) is 0 in float64,
-        # so the floor changes nothing and keeps −inf out of the differences. MPS has no float64.
+        # The sums are in float64: differences of float32 sums of gates like −1e4 are off by 1e-3. exp(−800) is 0 in
+        # float64, so the floor changes nothing and keeps −inf out of the differences. MPS has no float64.
         g = p.g.clamp(min=-104) if p.g.device.type == "mps" else p.g.double().clamp(min=-800)
         G = g.cumsum(-2)
         earlier = pad(G[..., :-1, :], (0, 0, 1, 0))
@@ -398,7 +398,7 @@ class Decays:
 
 
 def _chunk(p: Piece, S: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """A piece by the equations at the top of this file: S [N, H, K, V] → outputs [N, H, r, C, V], S."""
+    """One piece by the equations at the top of this file: S [N, H, K, V] → outputs [N, H, r, C, V] and S."""
     d, S = Decays.of(p, options), S.unsqueeze(2)
     X, _ = _solve(p, S, d)
     out = (p.q * d.reader) @ S + d.P.product(p.q, p.k) @ X
@@ -418,7 +418,7 @@ def _solve(p: Piece, S: Tensor, d: Decays) -> tuple[Tensor, Tensor | None]:
 def _chunk_backward(p: Piece, S: Tensor, options: Options, d_out: Tensor, d_S: Tensor) -> tuple[Inputs, Tensor]:
     """Gradients of a piece's inputs and of the state before it.
 
-    Wherever a feature of q, k or e a stands, its exp G stands beside it: so dG is that feature times its gradient.
+    Each feature of q, k and e a stands beside its exp G. So dG is the feature times its gradient.
     """
     d, S, d_S = Decays.of(p, options), S.unsqueeze(2), d_S.unsqueeze(2)
     X, A = _solve(p, S, d)
@@ -465,7 +465,7 @@ def _chunk_backward(p: Piece, S: Tensor, options: Options, d_out: Tensor, d_S: T
     return Inputs(d_q, d_k, d_v, d_g, d_a, d_e, d_w), d_S0.squeeze(2)
 
 
-# Under torch.compile: the walk and its gradient as two opaque ops. None travels as an empty tensor.
+# The walk and its gradient as two opaque ops, for torch.compile. An empty tensor stands for None in their results.
 
 
 def _core(inputs: Inputs, S: Tensor, cu_seqlens: Tensor | None, options: Options) -> Core:

@@ -1,4 +1,4 @@
-"""The specification at work: one generic loop, token by token, over a rule's equation. Slow, differentiable, exact."""
+"""The specification at work: one generic loop over a rule's equation, token by token. Slow, differentiable, exact."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fwp.rules.spec import Rule
 
 
 def tree_map(fn: Callable[..., Tensor], *states: Any) -> Any:
-    """fn over the tensors of states of one structure; None, which torch counts as a leaf, stays."""
+    """fn over the tensors of states of one structure. None, which torch counts as a leaf, stays None."""
     return _tree_map(lambda *x: None if x[0] is None else fn(*x), *states)
 
 
 def run(rule: Rule, core: Core, gates: Mapping[str, Tensor], mask: Tensor | None, state: Any) -> tuple[Tensor, Any]:
-    """Runs `rule` over q, k and v of `core`; mask [B, T] leaves tokens out. state: the rule's, of N sequences.
+    """Runs `rule` over q, k and v of `core`. mask [B, T] leaves tokens out. state is the rule's, of N sequences.
 
     Returns o [B, T, max(Hq, H), V] in the state's dtype and the final state.
     """

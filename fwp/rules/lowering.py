@@ -23,9 +23,9 @@ def decay(core: Core, g: Tensor | None = None) -> Core:
 
 
 def delta(core: Core, beta: Tensor, g: Tensor | None = None) -> Core:
-    """e = w = β; with attention normalisation e_t = β_t / (z'ᵀ k_t), z' being the decayed sum of the keys before t.
+    """e = w = β. With attention normalisation e_t = β_t / (z'ᵀ k_t), where z' is the decayed sum of the keys before t.
 
-    A single β for both would be wrong there: what is written is not divided.
+    Then e and w differ, since what is retrieved is divided and what is written is not.
     """
     core = replace(core, g=g, w=beta, e=beta)
     if not core.denominator:
@@ -73,14 +73,14 @@ def _interleaved(first: Tensor, second: Tensor) -> Tensor:
 
 
 def keys_before(core: Core, k: Tensor) -> Tensor:
-    """z'_t = Diag(exp g_t) z_{t−1}, the decayed sum of the keys before t in its sequence. k, result [B, T, H, K]."""
+    """z'_t = Diag(exp g_t) z_{t−1}, the decayed sum of the keys before t in its sequence. k and result [B, T, H, K]."""
     if core.g is None:
         a = torch.ones_like(k)
     else:
         a = (core.g if core.g.dim() == 4 else core.g.unsqueeze(-1)).exp().expand_as(k)
     z = core.initial().z
     assert z is not None
-    # the map of token t: first add the key before it, or start from the sequence's z; then decay
+    # token t first adds the key before it, or starts from its sequence's z, and then decays
     if core.cu_seqlens is None:
         before = torch.cat([z.unsqueeze(1), k], 1)[:, :-1]
         first = torch.zeros(k.shape[1], dtype=torch.bool, device=k.device)
@@ -90,7 +90,7 @@ def keys_before(core: Core, k: Tensor) -> Tensor:
         starts = bounds[:-1]
         nonempty = starts < bounds[1:]
         T = k.shape[1]
-        slot = torch.where(nonempty, starts, T)  # empty sequences write into a slot that is thrown away
+        slot = torch.where(nonempty, starts, T)  # the slot of empty sequences is thrown away
         first = torch.zeros(T + 1, dtype=torch.bool, device=k.device).index_fill(0, slot, True)[:T]
         sequence = torch.searchsorted(bounds[1:], torch.arange(T, device=k.device), right=True)
         shifted = torch.cat([torch.zeros_like(k[:, :1]), k], 1)[:, :-1]
@@ -100,10 +100,10 @@ def keys_before(core: Core, k: Tensor) -> Tensor:
 
 
 def _scan(a: Tensor, b: Tensor) -> Tensor:
-    """z_t = a_t z_{t−1} + b_t along dim 1, z = 0 before the first.
+    """z_t = a_t z_{t−1} + b_t along dim 1, with z = 0 before the first.
 
-    By doubling: after step s, (a, b) compose the last 2^s maps z ← a z + b. Every a is a product of α ≤ 1, so nothing
-    overflows, at O(T log T) elementwise work.
+    It doubles its reach: after step s, (a, b) is the composition of the last 2^s maps z ← a z + b. Every a is a product
+    of α ≤ 1, so nothing overflows. It takes O(T log T) elementwise work.
     """
     shift = 1
     while shift < b.shape[1]:
@@ -113,7 +113,7 @@ def _scan(a: Tensor, b: Tensor) -> Tensor:
     return b
 
 
-# Under torch.compile the loop would be unrolled and recompiled for every power of two: there it is one opaque op.
+# Under torch.compile the scan is one opaque op: its loop would be unrolled, and recompiled for every power of two.
 
 
 @torch.library.custom_op("fwp::scan", mutates_args=())
@@ -130,7 +130,8 @@ def _(a, b):  # type: ignore[no-untyped-def]
 def _scan_backward(ctx, d_z: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
     """The gradient runs the other way: d b_t = d z_t + a_{t+1} d b_{t+1}, d a_t = z_{t−1} d b_t."""
     a, z = ctx.saved_tensors
-    earlier, later = (0, 0, 0, 0, -1, 1), (0, 0, 0, 0, 1, -1)  # shifts by a token; slices of T − 1 would be guarded on
+    # shifts by one token; torch.compile would guard on slices of T − 1
+    earlier, later = (0, 0, 0, 0, -1, 1), (0, 0, 0, 0, 1, -1)
     d_b = _scan_op(pad(a, earlier).flip(1), d_z.flip(1)).flip(1)
     return pad(z, later) * d_b, d_b
 
