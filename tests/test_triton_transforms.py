@@ -44,7 +44,8 @@ def test_opcheck(cell, packed, more):
     options = {"denominator": True, "features": FEATURES} if more else {}
     core = moved(packed_or_not(cell, packed, **options), lambda x: x.requires_grad_())
     eps, features = core.eps if more else None, (core.features.phi, core.features.norm, core.features.scale)
-    given = (*(getattr(core, name) for name in FIELDS), core.cu_seqlens, False, eps, *features, C, None)
+    writes = core.writes, core.erase_before_decay
+    given = (*(getattr(core, name) for name in FIELDS), core.cu_seqlens, False, eps, *features, *writes, C, None)
     torch.library.opcheck(backend._forward, (*given, "chunk"))
     given = [x.detach() if isinstance(x, torch.Tensor) else x for x in given]
     o, S, z, den = backend._forward(*given, "chunk")
