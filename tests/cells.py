@@ -1,6 +1,7 @@
 """Random inputs of the recurrence of `fwp.core` in each cell of the Triton kernels, and the recurrence once more."""
 
 from dataclasses import replace
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ DEVICE = "cuda" if GPU else "cpu"
 MARKS = [pytest.mark.gpu] if GPU else []
 C = 16 if GPU else 8  # matrix instructions take 16 rows at least
 
-# (decay, erase). decay: 0 none, 1 per head, 2 per channel. erase: "" nothing, "k" along k with a strength, "a" along a key
-# of its own with a strength, "a alone" without.
+# (decay, erase). decay: 0 none, 1 per head, 2 per channel. erase: "" nothing, "k" along k with a strength, "a" along a
+# key of its own with a strength, "a alone" without one.
 ADDITIVE, KDA, OWN_KEY = (0, ""), (2, "k"), (2, "a")
 CORNERS = pytest.mark.parametrize("cell", [ADDITIVE, KDA], ids=["additive", "kda"])
 CELLS = pytest.mark.parametrize(
@@ -27,6 +28,12 @@ CELLS = pytest.mark.parametrize(
     [(decay, erase) for decay in (0, 1, 2) for erase in ("", "k")],
     ids=lambda c: f"decay{c[0]}-{c[1] or 'adds'}",
 )
+ERASERS = [
+    (decay, erase, before)
+    for decay in (0, 1, 2)
+    for erase in ("", "k", "a", "a alone")
+    for before in ((False, True) if decay and erase else (False,))
+]
 READS = pytest.mark.parametrize("read", ["after", "before"])
 FIELDS = ("q", "k", "v", "g", "a", "e", "w", "S", "z")
 
@@ -63,6 +70,20 @@ def problem(cell, B=1, T=9, H=(1, 1, 1), K=5, V=3, N=None, dtype=torch.float64, 
     return moved(core, lambda x: x.to(DEVICE))
 
 
+def pairwise(*axes):
+    """Few rows of the product of the axes in which every two values of two axes meet."""
+    rows, chosen = [*product(*axes)], []
+
+    def pairs(row):
+        return {*combinations(enumerate(row), 2)}
+
+    open_ = set().union(*map(pairs, rows))
+    while open_:
+        chosen.append(max(rows, key=lambda row: len(pairs(row) & open_)))
+        open_ -= pairs(chosen[-1])
+    return chosen
+
+
 def moved(core, fn):
     return replace(core, **{name: fn(x) for name in FIELDS if (x := getattr(core, name)) is not None})
 
@@ -74,7 +95,9 @@ def recurrence(core):
     if not core.denominator:
         return o, State(S)
     one = core.v.new_ones(*core.k.shape[:2], core.heads, 1)  # z is what v = 1 makes where nothing is erased
-    found, z = numerators(replace(core, v=one, a=None, e=None, w=None, S=None if core.z is None else core.z.unsqueeze(-1)))
+    found, z = numerators(
+        replace(core, v=one, a=None, e=None, w=None, S=None if core.z is None else core.z.unsqueeze(-1))
+    )
     o = torch.where(found == 0, 0, o / (found + core.eps).masked_fill(found == 0, 1))
     return o, State(S, z.squeeze(-1))
 

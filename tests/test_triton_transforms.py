@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch._dynamo.testing
-from cells import ADDITIVE, CORNERS, DEVICE, FIELDS, GPU, KDA, MARKS, C, agree, kernels, moved, problem, recurrence
+from cells import ADDITIVE, DEVICE, FIELDS, GPU, KDA, MARKS, OWN_KEY, C, agree, kernels, moved, problem, recurrence
 from torch.func import grad, jacrev, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,10 +23,13 @@ PACKED = pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"
 
 
 FEATURES = Features("dpfp-1", "sum", 0.5)
+CORNERS = pytest.mark.parametrize("cell", [ADDITIVE, OWN_KEY], ids=["additive", "own key"])
 
 
 def packed_or_not(cell, packed, seed=0, T=7, **options):
+    """With an erase key of its own also two writes per read, which erase before the decay."""
     options |= {"N": 3, "cu_seqlens": torch.tensor([0, 1, 1, T], device=DEVICE)} if packed else {"B": 2}
+    options |= {"writes": 2, "erase_before_decay": True} if cell == OWN_KEY else {}
     return problem(cell, T=T, H=(2, 1, 1), seed=seed, **options)
 
 
@@ -96,7 +99,7 @@ def test_vmap(cell, packed, which):
 @PACKED
 @CORNERS
 def test_vmap_of_grad(cell, packed):
-    cores = [packed_or_not(cell, packed, seed, T=4, denominator=cell == KDA, features=FEATURES) for seed in (1, 2)]
+    cores = [packed_or_not(cell, packed, seed, T=4, denominator=cell == OWN_KEY, features=FEATURES) for seed in (1, 2)]
     names = [*tensors(cores[0])] if packed else "q"
 
     def slopes(core):
@@ -199,7 +202,7 @@ def compiled():
 def test_one_graph_for_any_length(cell, packed, compiled):
     fast, counter = compiled(lambda core: backend.run(core, "chunk", C))
     for T in (7, 2, C + 1, 3):
-        core = packed_or_not(cell, packed, T=T, denominator=cell == KDA, features=FEATURES)
+        core = packed_or_not(cell, packed, T=T, denominator=cell == OWN_KEY, features=FEATURES)
         agree(core, run=fast, truth=kernels, bound=0)
     assert counter.frame_count <= 2
 

@@ -1,6 +1,6 @@
 """The recurrence on the Triton kernels of `fwp_kernels`, forward and backward as opaque ops of torch.
 
-They serve no decay, one a head or one a key channel, with or without erasing, erase and write strengths one a head.
+They serve every core: no decay, one per head or one per key channel, with or without erasing.
 Triton is imported when the first kernel runs, so that the ops and their shapes are known wherever torch is.
 """
 
@@ -36,19 +36,21 @@ def refuses(core: Core, form: Form) -> str | None:
     phi, norm, scale = core.features.phi, core.features.norm, core.features.scale
     more = phi is not None or norm is not None or scale != 1.0 or core.q.shape[2] > core.heads
     channels = core.g is not None and core.g.dim() == 4
-    most = widest(core.v.dtype.itemsize, channels, more, _shared_memory(core.v.device))
+    tiles = 4 if core.a is not None else 3 if more else 2
+    most = widest(core.v.dtype.itemsize, channels, tiles, _shared_memory(core.v.device))
     if core.width > most and (form == "chunk" or core.wants_gradients):
         return f"K: expected at most {most} features of these inputs for the memory of this GPU, got {core.width}"
     return None
 
 
-def widest(itemsize: int, channels: bool, more: bool, memory: int) -> int:
+def widest(itemsize: int, channels: bool, tiles: int, memory: int) -> int:
     """K up to which the chunk form's tiles [16, K] fit into a program's shared memory.
 
-    Two of them, of inputs or of a decay per channel; three if a state has several readers, or q and k pass features.
+    There are two, of inputs or of a decay per channel, three if a state has several readers or q and k pass features,
+    and four with erase keys.
     """
     tile = 16 * max(itemsize, 4 if channels else 0)
-    return next((K for K in (1024, 512, 256) if (3 if more else 2) * tile * K + 3072 <= memory), 128)
+    return next((K for K in (1024, 512, 256) if tiles * tile * K + 3072 <= memory), 128)
 
 
 def _shared_memory(device: torch.device) -> int:

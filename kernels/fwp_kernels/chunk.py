@@ -38,7 +38,7 @@ from .tiles import (
     state_at,
     state_block,
     store,
-    strong,
+    strength,
     through,
     write_state,
     write_sum,
@@ -127,7 +127,8 @@ def pairs_kernel(
             b_k = features(k, k_norms, rows, h // GK, d, K, D, MAP, NORM, 1.0, ACC)
             b_a = erase_key(a, b_k, rows, h, d, K)
             A += products(b_a, b_k, gates, KG, False, ERASE_LAG, DECAY, DOT, ACC)
-        store(I, rows, h, i, C, inverse(strong(A, e, rows, h, ACC), ACC))
+        A *= strength(e, rows, h, ACC)
+        store(I, rows, h, i, C, inverse(A, ACC))
     if P is not None:
         reading = readers(rows, WRITES, LAG)
         for r in range(R):
@@ -230,7 +231,7 @@ def walk_kernel(
             if w is not None:
                 x = x.to(ACC) * load(w, rows, h, one, 1).to(ACC)
         if I is not None:
-            x = x.to(ACC) - strong(found, e, rows, h, ACC)
+            x = x.to(ACC) - strength(e, rows, h, ACC) * found
             x = dot(load(I, rows, h, i, C), x, DOT, ACC)
         if X is not None:
             store(X, rows, h, dv, V, x)

@@ -45,7 +45,7 @@ from .tiles import (
     state_at,
     state_block,
     store,
-    strong,
+    strength,
     through,
     to_end,
     write_state,
@@ -185,7 +185,8 @@ def walk_back_kernel(
         if I is not None:
             b_dR = dot(tl.trans(load(I, rows, h, i, C)), b_dR, DOT, ACC)
             b_a = erase_key(a, b_k, rows, h, dk, K)
-            dS -= write_state(b_a, strong(b_dR, e, rows, h, ACC), gates, KG, ERASE_LAG, False, DECAY, DOT, ACC)
+            b_e = strength(e, rows, h, ACC)
+            dS -= write_state(b_a, b_e * b_dR, gates, KG, ERASE_LAG, False, DECAY, DOT, ACC)
             if dR is not None:
                 store(dR, rows, h, cols, V, b_dR)
         if dw is not None:
@@ -325,8 +326,9 @@ def end_of(
                     b_a = load(a, rows, h, d, K)
                 else:
                     b_a = features(k, k_norms, rows, h // GK, d, K, D, MAP, NORM, 1.0, ACC)
-                x = strong(load(dR, rows, h, cols, V), e, rows, h, ACC)
-                dS -= write_state(b_a, x, gates, KG, ERASE_LAG, False, DECAY, DOT, ACC)
+                b_e = strength(e, rows, h, ACC)
+                b_dR = load(dR, rows, h, cols, V).to(ACC)
+                dS -= write_state(b_a, b_e * b_dR, gates, KG, ERASE_LAG, False, DECAY, DOT, ACC)
     return dS
 
 
@@ -447,25 +449,24 @@ def gradients_kernel(
 
     if dR is not None:
         b_a = erase_key(a, b_k, rows, h, d, K).to(ACC)
-        b_ea = strong(b_a, e, rows, h, ACC)
-        d_eraser, d_writer, dG, lagging = product_gradients(
-            dA, b_ea, b_k, gates, KG, False, ERASE_LAG, DECAY, DOT, ACC
+        b_e = strength(e, rows, h, ACC)
+        d_eraser, d_writer, dG, late = product_gradients(
+            dA, b_e * b_a, b_k, gates, KG, False, ERASE_LAG, DECAY, DOT, ACC
         )
         if DECAY > 0:
             b_dea = from_start(b_dea, gates, KG, ERASE_LAG)
-            border = per_gate(b_ea * b_dea, DECAY)
-            b_dG += border + dG
+            from_before = per_gate(b_e * b_a * b_dea, DECAY)
+            b_dG += from_before + dG
             if ERASE_LAG:  # an eraser is one gate behind its token, as a reader with LAG
-                b_dg -= border + lagging
+                b_dg -= from_before + late
         b_dea += d_eraser
-        b_dk += d_writer
+        if a is None:
+            b_dk += d_writer + b_e * b_dea
+        else:
+            b_dk += d_writer
+            store(da, rows, h, d, K, b_e * b_dea)
         if de is not None:
             store(de, rows, h, block + one, NK, tl.sum(b_a * b_dea, 1)[:, None])
-        b_dea = strong(b_dea, e, rows, h, ACC)
-        if da is not None:
-            store(da, rows, h, d, K, b_dea)
-        else:
-            b_dk += b_dea
 
     if do is not None:
         reading = readers(rows, WRITES, LAG)

@@ -74,10 +74,10 @@ def read_token(
 @triton.jit
 def erased(S, b_a, e, n, t, h):
     """e Sᵀ a, e = 1 if it is None."""
-    found = tl.sum(S * b_a[:, None], 0)
+    b_e = 1.0
     if e is not None:
-        found = tl.load(e[0] + n * e[1] + t * e[2] + h * e[3]).to(S.dtype) * found
-    return found
+        b_e = tl.load(e[0] + n * e[1] + t * e[2] + h * e[3]).to(S.dtype)
+    return b_e * tl.sum(S * b_a[:, None], 0)
 
 
 @triton.jit(do_not_specialize=["T"])

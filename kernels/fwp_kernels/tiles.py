@@ -53,12 +53,12 @@ def erase_key(a, b_k, rows, h, d, K: tl.constexpr):
 
 
 @triton.jit
-def strong(x, e, rows, h, ACC: tl.constexpr):
-    """x [C, ·] in ACC times the strength e of each token, 1 if e is None."""
-    x = x.to(ACC)
+def strength(e, rows, h, ACC: tl.constexpr):
+    """The strength of each token [C, 1] in ACC, 1 if e is None."""
     if e is not None:
-        x *= load(e, rows, h, tl.arange(0, 1), 1).to(ACC)
-    return x
+        return load(e, rows, h, tl.arange(0, 1), 1).to(ACC)
+    else:
+        return tl.full([rows[1].shape[0], 1], 1.0, ACC)
 
 
 @triton.jit
