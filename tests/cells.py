@@ -1,6 +1,7 @@
 """Random inputs of the recurrence of `fwp.core` in each cell of the Triton kernels, and the recurrence once more."""
 
 from dataclasses import replace
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -19,21 +20,29 @@ DEVICE = "cuda" if GPU else "cpu"
 MARKS = [pytest.mark.gpu] if GPU else []
 C = 16 if GPU else 8  # matrix instructions take 16 rows at least
 
-ADDITIVE, KDA = (0, False), (2, True)
+# (decay, erase). decay: 0 none, 1 per head, 2 per channel. erase: "" nothing, "k" along k with a strength, "a" along a
+# key of its own with a strength, "a alone" without one.
+ADDITIVE, KDA, OWN_KEY = (0, ""), (2, "k"), (2, "a")
 CORNERS = pytest.mark.parametrize("cell", [ADDITIVE, KDA], ids=["additive", "kda"])
 CELLS = pytest.mark.parametrize(
     "cell",
-    [(decay, erase) for decay in (0, 1, 2) for erase in (False, True)],
-    ids=lambda c: f"decay{c[0]}erase{c[1]:d}",
+    [(decay, erase) for decay in (0, 1, 2) for erase in ("", "k")],
+    ids=lambda c: f"decay{c[0]}-{c[1] or 'adds'}",
 )
+ERASERS = [
+    (decay, erase, before)
+    for decay in (0, 1, 2)
+    for erase in ("", "k", "a", "a alone")
+    for before in ((False, True) if decay and erase else (False,))
+]
 READS = pytest.mark.parametrize("read", ["after", "before"])
-FIELDS = ("q", "k", "v", "g", "e", "w", "S", "z")
+FIELDS = ("q", "k", "v", "g", "a", "e", "w", "S", "z")
 
 
 def problem(cell, B=1, T=9, H=(1, 1, 1), K=5, V=3, N=None, dtype=torch.float64, seed=0, **options):
     """Random inputs of the core, every number different; with a denominator q and k > 0. H: query, key, value heads."""
     (decay, erase), positive = cell, options.get("denominator", False)
-    width = options.get("features", Features()).width(K)
+    width, writes = options.get("features", Features()).width(K), options.get("writes", 1)
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size):
@@ -44,7 +53,7 @@ def problem(cell, B=1, T=9, H=(1, 1, 1), K=5, V=3, N=None, dtype=torch.float64, 
 
     Hq, Hk, Hv = H
     h, gates = max(Hk, Hv), torch.float64 if dtype == torch.float64 else torch.float32
-    q, k = normal(B, T, Hq, K), normal(B, T, Hk, K)
+    q, k, T = normal(B, T, Hq, K), normal(B, writes * T, Hk, K), writes * T
     if positive:
         q, k = q.abs() + 0.1, k.abs() + 0.1
     core = Core(
@@ -52,13 +61,28 @@ def problem(cell, B=1, T=9, H=(1, 1, 1), K=5, V=3, N=None, dtype=torch.float64, 
         F.normalize(k, dim=-1).to(dtype),
         normal(B, T, Hv, V).to(dtype),
         g=-uniform(B, T, h, *([width] if decay == 2 else [])).to(gates) if decay else None,
-        e=uniform(B, T, h).to(gates) if erase else None,
+        a=F.normalize(normal(B, T, h, width), dim=-1).to(dtype) if erase.startswith("a") else None,
+        e=uniform(B, T, h).to(gates) if erase in ("k", "a") else None,
         w=uniform(B, T, h).to(gates) if erase else None,
         S=normal(B if N is None else N, h, width, V).to(gates),
         z=uniform(B if N is None else N, h, width).to(gates) if positive else None,
         **options,
     )
     return moved(core, lambda x: x.to(DEVICE))
+
+
+def pairwise(*axes):
+    """Few rows of the product of the axes in which every two values of two axes meet."""
+    rows, chosen = [*product(*axes)], []
+
+    def pairs(row):
+        return {*combinations(enumerate(row), 2)}
+
+    open_ = set().union(*map(pairs, rows))
+    while open_:
+        chosen.append(max(rows, key=lambda row: len(pairs(row) & open_)))
+        open_ -= pairs(chosen[-1])
+    return chosen
 
 
 def moved(core, fn):
@@ -72,7 +96,9 @@ def recurrence(core):
     if not core.denominator:
         return o, State(S)
     one = core.v.new_ones(*core.k.shape[:2], core.heads, 1)  # z is what v = 1 makes where nothing is erased
-    found, z = numerators(replace(core, v=one, e=None, w=None, S=None if core.z is None else core.z.unsqueeze(-1)))
+    found, z = numerators(
+        replace(core, v=one, a=None, e=None, w=None, S=None if core.z is None else core.z.unsqueeze(-1))
+    )
     o = torch.where(found == 0, 0, o / (found + core.eps).masked_fill(found == 0, 1))
     return o, State(S, z.squeeze(-1))
 
@@ -80,7 +106,7 @@ def recurrence(core):
 def numerators(core):
     """Sᵀ q and the final S."""
     H = core.heads
-    bounds = [0, core.k.shape[1]] if core.cu_seqlens is None else core.cu_seqlens.tolist()
+    bounds = [0, core.q.shape[1]] if core.cu_seqlens is None else core.cu_seqlens.tolist()
     outputs, ends = [], []
     for n in range(core.sequences):
         b, (first, last) = (n, bounds) if core.cu_seqlens is None else (0, bounds[n : n + 2])
@@ -89,14 +115,18 @@ def numerators(core):
             k, v = core.k[b, :, h // (H // core.k.shape[2])], core.v[b, :, h // (H // core.v.shape[2])]
             S = v.new_zeros(k.shape[1], v.shape[1]) if core.S is None else core.S[n, h]
             past = [S]
-            for t in range(first, last):
+            for t in range(core.writes * first, core.writes * last):
+                undecayed = S
                 if core.g is not None:
                     S = core.g[b, t, h].exp().reshape(-1, 1) * S
                 x = v[t] if core.w is None else core.w[b, t, h] * v[t]
-                if core.e is not None:
-                    x = x - core.e[b, t, h] * (k[t] @ S)
+                if core.erases:
+                    key = k[t] if core.a is None else core.a[b, t, h]
+                    found = key @ (undecayed if core.erase_before_decay else S)
+                    x = x - (found if core.e is None else core.e[b, t, h] * found)
                 S = S + torch.outer(k[t], x)
-                past.append(S)
+                if (t + 1) % core.writes == 0:
+                    past.append(S)
             seen = past[1:] if core.read == "after" else past[:-1]
             rows.append(torch.stack(seen if core.causal else [S] * len(seen)) if seen else S.new_zeros(0, *S.shape))
             finals.append(S)

@@ -27,7 +27,8 @@ CASES = {  # decay, erase, K, V; dtype, feature map, norm, denominator
     "sm_90": [(0, 0, 64, 64), (1, 1, 128, 128), (2, 1, 128, 128), *FUSED],
     "gfx942": [(0, 0, 64, 64), (2, 1, 128, 128)],
 }
-KEY = ("target", "decay", "erase", "K", "V", "dtype", "feature_map", "norm", "denominator", "kernel")
+KEY = ("target", "decay", "erase", "K", "V", "dtype", "feature_map", "norm", "denominator")
+KEY += ("writes", "erase_before_decay", "kernel")
 
 
 def table():

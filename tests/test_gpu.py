@@ -85,7 +85,7 @@ def test_every_configuration_alone(size, dtype, rule, form):
     """All that the table of block sizes has, the last chunk not full, outputs of NaN before they are written."""
     inputs = drawn(rule, dtype, B=1, T=T, K=size[0], V=size[1], state=True)
     channels = "g" in inputs and inputs["g"].dim() == 4
-    if size[0] > triton.widest(dtype.itemsize, channels, False, triton._shared_memory(inputs["v"].device)):
+    if size[0] > triton.widest(dtype.itemsize, channels, 2, triton._shared_memory(inputs["v"].device)):
         pytest.skip("this GPU has too little shared memory")
     agree(rule, inputs, form)
 

@@ -13,14 +13,17 @@ from cells import (
     CELLS,
     CORNERS,
     DEVICE,
+    ERASERS,
     GPU,
     KDA,
     MARKS,
+    OWN_KEY,
     READS,
     C,
     agree,
     kernels,
     moved,
+    pairwise,
     problem,
     recurrence,
     results,
@@ -141,7 +144,7 @@ def test_writes_without_strength_and_erasing_alone():
 # ---- gates and keys ----
 
 
-@pytest.mark.parametrize("cell", [(1, True), KDA], ids=["scalar", "channel"])
+@pytest.mark.parametrize("cell", [(1, "k"), KDA], ids=["scalar", "channel"])
 @pytest.mark.parametrize("value", [0.0, -0.5, -20.0, -200.0, -1e4, -torch.inf])
 def test_gates_of_any_size(cell, value):
     core = problem(cell, T=C + 3, read="before" if value == -20.0 else "after")
@@ -151,7 +154,7 @@ def test_gates_of_any_size(cell, value):
 
 
 @pytest.mark.parametrize("value", [-750.0, -torch.inf])
-@pytest.mark.parametrize("cell", [(1, False), (2, False), KDA], ids=["decay", "gla", "kda"])
+@pytest.mark.parametrize("cell", [(1, ""), (2, ""), KDA], ids=["decay", "gla", "kda"])
 @READS
 def test_a_reset_by_the_last_token_of_a_chunk_that_is_not_full(read, cell, value):
     packed = {"N": 2, "cu_seqlens": torch.tensor([0, C + 3, C + 5], device=DEVICE)}
@@ -162,7 +165,7 @@ def test_a_reset_by_the_last_token_of_a_chunk_that_is_not_full(read, cell, value
         agree(core)
 
 
-@pytest.mark.parametrize("cell", [(1, True), KDA], ids=["scalar", "channel"])
+@pytest.mark.parametrize("cell", [(1, "k"), KDA], ids=["scalar", "channel"])
 def test_a_reset_forgets_everything(cell):
     core = problem(cell, T=C + 3)
     g = core.g.clone()
@@ -178,7 +181,7 @@ def test_a_reset_forgets_everything(cell):
 def test_keys_that_are_alike(keys, strength):
     """Where a power series for (I + A)⁻¹ fails."""
     chunk = 64
-    core = problem((0, True), T=chunk, K=3)
+    core = problem((0, "k"), T=chunk, K=3)
     k = core.k[:, :1].expand_as(core.k)
     if keys == "opposite":
         k = k * (-1) ** torch.arange(chunk, device=DEVICE).view(1, -1, 1, 1)
@@ -320,9 +323,7 @@ def test_segments_are_the_recurrence(cell, read, two_chunks):
     agree(problem(cell, T=4 * C + 3, read=read))
 
 
-SEGMENTED = pytest.mark.parametrize(
-    "cell", [ADDITIVE, (1, False), (2, False), KDA], ids=["additive", "decay", "gla", "kda"]
-)
+SEGMENTED = pytest.mark.parametrize("cell", [ADDITIVE, (1, ""), (2, ""), KDA], ids=["additive", "decay", "gla", "kda"])
 
 
 @pytest.mark.parametrize("T", [1, 2 * C, 2 * C + 1, 4 * C])
@@ -377,6 +378,80 @@ def test_segments_are_cut_where_the_gpu_has_room():
     assert launch.segment_length(chunks=20, sequences=1, fill=132, least=3) == 0  # too short
     assert launch.segment_length(chunks=24, sequences=1, fill=132, least=3) == 8
     assert launch.segment_length(chunks=1024, sequences=1, fill=0, least=3) == 0
+
+
+# ---- erase keys, and several writes per read ----
+
+LAYOUTS = ("whole", "packed", "packed segments")
+WRITERS = pairwise(ERASERS, ("after", "before"), LAYOUTS, (False, True), (1, 2, 3))
+
+
+@pytest.mark.parametrize(("eraser", "read", "layout", "denominator", "writes"), WRITERS)
+def test_erase_keys_and_writes(eraser, read, layout, denominator, writes, monkeypatch):
+    """Every two of these choices together: output, state and all gradients of both forms."""
+    kept_apart(monkeypatch, 2)
+    decay, erase, before = eraser
+    T = 3 * C // writes + 2
+    options = {"N": 3, "cu_seqlens": torch.tensor([0, 1, 1, T], device=DEVICE)} if layout != "whole" else {}
+    options |= {"read": read, "denominator": denominator, "writes": writes, "erase_before_decay": before}
+    core = problem((decay, erase), T=T, K=3, V=2, **options)
+    found = agree(core, run=lambda core: kernels(core, segment=2 * layout.endswith("segments")))
+    o, state = kernels(core, "recurrent")
+    errors = [deviation(o, found["o"]), deviation(state.S, found["S"])]
+    assert max([*errors, deviation(state.z, found["z"])] if denominator else errors) <= 1e-10
+
+
+@pytest.mark.parametrize(("read", "before"), [("after", True), ("before", False)])
+def test_erase_keys_of_segments_that_are_not_packed(read, before, two_chunks):
+    agree(problem(OWN_KEY, T=2 * C // 3 + 1, K=3, V=2, read=read, writes=3, erase_before_decay=before))
+
+
+@pytest.mark.parametrize("H", [(4, 1, 2), (1, 2, 2), (2, 2, 1)], ids=str)
+def test_erase_keys_of_shared_heads_and_many_blocks(H):
+    agree(problem((1, "a alone"), T=3, H=H, K=35, V=37, writes=2, erase_before_decay=True))
+
+
+@pytest.mark.parametrize("phi", ["elu+1", "dpfp-2"])
+def test_erase_keys_beside_features(phi):
+    """q and k pass φ and its norm, erase keys don't; what no token reads passes φ too."""
+    features = Features(phi, "sum", 0.5)
+    core = problem(OWN_KEY, T=5, H=(2, 1, 2), K=2, writes=2, features=features, denominator=True)
+    assert deviation(kernels(core, "recurrent")[0], agree(core)["o"]) <= 1e-10
+
+
+@pytest.mark.parametrize("cell", [(1, "a alone"), OWN_KEY], ids=["scalar", "channel"])
+@pytest.mark.parametrize("value", [-200.0, -torch.inf])
+def test_what_is_erased_is_found_before_a_reset(cell, value):
+    core = problem(cell, T=C + 3, writes=2, erase_before_decay=True)
+    core.g[:, [0, 5, C, -1]] = value
+    found = agree(core)
+    assert all(x.isfinite().all() for x in found.values())
+
+
+def test_erase_keys_of_any_strides():
+    core = problem(OWN_KEY, T=2, H=(2, 2, 2), K=3, V=2, writes=2)
+    strange = moved(core, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2))
+    strange = replace(strange, a=core.a.mT.contiguous().mT)
+    for form in ("chunk", "recurrent"):
+        assert torch.equal(kernels(strange, form)[0], kernels(core, form)[0])
+    leaf = core.a[:1, :1].clone().requires_grad_()
+    kernels(replace(core, a=leaf.expand_as(core.a)))[0].sum().backward()
+    whole = core.a[:1, :1].clone().requires_grad_()
+    recurrence(replace(core, a=whole.expand_as(core.a)))[0].sum().backward()
+    assert deviation(leaf.grad, whole.grad) <= 1e-10
+
+
+def test_no_tokens_with_erase_keys():
+    core = problem(OWN_KEY, T=0, writes=2)
+    for form in ("chunk", "recurrent"):
+        found = results(lambda core, form=form: kernels(core, form), core)
+        assert torch.equal(found["S"], core.S) and found["da"].shape == core.a.shape
+
+
+def test_a_query_that_reads_the_end_of_several_writes():
+    bounds = torch.tensor([0, 3, 3, 7], device=DEVICE)
+    core = problem(ADDITIVE, T=7, H=(2, 1, 2), N=3, cu_seqlens=bounds, writes=2, denominator=True)
+    agree(replace(core, causal=False))
 
 
 # ---- normalisation ----
@@ -443,7 +518,7 @@ MAPS, NORMS = (None, "relu", "elu+1", "exp", "dpfp-1", "dpfp-3"), (None, "sum", 
 @pytest.mark.parametrize("phi", MAPS)
 def test_features(phi, norm):
     positive = phi is None  # their sum can be near 0
-    core = problem((1, True), T=C + 3, H=(2, 1, 1), K=3, features=Features(phi, norm, 0.5), denominator=positive)
+    core = problem((1, "k"), T=C + 3, H=(2, 1, 1), K=3, features=Features(phi, norm, 0.5), denominator=positive)
     found = agree(core)
     assert deviation(kernels(core, "recurrent")[0], found["o"]) <= 1e-10
 
@@ -505,7 +580,7 @@ def test_the_op_leaves_features_to_the_kernels(rule, feature_map, monkeypatch):
 # ---- precision ----
 
 
-@pytest.mark.parametrize("cell", [ADDITIVE, (1, True), KDA], ids=["additive", "scalar", "kda"])
+@pytest.mark.parametrize("cell", [ADDITIVE, (1, "k"), KDA], ids=["additive", "scalar", "kda"])
 def test_float32(cell):
     core = problem(cell, T=2 * C + 1, K=16, V=16, dtype=torch.float32)
     found, truth = results(kernels, core), results(recurrence, moved(core, torch.Tensor.double))
@@ -541,12 +616,10 @@ def test_bfloat16_in_the_interpreter():
 
 
 def test_refusals():
-    core = problem(KDA)
+    core = problem(OWN_KEY, writes=2, erase_before_decay=True)
     assert backend.refuses(core, "chunk") is None
     wide = core.q.new_zeros(1, 9, 1, 1025)
     for other, reason in (
-        (replace(core, e=core.g), "e: expected one strength a head [B, T, H], got one a channel (1, 9, 1, 5)"),
-        (replace(core, w=core.v), "w: expected one strength a head [B, T, H], got one a channel (1, 9, 1, 3)"),
         (replace(core, q=wide, k=wide), "K: expected 1 to 1024 features, got 1025"),
         (replace(core, v=wide), "V: expected 1 to 1024 features, got 1025"),
         (moved(core, lambda x: x.to("meta")), "expected CUDA tensors, got meta"),
@@ -555,15 +628,23 @@ def test_refusals():
 
 
 @pytest.mark.parametrize(
-    ("itemsize", "channels", "kib", "most"),
-    [(2, False, 99, 1024), (2, True, 99, 512), (4, False, 99, 512), (4, True, 163, 1024), (8, False, 227, 512)],
+    ("itemsize", "channels", "own_key", "kib", "most"),
+    [
+        (2, False, False, 99, 1024),
+        (2, True, False, 99, 512),
+        (4, False, False, 99, 512),
+        (4, True, False, 163, 1024),
+        (8, False, False, 227, 512),
+        (2, False, True, 227, 1024),
+        (2, True, True, 227, 512),
+    ],
 )
-def test_wide_states_need_shared_memory(itemsize, channels, kib, most, monkeypatch):
+def test_wide_states_need_shared_memory(itemsize, channels, own_key, kib, most, monkeypatch):
     monkeypatch.setattr(backend, "_shared_memory", lambda device: kib * 1024)
     dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[itemsize]
     for K in (most, most + 1):
         k = torch.zeros(1, 2, 1, K, dtype=dtype, device=DEVICE)
-        core = Core(k, k, k[..., :2], g=k.float() if channels else None)
+        core = Core(k, k, k[..., :2], g=k.float() if channels else None, a=k if own_key else None)
         assert K > 1024 or backend.refuses(core, "recurrent") is None
         reason = backend.refuses(core, "chunk")
         if most == K:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch._dynamo.testing
-from cells import ADDITIVE, CORNERS, DEVICE, FIELDS, GPU, KDA, MARKS, C, agree, kernels, moved, problem, recurrence
+from cells import ADDITIVE, DEVICE, FIELDS, GPU, KDA, MARKS, OWN_KEY, C, agree, kernels, moved, problem, recurrence
 from torch.func import grad, jacrev, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,10 +23,13 @@ PACKED = pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"
 
 
 FEATURES = Features("dpfp-1", "sum", 0.5)
+CORNERS = pytest.mark.parametrize("cell", [ADDITIVE, OWN_KEY], ids=["additive", "own key"])
 
 
 def packed_or_not(cell, packed, seed=0, T=7, **options):
+    """With an erase key of its own also two writes per read, which erase before the decay."""
     options |= {"N": 3, "cu_seqlens": torch.tensor([0, 1, 1, T], device=DEVICE)} if packed else {"B": 2}
+    options |= {"writes": 2, "erase_before_decay": True} if cell == OWN_KEY else {}
     return problem(cell, T=T, H=(2, 1, 1), seed=seed, **options)
 
 
@@ -44,7 +47,8 @@ def test_opcheck(cell, packed, more):
     options = {"denominator": True, "features": FEATURES} if more else {}
     core = moved(packed_or_not(cell, packed, **options), lambda x: x.requires_grad_())
     eps, features = core.eps if more else None, (core.features.phi, core.features.norm, core.features.scale)
-    given = (*(getattr(core, name) for name in FIELDS), core.cu_seqlens, False, eps, *features, C, None)
+    writes = core.writes, core.erase_before_decay
+    given = (*(getattr(core, name) for name in FIELDS), core.cu_seqlens, False, eps, *features, *writes, C, None)
     torch.library.opcheck(backend._forward, (*given, "chunk"))
     given = [x.detach() if isinstance(x, torch.Tensor) else x for x in given]
     o, S, z, den = backend._forward(*given, "chunk")
@@ -95,7 +99,7 @@ def test_vmap(cell, packed, which):
 @PACKED
 @CORNERS
 def test_vmap_of_grad(cell, packed):
-    cores = [packed_or_not(cell, packed, seed, T=4, denominator=cell == KDA, features=FEATURES) for seed in (1, 2)]
+    cores = [packed_or_not(cell, packed, seed, T=4, denominator=cell == OWN_KEY, features=FEATURES) for seed in (1, 2)]
     names = [*tensors(cores[0])] if packed else "q"
 
     def slopes(core):
@@ -198,7 +202,7 @@ def compiled():
 def test_one_graph_for_any_length(cell, packed, compiled):
     fast, counter = compiled(lambda core: backend.run(core, "chunk", C))
     for T in (7, 2, C + 1, 3):
-        core = packed_or_not(cell, packed, T=T, denominator=cell == KDA, features=FEATURES)
+        core = packed_or_not(cell, packed, T=T, denominator=cell == OWN_KEY, features=FEATURES)
         agree(core, run=fast, truth=kernels, bound=0)
     assert counter.frame_count <= 2
 

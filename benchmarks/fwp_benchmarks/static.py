@@ -38,13 +38,15 @@ class Case(NamedTuple):
     """A cell, the sizes of its state, and what q and k pass on the way to it."""
 
     decay: int  # 0 none, 1 one a head, 2 one a key channel
-    erase: int
+    erase: int  # 0 none, 1 along k, 2 along a key of its own
     K: int
     V: int
     dtype: str = "bfloat16"
     feature_map: str = ""
     norm: str = ""
     denominator: int = 0
+    writes: int = 1  # per read
+    erase_before_decay: int = 0
 
 
 SIZES = [(64, 64), (128, 128), (256, 256), (768, 128)]
@@ -66,26 +68,42 @@ CASES += [
     ]
 ]
 CASES += [Case(*cell, 512, 128, "float32", "relu", "l2") for cell in CELLS]
+CASES += [
+    Case(*cell, *size, writes=writes, erase_before_decay=before)
+    for size in SIZES[:2]
+    for cell, writes, before in [
+        ((0, 2), 1, 0),
+        ((1, 2), 1, 0),
+        ((2, 2), 1, 0),
+        ((1, 1), 1, 1),
+        ((2, 2), 1, 1),
+        ((1, 1), 2, 0),
+        ((2, 2), 2, 1),
+    ]
+]
 
 
 def launches(case: Case) -> list[tuple[str, Any, dict[str, Any]]]:
     """Name, kernel and arguments of what a forward in both forms and a backward start."""
 
-    def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(2, 128, 4, *size, dtype=dtype)
+    def empty(*size: int, dtype: torch.dtype = torch.float32, writes: int = 1) -> torch.Tensor:
+        return torch.empty(2, 128 * writes, 4, *size, dtype=dtype)
 
     dtype, K, phi = DTYPES[case.dtype], case.K, case.feature_map
     D = K // (2 * int(phi.removeprefix("dpfp-"))) if phi.startswith("dpfp-") else K
     eps = 1e-6 if case.denominator else None
 
     def problem(segment: int = 0) -> Any:
-        q, k, v = (empty(size, dtype=dtype) for size in (D, D, case.V))
-        strength = empty() if case.erase else None
-        g = [None, empty(), empty(K)][case.decay]
+        n = case.writes
+        q, k, v = empty(D, dtype=dtype), empty(D, dtype=dtype, writes=n), empty(case.V, dtype=dtype, writes=n)
+        strength = empty(writes=n) if case.erase else None
+        a = empty(K, dtype=dtype, writes=n) if case.erase == 2 else None
+        g = [None, empty(writes=n), empty(K, writes=n)][case.decay]
         state = torch.empty(2, 4, K, case.V), torch.empty(2, 4, K) if case.denominator else None
         scale = D**-0.5 if phi or case.norm else 1.0
-        features: dict[str, Any] = {"feature_map": phi or None, "norm": case.norm or None, "scale": scale}
-        return launch.Problem(q, k, v, g, strength, strength, *state, None, False, eps, **features, segment=segment)
+        options: dict[str, Any] = {"feature_map": phi or None, "norm": case.norm or None, "scale": scale}
+        options |= {"writes": n, "erase_before_decay": bool(case.erase_before_decay), "segment": segment}
+        return launch.Problem(q, k, v, g, a, strength, strength, *state, None, False, eps, **options)
 
     started: dict[str, tuple[Any, dict[str, Any]]] = {}
 
@@ -184,8 +202,8 @@ def cases(target: str) -> list[Case]:
     memory = LIMITS[target] * 1024 * (2 if target.startswith("gfx") else 1)
     served = []
     for case in CASES:
-        more = bool(case.feature_map or case.norm)
-        if widest(DTYPES[case.dtype].itemsize, case.decay == 2, more, memory) >= case.K:
+        tiles = 4 if case.erase == 2 else 3 if case.feature_map or case.norm else 2
+        if widest(DTYPES[case.dtype].itemsize, case.decay == 2, tiles, memory) >= case.K:
             served.append(case)
     if target in ("sm_100", "sm_120"):
         return [case for case in served if case.dtype == "bfloat16" and (case.K <= 128 or target == "sm_120")]

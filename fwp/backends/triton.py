@@ -1,6 +1,6 @@
 """The recurrence on the Triton kernels of `fwp_kernels`, forward and backward as opaque ops of torch.
 
-They serve no decay, one a head or one a key channel, with or without erasing, erase and write strengths one a head.
+They serve every core: no decay, one per head or one per key channel, with or without erasing.
 Triton is imported when the first kernel runs, so that the ops and their shapes are known wherever torch is.
 """
 
@@ -28,9 +28,6 @@ def refuses(core: Core, form: Form) -> str | None:
     device = core.v.device.type
     if device not in ("cuda", "cpu") or (device == "cpu" and not _interpreted()):
         return f"expected CUDA tensors, got {device}; TRITON_INTERPRET=1, set before Triton loads, interprets on CPU"
-    for name, gate in (("e", core.e), ("w", core.w)):
-        if gate is not None and gate.dim() == 4:
-            return f"{name}: expected one strength a head [B, T, H], got one a channel {tuple(gate.shape)}"
     if torch.compiler.is_compiling() and _derives():
         return "torch.func.grad and jvp inside a compiled function don't see into its ops"
     for name, size in (("K", core.width), ("V", core.v.shape[-1])):
@@ -39,19 +36,21 @@ def refuses(core: Core, form: Form) -> str | None:
     phi, norm, scale = core.features.phi, core.features.norm, core.features.scale
     more = phi is not None or norm is not None or scale != 1.0 or core.q.shape[2] > core.heads
     channels = core.g is not None and core.g.dim() == 4
-    most = widest(core.v.dtype.itemsize, channels, more, _shared_memory(core.v.device))
+    tiles = 4 if core.a is not None else 3 if more else 2
+    most = widest(core.v.dtype.itemsize, channels, tiles, _shared_memory(core.v.device))
     if core.width > most and (form == "chunk" or core.wants_gradients):
         return f"K: expected at most {most} features of these inputs for the memory of this GPU, got {core.width}"
     return None
 
 
-def widest(itemsize: int, channels: bool, more: bool, memory: int) -> int:
+def widest(itemsize: int, channels: bool, tiles: int, memory: int) -> int:
     """K up to which the chunk form's tiles [16, K] fit into a program's shared memory.
 
-    Two of them, of inputs or of a decay per channel; three if a state has several readers, or q and k pass features.
+    There are two, of inputs or of a decay per channel, three if a state has several readers or q and k pass features,
+    and four with erase keys.
     """
     tile = 16 * max(itemsize, 4 if channels else 0)
-    return next((K for K in (1024, 512, 256) if (3 if more else 2) * tile * K + 3072 <= memory), 128)
+    return next((K for K in (1024, 512, 256) if tiles * tile * K + 3072 <= memory), 128)
 
 
 def _shared_memory(device: torch.device) -> int:
@@ -91,21 +90,21 @@ def run(core: Core, form: Form, chunk: int | None = None, segment: int | None = 
     """
     if not core.causal:
         core = applied(core)
-    tensors = (core.q, core.k, core.v, core.g, core.e, core.w, core.S, core.z)
+    tensors = (core.q, core.k, core.v, core.g, core.a, core.e, core.w, core.S, core.z)
     before, eps = core.causal and core.read == "before", core.eps if core.denominator else None
-    features = (core.features.phi, core.features.norm, core.features.scale)
+    how = (core.features.phi, core.features.norm, core.features.scale, core.writes, core.erase_before_decay)
     if overwrites() and form == "recurrent" and core.causal:
         from fwp_kernels.launch import Problem
         from fwp_kernels.launch import forward as launch
 
-        o, S, z, _ = launch(Problem(*tensors, core.cu_seqlens, before, eps, *features), form, over=True)
+        o, S, z, _ = launch(Problem(*tensors, core.cu_seqlens, before, eps, *how), form, over=True)
         return o, State(S, z)
-    options = (eps, *features, chunk, segment, form)
+    options = (eps, *how, chunk, segment, form)
     o, S, z, _ = _call(*tensors, core.cu_seqlens, before, *options)
     if not core.causal:  # everybody reads the final state: a walk that writes nothing
         nothing = [x.new_zeros(()).expand(x.shape) for x in (core.k, core.v)]
         end = S, z if core.denominator else None
-        o, *_ = _call(core.q, *nothing, None, None, None, *end, core.cu_seqlens, False, *options)
+        o, *_ = _call(core.q, *nothing, None, None, None, None, *end, core.cu_seqlens, False, *options)
     return o, State(S, z if core.denominator else None)
 
 
@@ -115,13 +114,14 @@ def _problem(*inputs: Any) -> Any:
 
     problem = Problem(*inputs)
     if problem.segment is None and problem.length:
-        q, k, v, g, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, *_ = inputs
+        q, k, v, g, a, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, writes, erase_before_decay, *_ = inputs
         read: Read = "before" if before else "after"
         core = Core(
             q,
             k,
             v,
             g,
+            a=a,
             e=e,
             w=w,
             S=S,
@@ -130,6 +130,8 @@ def _problem(*inputs: Any) -> Any:
             read=read,
             denominator=eps is not None,
             features=Features(phi, norm, scale),
+            writes=writes,
+            erase_before_decay=erase_before_decay,
         )
         if not trust.may_cut(core):
             problem.length = 0
@@ -162,6 +164,7 @@ def _forward(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
+    a: Tensor | None,
     e: Tensor | None,
     w: Tensor | None,
     S: Tensor | None,
@@ -172,6 +175,8 @@ def _forward(
     phi: str | None,
     norm: str | None,
     scale: float,
+    writes: int,
+    erase_before_decay: bool,
     chunk: int | None,
     segment: int | None,
     form: str,
@@ -179,7 +184,10 @@ def _forward(
     """o, S, z and the denominators; empty tensors stand for None."""
     if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():  # it is off where a function brought us here
         _no_forward_derivative(None)
-    return _launch_forward(q, k, v, g, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, chunk, segment, form)
+    return _launch_forward(
+        q, k, v, g, a, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, writes, erase_before_decay,
+        chunk, segment, form,
+    )  # fmt: skip
 
 
 def _launch_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -196,6 +204,7 @@ def _backward(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
+    a: Tensor | None,
     e: Tensor | None,
     w: Tensor | None,
     S: Tensor | None,
@@ -206,6 +215,8 @@ def _backward(
     phi: str | None,
     norm: str | None,
     scale: float,
+    writes: int,
+    erase_before_decay: bool,
     chunk: int | None,
     segment: int | None,
     o: Tensor | None,
@@ -215,19 +226,20 @@ def _backward(
     d_z: Tensor | None,
 ) -> list[Tensor]:
     return _launch_backward(
-        q, k, v, g, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, chunk, segment, o, den, d_o, d_S, d_z
-    )
+        q, k, v, g, a, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, writes, erase_before_decay,
+        chunk, segment, o, den, d_o, d_S, d_z,
+    )  # fmt: skip
 
 
 def _launch_backward(*inputs: Any) -> list[Tensor]:
     from fwp_kernels.launch import backward
 
-    grads = backward(_problem(*inputs[:16]), *inputs[16:])
+    grads = backward(_problem(*inputs[:19]), *inputs[19:])
     return [inputs[0].new_empty(0) if x is None else x for x in grads]
 
 
 @_forward.register_fake
-def _(q, k, v, g, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, chunk, segment, form):  # type: ignore[no-untyped-def]
+def _(q, k, v, g, a, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, *_):  # type: ignore[no-untyped-def]
     core = Core(q, k, v, cu_seqlens=cu_seqlens, features=Features(phi, norm, scale))
     rows = (*q.shape[:2], max(q.shape[2], core.heads))
     o = q.new_empty(*rows, v.shape[-1])
@@ -238,14 +250,14 @@ def _(q, k, v, g, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, chunk, 
 
 
 @_backward.register_fake
-def _(q, k, v, g, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, chunk, segment, o, den, d_o, d_S, d_z):  # type: ignore[no-untyped-def]
-    return [q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, g, e, w, S, z)]
+def _(*inputs):  # type: ignore[no-untyped-def]
+    return [inputs[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs[:9]]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    tensors, ctx.options = inputs[:9], inputs[9:16]
+    tensors, ctx.options = inputs[:10], inputs[10:19]
     o, _, _, den = output
-    ctx.save_for_backward(*tensors, *((None, None) if inputs[10] is None else (o, den)))
+    ctx.save_for_backward(*tensors, *((None, None) if inputs[11] is None else (o, den)))
     ctx.set_materialize_grads(False)
 
 
@@ -255,7 +267,7 @@ def _gradients(
     *tensors, o, den = ctx.saved_tensors
     backward: Callable[..., Sequence[Tensor]] = _backward if torch.compiler.is_compiling() else _Backward.apply
     grads = backward(*tensors, *ctx.options, o, den, d_o, d_S, None if den is None else d_z)
-    return *(None if x is None else grad for x, grad in zip(tensors, grads)), *[None] * 9
+    return *(None if x is None else grad for x, grad in zip(tensors, grads)), *[None] * 11
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> Any:
@@ -290,12 +302,12 @@ class _Axis:
         return torch.cat([starts.flatten(), starts.new_full((1,), T * self.size)])
 
     def inputs(self, tensors: Sequence[Tensor | None], at: Sequence[int | None]) -> list[Tensor | None]:
-        """q, k, v, g, e, w, S, z, cu_seqlens."""
-        rows = [self.tokens(x, i) for x, i in zip(tensors[:6], at)]
+        """q, k, v, g, a, e, w, S, z, cu_seqlens."""
+        rows = [self.tokens(x, i) for x, i in zip(tensors[:7], at)]
         assert rows[0] is not None
         T = rows[0].shape[1] // self.size
-        states = [self.states(x, i) for x, i in zip(tensors[6:8], at[6:8])]
-        return [*rows, *states, self.bounds(tensors[8], at[8], T)]
+        states = [self.states(x, i) for x, i in zip(tensors[7:9], at[7:9])]
+        return [*rows, *states, self.bounds(tensors[9], at[9], T)]
 
     def split_states(self, x: Tensor) -> Tensor:
         return x.unflatten(0, (self.size, x.shape[0] // self.size))
@@ -308,8 +320,8 @@ class _Axis:
 
 def _vmap_forward(call: Callable[..., Any]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        axis, eps = _Axis(info.batch_size, inputs[8]), inputs[10]
-        o, S, z, den = call(*axis.inputs(inputs[:9], in_dims[:9]), *inputs[9:])
+        axis, eps = _Axis(info.batch_size, inputs[9]), inputs[11]
+        o, S, z, den = call(*axis.inputs(inputs[:10], in_dims[:10]), *inputs[10:])
         o, S = axis.split_tokens(o), axis.split_states(S)
         if eps is None:
             return (o, S, z, den), (0, 0, None, None)
@@ -320,14 +332,14 @@ def _vmap_forward(call: Callable[..., Any]) -> Callable[..., Any]:
 
 def _vmap_backward(call: Callable[..., Any]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        given, options = inputs[:9], inputs[9:16]
-        axis = _Axis(info.batch_size, given[8])
-        rows = [axis.tokens(x, i) for x, i in zip(inputs[16:19], in_dims[16:19])]
-        states = [axis.states(x, i) for x, i in zip(inputs[19:], in_dims[19:])]
-        grads = call(*axis.inputs(given, in_dims[:9]), *options, *rows, *states)
-        split = [axis.split_tokens] * 6 + [axis.split_states] * 2
+        given, options = inputs[:10], inputs[10:19]
+        axis = _Axis(info.batch_size, given[9])
+        rows = [axis.tokens(x, i) for x, i in zip(inputs[19:22], in_dims[19:22])]
+        states = [axis.states(x, i) for x, i in zip(inputs[22:], in_dims[22:])]
+        grads = call(*axis.inputs(given, in_dims[:10]), *options, *rows, *states)
+        split = [axis.split_tokens] * 7 + [axis.split_states] * 2
         found = [x if of is None else back(x) for x, of, back in zip(grads, given, split)]
-        return type(grads)(found), type(grads)(None if x is None else 0 for x in given[:8])
+        return type(grads)(found), type(grads)(None if x is None else 0 for x in given[:9])
 
     return rule
 

@@ -19,6 +19,7 @@ from .features import features
 from .tiles import (
     chunk_of,
     dot,
+    erase_key,
     inverse,
     kept_at,
     load,
@@ -29,6 +30,7 @@ from .tiles import (
     quotient,
     read_state,
     read_sum,
+    readers,
     row_at,
     rows_from,
     segment_of,
@@ -36,6 +38,7 @@ from .tiles import (
     state_at,
     state_block,
     store,
+    strength,
     through,
     write_state,
     write_sum,
@@ -78,7 +81,8 @@ def pairs_kernel(
     q_norms,  # [B, T, Hq, 1], by which their features are multiplied, or None
     k_norms,  # [B, T, Hk, 1] or None
     G,  # [B, T, H, 1 or K], the gates' running sums in each chunk, or None
-    e,  # [B, T, H, 1] or None
+    a,  # [B, T, H, K], erase keys, or None: φ(k)
+    e,  # [B, T, H, 1] or None: 1
     P,  # out [B, T, H·R, C] or None: made in the walks unless the decay is per channel
     I,  # out [B, T, H, C], (I + A)⁻¹, or None without erasing
     p_cu,
@@ -99,6 +103,8 @@ def pairs_kernel(
     BK: tl.constexpr,
     DECAY: tl.constexpr,
     LAG: tl.constexpr,
+    ERASE_LAG: tl.constexpr,  # what is erased is found before the decay of its token
+    WRITES: tl.constexpr,  # tokens of k, v and the gates for one of q
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -119,19 +125,21 @@ def pairs_kernel(
             d = block * BK + tl.arange(0, BK)
             gates = (G, n, h, start, end, d if DECAY == 2 else one)
             b_k = features(k, k_norms, rows, h // GK, d, K, D, MAP, NORM, 1.0, ACC)
-            A += products(b_k, b_k, gates, KG, False, False, DECAY, DOT, ACC)
-        A *= load(e, rows, h, one, 1).to(ACC)
+            b_a = erase_key(a, b_k, rows, h, d, K)
+            A += products(b_a, b_k, gates, KG, False, ERASE_LAG, DECAY, DOT, ACC)
+        A *= strength(e, rows, h, ACC)
         store(I, rows, h, i, C, inverse(A, ACC))
     if P is not None:
+        reading = readers(rows, WRITES, LAG)
         for r in range(R):
             b_P = tl.zeros([C, C], ACC)
             for block in range(tl.cdiv(K, BK)):
                 d = block * BK + tl.arange(0, BK)
                 gates = (G, n, h, start, end, d if DECAY == 2 else one)
-                b_q = features(q, q_norms, rows, (h * R + r) // GQ, d, K, D, MAP, NORM, SCALE, ACC)
+                b_q = features(q, q_norms, reading, (h * R + r) // GQ, d, K, D, MAP, NORM, SCALE, ACC)
                 b_k = features(k, k_norms, rows, h // GK, d, K, D, MAP, NORM, 1.0, ACC)
                 b_P += products(b_q, b_k, gates, KG, not LAG, LAG, DECAY, DOT, ACC)
-            store(P, rows, h * R + r, i, C, b_P)
+            store(P, reading, h * R + r, i, C, b_P)
 
 
 @triton.jit(do_not_specialize=["T", "NC", "NS", "CS"])
@@ -140,6 +148,7 @@ def walk_kernel(
     k,
     v,  # [B, T, Hv, V]; None: nothing is written, V = K
     G,
+    a,
     e,
     w,  # [B, T, H, 1] or None
     P,
@@ -177,6 +186,8 @@ def walk_kernel(
     APART: tl.constexpr,
     DECAY: tl.constexpr,
     LAG: tl.constexpr,
+    ERASE_LAG: tl.constexpr,
+    WRITES: tl.constexpr,
     EPS: tl.constexpr,  # None: no denominator
     DOT: tl.constexpr,
     ACC: tl.constexpr,
@@ -211,24 +222,26 @@ def walk_kernel(
         if p_z_starts is not None:
             at = row_at(p_z_starts, kept_at(p_slots, n, c0 + c, NC, 1) * H + h, dk, K)
             tl.store(at, z, mask=z_inside & first_block)
-        if e is not None:
-            found = read_state(b_k, S, gates, KG, False, False, DECAY, DOT, ACC)
+        if I is not None:
+            b_a = erase_key(a, b_k, rows, h, dk, K)
+            found = read_state(b_a, S, gates, KG, ERASE_LAG, False, DECAY, DOT, ACC)
         x = tl.zeros([C, BV], ACC)
         if v is not None:
             x = load(v, rows, h // GV, dv, V)
             if w is not None:
                 x = x.to(ACC) * load(w, rows, h, one, 1).to(ACC)
-        if e is not None:
-            x = x.to(ACC) - load(e, rows, h, one, 1).to(ACC) * found
+        if I is not None:
+            x = x.to(ACC) - strength(e, rows, h, ACC) * found
             x = dot(load(I, rows, h, i, C), x, DOT, ACC)
         if X is not None:
             store(X, rows, h, dv, V, x)
         if o is not None:
+            reading = readers(rows, WRITES, LAG)
             for r in range(R):
-                b_q = features(q, None, rows, (h * R + r) // GQ, dk, K, D, MAP, NORM, SCALE, ACC)
+                b_q = features(q, None, reading, (h * R + r) // GQ, dk, K, D, MAP, NORM, SCALE, ACC)
                 b_o = read_state(b_q, S, gates, KG, LAG, False, DECAY, DOT, ACC)
                 if P is not None:
-                    b_P = load(P, rows, h * R + r, i, C)
+                    b_P = load(P, reading, h * R + r, i, C)
                 else:
                     b_P = products(b_q, b_k, gates, KG, not LAG, LAG, DECAY, DOT, ACC)
                 b_o += dot(b_P, x, DOT, ACC)
@@ -237,8 +250,8 @@ def walk_kernel(
                     zq += tl.sum(b_P.to(ACC), 1)[:, None]
                     b_den = tl.where(zq == 0, 0.0, zq + EPS)
                     b_o = quotient(b_o, b_den)
-                    store(den, (n, rows[1], rows[2] & first_block), h * R + r, one, 1, b_den)
-                store(o, rows, h * R + r, dv, V, b_o)
+                    store(den, (n, reading[1], reading[2] & first_block), h * R + r, one, 1, b_den)
+                store(o, reading, h * R + r, dv, V, b_o)
         if DECAY > 0:
             S = through(S, gates, KG, C)
             if p_decay is not None:

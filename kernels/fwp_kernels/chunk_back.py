@@ -26,6 +26,7 @@ from .features import features, slope, tokens_of
 from .tiles import (
     chunk_of,
     dot,
+    erase_key,
     from_start,
     kept_at,
     load,
@@ -36,6 +37,7 @@ from .tiles import (
     products,
     quotient,
     read_state,
+    readers,
     row_at,
     rows_from,
     segment_of,
@@ -43,6 +45,7 @@ from .tiles import (
     state_at,
     state_block,
     store,
+    strength,
     through,
     to_end,
     write_state,
@@ -88,6 +91,7 @@ def walk_back_kernel(
     k,
     v,
     G,
+    a,
     e,
     w,
     P,
@@ -127,6 +131,8 @@ def walk_back_kernel(
     APART: tl.constexpr,
     DECAY: tl.constexpr,
     LAG: tl.constexpr,
+    ERASE_LAG: tl.constexpr,
+    WRITES: tl.constexpr,
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -163,22 +169,24 @@ def walk_back_kernel(
             if p_z_ends is not None or p_dz0 is not None:
                 dz *= tl.exp(load_last(gates, KG, C))
         if do is not None:
+            reading = readers(rows, WRITES, LAG)
             for r in range(R):
-                b_q = features(q, None, rows, (h * R + r) // GQ, dk, K, D, MAP, NORM, SCALE, ACC)
-                b_do = load_divided(do, den, rows, h * R + r, cols, V, ACC)
+                b_q = features(q, None, reading, (h * R + r) // GQ, dk, K, D, MAP, NORM, SCALE, ACC)
+                b_do = load_divided(do, den, reading, h * R + r, cols, V, ACC)
                 if den is not None:
-                    b_dden = load(dden, rows, h * R + r, one, 1)
+                    b_dden = load(dden, reading, h * R + r, one, 1)
                     dz += write_sum(b_q, b_dden, gates, KG, LAG, False, DECAY, ACC)
                 if P is not None:
-                    b_P = load(P, rows, h * R + r, i, C)
+                    b_P = load(P, reading, h * R + r, i, C)
                 else:
                     b_P = products(b_q, b_k, gates, KG, not LAG, LAG, DECAY, DOT, ACC)
                 b_dR += dot(tl.trans(b_P), b_do, DOT, ACC)
                 dS += write_state(b_q, b_do, gates, KG, LAG, False, DECAY, DOT, ACC)
-        if e is not None:
+        if I is not None:
             b_dR = dot(tl.trans(load(I, rows, h, i, C)), b_dR, DOT, ACC)
-            b_e = load(e, rows, h, one, 1).to(ACC)
-            dS -= write_state(b_k, b_e * b_dR, gates, KG, False, False, DECAY, DOT, ACC)
+            b_a = erase_key(a, b_k, rows, h, dk, K)
+            b_e = strength(e, rows, h, ACC)
+            dS -= write_state(b_a, b_e * b_dR, gates, KG, ERASE_LAG, False, DECAY, DOT, ACC)
             if dR is not None:
                 store(dR, rows, h, cols, V, b_dR)
         if dw is not None:
@@ -263,6 +271,7 @@ def end_of(
     q_norms,
     k_norms,
     G,
+    a,
     e,
     do,
     den,
@@ -290,6 +299,8 @@ def end_of(
     APART: tl.constexpr,
     DECAY: tl.constexpr,
     LAG: tl.constexpr,
+    ERASE_LAG: tl.constexpr,
+    WRITES: tl.constexpr,
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -305,15 +316,19 @@ def end_of(
             if DECAY > 0:
                 dS = through(dS, gates, KG, C)
             if do is not None:
+                reading = readers(rows, WRITES, LAG)
                 for r in range(R):
-                    b_q = features(q, q_norms, rows, (h * R + r) // GQ, d, K, D, MAP, NORM, SCALE, ACC)
-                    b_do = load_divided(do, den, rows, h * R + r, cols, V, ACC)
+                    b_q = features(q, q_norms, reading, (h * R + r) // GQ, d, K, D, MAP, NORM, SCALE, ACC)
+                    b_do = load_divided(do, den, reading, h * R + r, cols, V, ACC)
                     dS += write_state(b_q, b_do, gates, KG, LAG, False, DECAY, DOT, ACC)
-            if e is not None:
-                b_k = features(k, k_norms, rows, h // GK, d, K, D, MAP, NORM, 1.0, ACC)
-                b_e = load(e, rows, h, tl.arange(0, 1), 1).to(ACC)
+            if dR is not None:
+                if a is not None:
+                    b_a = load(a, rows, h, d, K)
+                else:
+                    b_a = features(k, k_norms, rows, h // GK, d, K, D, MAP, NORM, 1.0, ACC)
+                b_e = strength(e, rows, h, ACC)
                 b_dR = load(dR, rows, h, cols, V).to(ACC)
-                dS -= write_state(b_k, b_e * b_dR, gates, KG, False, False, DECAY, DOT, ACC)
+                dS -= write_state(b_a, b_e * b_dR, gates, KG, ERASE_LAG, False, DECAY, DOT, ACC)
     return dS
 
 
@@ -334,6 +349,7 @@ def gradients_kernel(
     k_norms,
     v,
     G,
+    a,
     e,
     w,
     X,
@@ -344,6 +360,7 @@ def gradients_kernel(
     dq,  # out [B, T, H·R, K]: of q where each of its features is mapped alone, else of φ(q)
     dk,  # out [B, T, H, K]
     dg,  # out [B, T, H, K], or [B, T, H, K blocks] for one gate a head: each K block's share
+    da,  # out [B, T, H, K] or None: added to dk
     de,  # out [B, T, H, K blocks] or None
     p_starts,
     p_ends,
@@ -371,6 +388,8 @@ def gradients_kernel(
     APART: tl.constexpr,
     DECAY: tl.constexpr,
     LAG: tl.constexpr,
+    ERASE_LAG: tl.constexpr,
+    WRITES: tl.constexpr,
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -394,26 +413,26 @@ def gradients_kernel(
 
     # Writers to the state after the chunk, erasers from the state before it.
     b_dk = tl.zeros([C, BK], ACC)
-    b_dek = tl.zeros([C, BK], ACC)
+    b_dea = tl.zeros([C, BK], ACC)  # of e a
     dA = tl.zeros([C, C], ACC)
     kept = tl.zeros([1, BK], ACC)  # Σ_v S₀ ⊙ dS
     for part in range(tl.cdiv(V, BV)):
         cols = part * BV + tl.arange(0, BV)
         dS = end_of(
-            p_ends, p_slots, q, k, q_norms, k_norms, G, e, do, den, dR, n, c, h, first, end, d, channels, cols, NC,
-            H, GK, GQ, R, K, V, D, MAP, NORM, SCALE, C, APART, DECAY, LAG, DOT, ACC,
+            p_ends, p_slots, q, k, q_norms, k_norms, G, a, e, do, den, dR, n, c, h, first, end, d, channels, cols, NC,
+            H, GK, GQ, R, K, V, D, MAP, NORM, SCALE, C, APART, DECAY, LAG, ERASE_LAG, WRITES, DOT, ACC,
         )  # fmt: skip
         x = load_written(v, w, X, rows, h, cols, V, GV, ACC)
         b_dk += dot(x, tl.trans(dS), DOT, ACC)
-        if DECAY > 0 or e is not None:
+        if DECAY > 0 or dR is not None:
             S = start_of(
                 p_starts, p_slots, k, k_norms, v, w, X, G, n, c, h, first, end, d, channels, cols, NC,
                 H, GK, GV, K, V, D, MAP, NORM, C, APART, DECAY, DOT, ACC,
             )  # fmt: skip
             kept += tl.sum(S * dS, 1)[None, :]
-            if e is not None:
+            if dR is not None:
                 b_dR = load(dR, rows, h, cols, V)
-                b_dek -= dot(b_dR, tl.trans(S), DOT, ACC)
+                b_dea -= dot(b_dR, tl.trans(S), DOT, ACC)
                 dA -= dot(b_dR, tl.trans(x), DOT, ACC)
     if p_z_ends is not None:
         z_inside = (d < K)[None, :]
@@ -428,19 +447,31 @@ def gradients_kernel(
         b_dg = per_gate(kept * tl.exp(load_last(gates, KG, C)), DECAY)
         b_dg += tl.zeros_like(b_dG) - tl.sum(b_dG, 0)[None, :]
 
-    if e is not None:
-        b_e = load(e, rows, h, one, 1).to(ACC)
-        d_eraser, d_writer, dG, _ = product_gradients(dA, b_e * b_k, b_k, gates, KG, False, False, DECAY, DOT, ACC)
+    if dR is not None:
+        b_a = erase_key(a, b_k, rows, h, d, K).to(ACC)
+        b_e = strength(e, rows, h, ACC)
+        d_eraser, d_writer, dG, late = product_gradients(
+            dA, b_e * b_a, b_k, gates, KG, False, ERASE_LAG, DECAY, DOT, ACC
+        )
         if DECAY > 0:
-            b_dek = from_start(b_dek, gates, KG, False)
-            b_dG += per_gate(b_e * b_k * b_dek, DECAY) + dG
-        b_dek += d_eraser
-        b_dk += d_writer + b_e * b_dek
-        store(de, rows, h, block + one, NK, tl.sum(b_k * b_dek, 1)[:, None])
+            b_dea = from_start(b_dea, gates, KG, ERASE_LAG)
+            from_before = per_gate(b_e * b_a * b_dea, DECAY)
+            b_dG += from_before + dG
+            if ERASE_LAG:  # an eraser is one gate behind its token, as a reader with LAG
+                b_dg -= from_before + late
+        b_dea += d_eraser
+        if a is None:
+            b_dk += d_writer + b_e * b_dea
+        else:
+            b_dk += d_writer
+            store(da, rows, h, d, K, b_e * b_dea)
+        if de is not None:
+            store(de, rows, h, block + one, NK, tl.sum(b_a * b_dea, 1)[:, None])
 
     if do is not None:
+        reading = readers(rows, WRITES, LAG)
         for r in range(R):
-            b_q = features(q, q_norms, rows, (h * R + r) // GQ, d, K, D, MAP, NORM, SCALE, ACC).to(ACC)
+            b_q = features(q, q_norms, reading, (h * R + r) // GQ, d, K, D, MAP, NORM, SCALE, ACC).to(ACC)
             b_dq = tl.zeros([C, BK], ACC)
             dP = tl.zeros([C, C], ACC)
             for part in range(tl.cdiv(V, BV)):
@@ -450,11 +481,11 @@ def gradients_kernel(
                     H, GK, GV, K, V, D, MAP, NORM, C, APART, DECAY, DOT, ACC,
                 )  # fmt: skip
                 x = load_written(v, w, X, rows, h, cols, V, GV, ACC)
-                b_do = load_divided(do, den, rows, h * R + r, cols, V, ACC)
+                b_do = load_divided(do, den, reading, h * R + r, cols, V, ACC)
                 b_dq += dot(b_do, tl.trans(S), DOT, ACC)
                 dP += dot(b_do, tl.trans(x), DOT, ACC)
             if den is not None:
-                b_dden = load(dden, rows, h * R + r, one, 1)
+                b_dden = load(dden, reading, h * R + r, one, 1)
                 b_dq += b_dden * z
                 dP += b_dden
             d_reader, d_writer, dG, lagging = product_gradients(dP, b_q, b_k, gates, KG, not LAG, LAG, DECAY, DOT, ACC)
@@ -467,8 +498,8 @@ def gradients_kernel(
                     b_dg -= per_gate(border, DECAY) + lagging
             b_dq += d_reader
             if MAP < 4 and NORM == 0:
-                b_dq *= slope(q, rows, (h * R + r) // GQ, d, D, MAP, ACC) * SCALE
-            store(dq, rows, h * R + r, d, K, b_dq)
+                b_dq *= slope(q, reading, (h * R + r) // GQ, d, D, MAP, ACC) * SCALE
+            store(dq, reading, h * R + r, d, K, b_dq)
     if MAP < 4 and NORM == 0:
         b_dk *= slope(k, rows, h // GK, d, D, MAP, ACC)
     store(dk, rows, h, d, K, b_dk)

@@ -187,6 +187,7 @@ class Problem:
     k: Tensor
     v: Tensor
     g: Tensor | None
+    a: Tensor | None
     e: Tensor | None
     w: Tensor | None
     S: Tensor | None
@@ -197,11 +198,14 @@ class Problem:
     feature_map: str | None = None  # what q and k are yet to pass: one of MAPS or "dpfp-ν", a norm, and q's scale
     norm: str | None = None
     scale: float = 1.0
+    writes: int = 1  # tokens of k, v and the gates for one of q
+    erase_before_decay: bool = False
     chunk: int | None = None  # tokens of a chunk; None: the table's
     segment: int | None = None  # chunks of a segment, 0: sequences aren't cut; None: as `segment_length` says
 
     def __post_init__(self) -> None:
-        self.B, self.T, self.Hq, self.D = self.q.shape
+        self.B, self.Tq, self.Hq, self.D = self.q.shape
+        self.T = self.writes * self.Tq
         nu = 0 if self.feature_map in MAPS else int(str(self.feature_map).removeprefix("dpfp-"))
         self.K = 2 * nu * self.D if nu else self.D
         self.phi = {"D": self.D, "MAP": 4 if nu else MAPS.index(self.feature_map), "NORM": NORMS.index(self.norm)}
@@ -214,8 +218,9 @@ class Problem:
         # The interpreter's bfloat16 arithmetic is wrong, its loads and stores are right.
         self.dot = torch.float32 if INTERPRETED and self.v.dtype == torch.bfloat16 else self.v.dtype
         decay = 0 if self.g is None else self.g.dim() - 2
+        self.erases = self.e is not None or self.a is not None
         gpu = architecture(self.v.device)
-        self.tiles = tiles(self.K, self.V, self.dot, decay, self.e is not None, gpu, self.eps is not None)
+        self.tiles = tiles(self.K, self.V, self.dot, decay, self.erases, gpu, self.eps is not None)
         self.C = self.chunk or self.tiles.chunk
         self.chunks = cdiv(self.T, self.C)
         self.common: dict[str, Any] = {
@@ -229,12 +234,21 @@ class Problem:
             "SCALE": self.scale,
             "DECAY": decay,
             "LAG": self.before,
+            "ERASE_LAG": self.erase_before_decay and self.erases and decay > 0,
+            "WRITES": self.writes,
             "ACC": TYPES[self.acc],
         }
-        self.inputs = {name: self.rows(getattr(self, name)) for name in ("q", "k", "v", "g", "e", "w")}
+        self.inputs = {name: self.rows(getattr(self, name)) for name in ("q", "k", "v", "g", "a", "e", "w")}
         self.ungated = {name: x for name, x in self.inputs.items() if name != "g"}
         self.kept_norms: list[Tensor] = []
         self.S, self.z = (None if x is None else x.contiguous() for x in (self.S, self.z))
+
+    @cached_property
+    def bounds(self) -> Tensor | None:
+        """Where packed sequences begin in the tokens of k."""
+        if self.cu_seqlens is None or self.writes == 1:
+            return self.cu_seqlens
+        return self.cu_seqlens * self.writes
 
     @cached_property
     def length(self) -> int:
@@ -246,7 +260,7 @@ class Problem:
             programs = self.H * cdiv(self.V, power_of_2(self.V, self.tiles.walk))
             # Cut, a walk takes the time of its segments' own states and of the outputs; with erasing also that of the
             # matrices, which are K wide.
-            least = 3 + (cdiv(self.K, self.V) if self.e is not None else 0)
+            least = 3 + (cdiv(self.K, self.V) if self.erases else 0)
             fill = multiprocessors(self.v.device) // programs
             length = segment_length(self.B * self.chunks, self.N, fill, least)
         return cdiv(length, self.tiles.apart) * self.tiles.apart
@@ -255,7 +269,7 @@ class Problem:
     def layout(self) -> Layout:
         """Made without asking the GPU: packed sequences have T // C + N chunks at most, and no more are launched."""
         length = self.length
-        if self.cu_seqlens is None:
+        if self.bounds is None:
             per = cdiv(self.chunks, length) if length else 1
             return Layout(None, None, None, None, self.N * self.chunks, self.N * per)
 
@@ -265,7 +279,7 @@ class Problem:
             at = torch.arange(most, device=ends.device)
             return ends - parts, torch.searchsorted(ends, at, right=True).clamp_(max=len(parts) - 1)
 
-        cu, firsts, segments = self.cu_seqlens.long(), None, self.N
+        cu, firsts, segments = self.bounds.long(), None, self.N
         if length:
             size, segments = length * self.C, self.T // (length * self.C) + self.N
             counts = (cu.diff() + size - 1) // size
@@ -320,8 +334,8 @@ class Problem:
         """For z, as many times: [count, H, K], None without denominator."""
         return None if self.eps is None else self.q.new_empty(count, self.H, self.K, dtype=self.acc)
 
-    def buffer(self, heads: int, features: int, dtype: torch.dtype) -> Tensor:
-        return self.q.new_empty(self.B, self.T, heads, features, dtype=dtype)
+    def buffer(self, heads: int, features: int, dtype: torch.dtype, tokens: int | None = None) -> Tensor:
+        return self.q.new_empty(self.B, self.T if tokens is None else tokens, heads, features, dtype=dtype)
 
     def norms(self) -> dict[str, Any]:
         """By what the norm multiplies the features of each row of q and k [B, T, H, 1], where a kernel takes some."""
@@ -329,11 +343,11 @@ class Problem:
             return {"q_norms": None, "k_norms": None}
         if not self.kept_norms:
             for x in (self.q, self.k):
-                found = self.buffer(x.shape[2], 1, self.acc)
-                norms_kernel[(self.B * x.shape[2] * cdiv(self.T, ROWS),)](
+                found = self.buffer(x.shape[2], 1, self.acc, x.shape[1])
+                norms_kernel[(self.B * x.shape[2] * cdiv(x.shape[1], ROWS),)](
                     x=self.rows(x),
                     norms=self.rows(found),
-                    T=self.T,
+                    T=x.shape[1],
                     H=x.shape[2],
                     K=self.K,
                     BT=ROWS,
@@ -347,13 +361,13 @@ class Problem:
     def inputs_gradient(self, name: str, d_features: Tensor) -> Tensor:
         """Of q or k [B, T, Hx, D] from that of the features [B, T, H or Ho, K] in ACC."""
         x = getattr(self, name)
-        found = self.buffer(x.shape[2], self.D, x.dtype)
-        features_back_kernel[(self.B * x.shape[2] * cdiv(self.T, ROWS),)](
+        found = self.buffer(x.shape[2], self.D, x.dtype, x.shape[1])
+        features_back_kernel[(self.B * x.shape[2] * cdiv(x.shape[1], ROWS),)](
             x=self.rows(x),
             norms=self.norms()[f"{name}_norms"],
             dy=self.rows(d_features),
             dx=self.rows(found),
-            T=self.T,
+            T=x.shape[1],
             H=x.shape[2],
             SHARE=d_features.shape[2] // x.shape[2],
             K=self.K,
@@ -383,13 +397,13 @@ class Problem:
                 **{name: self.chunked[name] for name in ("p_cu", "p_slots", "T", "NC", "H", "C", "ACC")},
             )
         if decay == 2:
-            P = self.buffer(self.Ho, self.C, self.dot)
-        if self.e is not None:
+            P = self.buffer(self.Ho, self.C, self.dot, self.Tq)
+        if self.erases:
             inverse = self.buffer(self.H, self.C, self.dot)
         made = {"G": self.rows(G), "P": self.rows(P), "I": self.rows(inverse)}
         if P is not None or inverse is not None:
             pairs_kernel[(self.layout.chunks * self.H,)](
-                **{name: self.inputs[name] for name in ("q", "k", "e")},
+                **{name: self.inputs[name] for name in ("q", "k", "a", "e")},
                 **self.norms(),
                 **made,
                 p_owners=self.layout.owners,
@@ -416,10 +430,10 @@ class Problem:
         """N, M, decay and Nz of `join_kernel`: what each segment makes of a state of 0, and what it does to a state."""
         count = self.layout.segments
         N, Nz, M, decay = self.states(count), self.vectors(count), None, None
-        if self.g is not None and (self.e is None or Nz is not None):
+        if self.g is not None and (not self.erases or Nz is not None):
             decay = self.q.new_empty(count, self.H, self.K if self.common["DECAY"] == 2 else 1, dtype=self.acc)
         self.walk(prepared, None, None, p_S=N, p_z=Nz, p_decay=decay)
-        if self.e is not None:
+        if self.erases:
             M, BV = self.q.new_empty(count, self.H, self.K, self.K, dtype=self.acc), power_of_2(self.K, self.tiles.walk)
             self.walk(prepared, None, None, v=None, w=None, p_S=M, V=self.K, BV=BV, EPS=None)
         return {"p_N": N, "p_M": M, "p_decay": decay, "p_Nz": Nz}
@@ -460,12 +474,12 @@ class Problem:
     def denominator_gradient(self, d_o: Tensor, o: Tensor, den: Tensor) -> Tensor:
         """[B, T, Ho, 1] of the outputs' [B, T, Ho, V]."""
         found = torch.empty_like(den)
-        denominator_back_kernel[(self.B * self.Ho * cdiv(self.T, ROWS),)](
+        denominator_back_kernel[(self.B * self.Ho * cdiv(self.Tq, ROWS),)](
             do=self.rows(d_o),
             o=self.rows(o),
             den=self.rows(den),
             dden=self.rows(found),
-            T=self.T,
+            T=self.Tq,
             HO=self.Ho,
             V=self.V,
             BT=ROWS,
@@ -486,7 +500,8 @@ def forward(p: Problem, form: str, over: bool = False) -> tuple[Tensor, Tensor, 
     over: the recurrent form writes S over the initial one, each block by the program that read it. z is read by the
     programs of all V blocks, so it gets a place of its own.
     """
-    o, den = p.buffer(p.Ho, p.V, p.v.dtype), None if p.eps is None else p.buffer(p.Ho, 1, p.acc)
+    o = p.buffer(p.Ho, p.V, p.v.dtype, p.Tq)
+    den = None if p.eps is None else p.buffer(p.Ho, 1, p.acc, p.Tq)
     S, z = p.S if over and p.S is not None else p.states(p.N), p.vectors(p.N)
     if p.empty:
         for x, start in ((S, p.S), (z, p.z)):
@@ -517,7 +532,7 @@ def forward(p: Problem, form: str, over: bool = False) -> tuple[Tensor, Tensor, 
                 BV=BV,
                 EPS=p.eps,
                 num_warps=max(1, BK * BV // 1024) if BK * BV < 8192 else 8,
-                p_cu=p.cu_seqlens,
+                p_cu=p.bounds,
                 **p.common,
             )
     return o, S, z, den
@@ -531,11 +546,11 @@ def backward(
     d_S: Tensor | None,
     d_z: Tensor | None,
 ) -> list[Tensor | None]:
-    """Gradients of q, k, v, g, e, w, S, z, None for what is None.
+    """Gradients of q, k, v, g, a, e, w, S, z, None for what is None.
 
     o, den: the outputs and their denominators, None without. d_o, d_S or d_z None: nothing flows from there.
     """
-    inputs = [p.q, p.k, p.v, p.g, p.e, p.w]
+    inputs = [p.q, p.k, p.v, p.g, p.a, p.e, p.w]
     if p.empty:
         states = [
             None if x is None else torch.zeros_like(x) if d_x is None else d_x.clone()
@@ -545,7 +560,7 @@ def backward(
 
     def head_buffer(heads: int, shared: int, like: Tensor) -> Tensor:
         """A gradient for each state head or reader: in the input's dtype, or for summing over those that share it."""
-        return p.buffer(heads, like.shape[-1], like.dtype if heads == shared else p.acc)
+        return p.buffer(heads, like.shape[-1], like.dtype if heads == shared else p.acc, like.shape[1])
 
     def summed(x: Tensor, heads: int, like: Tensor) -> Tensor:
         """… and its sum over those that share a head."""
@@ -554,20 +569,20 @@ def backward(
     NV, BK = cdiv(p.V, power_of_2(p.V, p.tiles.walk)), power_of_2(p.K, p.tiles.block)
     NK = cdiv(p.K, BK)
     d_S, d_z = (None if x is None else x.contiguous() for x in (d_S, d_z))
-    erases, decays = p.e is not None, p.g is not None
-    X = p.buffer(p.H, p.V, p.dot) if erases else None
-    dR = p.buffer(p.H, p.V, p.dot) if erases else None
+    X = p.buffer(p.H, p.V, p.dot) if p.erases else None
+    dR = p.buffer(p.H, p.V, p.dot) if p.erases else None
     starts, ends = p.q.new_empty(2, p.layout.kept(p.tiles.apart), p.H, p.K, p.V, dtype=p.dot).unbind(0)
     dv = head_buffer(p.H, p.Hv, p.v)
     if p.alone:
         dq, dk = head_buffer(p.Ho, p.Hq, p.q), head_buffer(p.H, p.Hk, p.k)
     else:  # gradients of the features
-        dq, dk = p.buffer(p.Ho, p.K, p.acc), p.buffer(p.H, p.K, p.acc)
+        dq, dk = p.buffer(p.Ho, p.K, p.acc, p.Tq), p.buffer(p.H, p.K, p.acc)
     if d_o is None:
         dq.zero_()
     dw = p.buffer(p.H, NV, p.acc) if p.w is not None else None
-    de = p.buffer(p.H, NK, p.acc) if erases else None
-    dg = p.buffer(p.H, p.K if p.common["DECAY"] == 2 else NK, p.acc) if decays else None
+    da = None if p.a is None else torch.empty_like(p.a, memory_format=torch.contiguous_format)
+    de = p.buffer(p.H, NK, p.acc) if p.e is not None else None
+    dg = p.buffer(p.H, p.K if p.common["DECAY"] == 2 else NK, p.acc) if p.g is not None else None
     dS0, dz0 = (None if x is None else torch.empty_like(x) for x in (p.S, p.z))
     z_starts, z_ends = p.vectors(p.layout.chunks), p.vectors(p.layout.chunks)
     with on_device(dq):
@@ -598,6 +613,7 @@ def backward(
             dq=p.rows(dq),
             dk=p.rows(dk),
             dg=p.rows(dg),
+            da=p.rows(da),
             de=p.rows(de),
             p_starts=starts,
             p_ends=ends,
@@ -617,6 +633,6 @@ def backward(
             dq, dk = p.inputs_gradient("q", dq), p.inputs_gradient("k", dk)
     if dg is not None and p.common["DECAY"] == 1:
         dg = dg.sum(-1)
-    gates = [dg, None if de is None else de.sum(-1), None if dw is None else dw.sum(-1)]
+    gates = [dg, da, None if de is None else de.sum(-1), None if dw is None else dw.sum(-1)]
     gates = [None if x is None or like is None else x.to(like.dtype) for x, like in zip(gates, inputs[3:])]
     return [dq, dk, summed(dv, p.Hv, p.v), *gates, dS0, dz0]

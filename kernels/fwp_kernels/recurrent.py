@@ -58,7 +58,7 @@ def read_token(
     SCALE: tl.constexpr,
     EPS: tl.constexpr,
 ):
-    """o = Sᵀ q for the R readers of state head h, divided by zᵀ q + EPS unless EPS is None."""
+    """o = Sᵀ q for the R readers of row t and state head h, divided by zᵀ q + EPS unless EPS is None."""
     for r in range(R):
         b_q = token_features(q, n, t, (h * R + r) // GQ, dk, K, D, MAP, NORM, SCALE, S.dtype)
         b_o = tl.sum(S * b_q[:, None], 0)
@@ -71,13 +71,23 @@ def read_token(
         tl.store(at, b_o.to(o[0].dtype.element_ty), mask=dv < V)
 
 
+@triton.jit
+def erased(S, b_a, e, n, t, h):
+    """e Sᵀ a, e = 1 if it is None."""
+    b_e = 1.0
+    if e is not None:
+        b_e = tl.load(e[0] + n * e[1] + t * e[2] + h * e[3]).to(S.dtype)
+    return b_e * tl.sum(S * b_a[:, None], 0)
+
+
 @triton.jit(do_not_specialize=["T"])
 def token_kernel(
     q,  # [B, T, Hq, D]
     k,  # [B, T, Hk, D]
     v,  # [B, T, Hv, V]
     g,  # [B, T, H, 1 or K] or None
-    e,  # [B, T, H, 1] or None
+    a,  # [B, T, H, K], erase keys, or None: φ(k)
+    e,  # [B, T, H, 1] or None: 1 with erase keys, else nothing is erased
     w,  # [B, T, H, 1] or None
     o,  # out [B, T, H·R, V]
     den,  # out [B, T, H·R, 1], zᵀq + EPS, 0 where zᵀq = 0, or None
@@ -102,6 +112,8 @@ def token_kernel(
     BV: tl.constexpr,
     DECAY: tl.constexpr,
     LAG: tl.constexpr,
+    ERASE_LAG: tl.constexpr,  # what is erased is found before the decay of its token
+    WRITES: tl.constexpr,  # tokens of k, v and the gates for one of q
     EPS: tl.constexpr,  # None: no denominator
     ACC: tl.constexpr,
 ):
@@ -113,12 +125,23 @@ def token_kernel(
     first_block = block == 0  # the programs of the other V blocks find the same z
     for step in range(length.to(tl.int32)):
         t = first + step
+        reads = t % WRITES == (0 if LAG else WRITES - 1)
         if LAG:
-            read_token(q, o, den, n, t, h, S, z, dk, dv, first_block, GQ, R, K, V, D, MAP, NORM, SCALE, EPS)
+            if reads:
+                read_token(
+                    q, o, den, n, t // WRITES, h, S, z, dk, dv, first_block,
+                    GQ, R, K, V, D, MAP, NORM, SCALE, EPS,
+                )  # fmt: skip
         b_k = token_features(k, n, t, h // GK, dk, K, D, MAP, NORM, 1.0, ACC)
         x = load_token(v, n, t, h // GV, dv, V, ACC)
         if w is not None:
             x *= tl.load(w[0] + n * w[1] + t * w[2] + h * w[3]).to(ACC)
+        if e is not None or a is not None:
+            b_a = b_k
+            if a is not None:
+                b_a = load_token(a, n, t, h, dk, K, ACC)
+            if ERASE_LAG:
+                x -= erased(S, b_a, e, n, t, h)
         if DECAY == 1:
             decay = tl.exp(tl.load(g[0] + n * g[1] + t * g[2] + h * g[3]).to(ACC))
             S *= decay
@@ -127,13 +150,17 @@ def token_kernel(
             decay = tl.exp(load_token(g, n, t, h, dk, K, ACC))
             S *= decay[:, None]
             z *= decay
-        if e is not None:
-            b_e = tl.load(e[0] + n * e[1] + t * e[2] + h * e[3]).to(ACC)
-            x -= b_e * tl.sum(S * b_k[:, None], 0)
+        if e is not None or a is not None:
+            if not ERASE_LAG:
+                x -= erased(S, b_a, e, n, t, h)
         S += b_k[:, None] * x[None, :]
         z += b_k
         if not LAG:
-            read_token(q, o, den, n, t, h, S, z, dk, dv, first_block, GQ, R, K, V, D, MAP, NORM, SCALE, EPS)
+            if reads:
+                read_token(
+                    q, o, den, n, t // WRITES, h, S, z, dk, dv, first_block,
+                    GQ, R, K, V, D, MAP, NORM, SCALE, EPS,
+                )  # fmt: skip
     tl.store(state_at(p_S, n * H + h, dk, dv, K, V), S, mask=inside)
     if p_z is not None:
         tl.store(p_z + (n * H + h) * K + dk, z, mask=(dk < K) & first_block)

@@ -26,11 +26,39 @@ def rows_from(n, start, end, C: tl.constexpr):
 
 
 @triton.jit
+def readers(rows, WRITES: tl.constexpr, LAG: tl.constexpr):
+    """The rows of q, o and P that read at these writes: of WRITES writes after the last, with LAG before the first."""
+    if WRITES == 1:
+        return rows
+    else:
+        n, t, seen = rows
+        return n, t // WRITES, seen & (t % WRITES == (0 if LAG else WRITES - 1))
+
+
+@triton.jit
 def load(x, rows, h, d, D: tl.constexpr):
     """Features d of head h: [C, len(d)] in the tensor's dtype, 0 where there is no token and beyond D."""
     n, t, seen = rows
     at = x[0] + n * x[1] + t[:, None] * x[2] + h * x[3] + d[None, :]
     return tl.load(at, mask=seen[:, None] & (d[None, :] < D), other=0.0)
+
+
+@triton.jit
+def erase_key(a, b_k, rows, h, d, K: tl.constexpr):
+    """Features d of the key whose value is erased: a, or the key k that is written to."""
+    if a is not None:
+        return load(a, rows, h, d, K)
+    else:
+        return b_k
+
+
+@triton.jit
+def strength(e, rows, h, ACC: tl.constexpr):
+    """The strength of each token [C, 1] in ACC, 1 if e is None."""
+    if e is not None:
+        return load(e, rows, h, tl.arange(0, 1), 1).to(ACC)
+    else:
+        return tl.full([rows[1].shape[0], 1], 1.0, ACC)
 
 
 @triton.jit
