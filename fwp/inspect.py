@@ -134,7 +134,9 @@ def spectrum(S: Tensor, rtol: float | None = None) -> Spectrum:
 
 
 def attention(rule: str | Rule, q: Tensor, k: Tensor, v: Tensor, *, state: Any = None, **options: Any) -> Tensor:
-    """A with o_t = Σ_s A_ts v_s: what the op does to values, one matrix per head. It is the op's output for v = I.
+    """A with o_t = Σ_s A_ts v_s: what the op does to values, one matrix per head.
+
+    It is the op's output for v = I.
 
     Arguments as in `fwp.fast_weights`; of v only its shape and dtype matter. The rule must be linear in v and treat
     all value features alike, as every rule of the table does.

@@ -556,8 +556,8 @@ def test_plot_rank(S):
     ("plot", "message"),
     [
         (lambda S: plot_state(S[0]), r"S: expected \(\*, \*, \*\), got \(5, 3\)"),
-        (lambda S: plot_state(S, steps=[0, 1]), r"steps: expected 9 numbers from 0 on, one a state, got \[0, 1\]"),
-        (lambda S: plot_rank(S[:1], steps=[-1]), r"steps: expected 1 numbers from 0 on, one a state, got \[-1\]"),
+        (lambda S: plot_state(S, steps=[0, 1]), r"steps: expected 9 numbers from 0 on, one per state, got \[0, 1\]"),
+        (lambda S: plot_rank(S[:1], steps=[-1]), r"steps: expected 1 numbers from 0 on, one per state, got \[-1\]"),
         (lambda S: plot_attention(S[0, 0]), r"A: expected \(\*, \*\), got \(3,\)"),
         (lambda S: plot_rank({"delta": S[0]}), r"S\['delta'\]: expected \(\*, \*, \*\), got \(5, 3\)"),
     ],

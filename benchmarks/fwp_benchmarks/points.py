@@ -94,4 +94,5 @@ def points(device: str) -> list[Point]:
         *(full(rule, D=256) for rule in ("additive", "gated_delta", "kda", "delta")),
         *(full(rule, D=64) for rule in ("gated_delta", "kda", "delta")),
         full("gla", D=128),
+        *(full(rule, D=128) for rule in RULES if rule not in six),
     ]

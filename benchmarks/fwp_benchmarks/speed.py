@@ -61,7 +61,7 @@ def work(point: Point, backward: bool) -> tuple[float, float]:
     K, V, C = point.width, point.D, min(CHUNK, point.T)
     tokens, heads, kept = point.B * point.T * point.H, point.B * point.H, state_dtype(point.dtype).itemsize
     numbers_in = 2 * point.D + V  # q, k and v of a token and head; φ of them need not lie in memory
-    gates = sum(K if gate.shape == "BTHK" else 1 for gate in RULES[point.rule].gates.values())
+    gates = sum({"BTH": 1, "BTHK": K, "BTHV": V}[gate.shape] for gate in RULES[point.rule].gates.values())
     state = K * V + (K if point.denominator else 0)
     erases = RULES[point.rule].erases
     if backward:
