@@ -104,11 +104,10 @@ class RWKV7Attention(Layer):
         if layer >= num_layers:
             raise ValueError(f"layer: expected at most num_layers − 1 = {num_layers - 1}, got {layer}")
         E, H, N = embed_dim, num_heads, embed_dim // num_heads
-        ranks = {"decay_rank": decay_rank, "rate_rank": rate_rank, "value_rank": value_rank, "gate_rank": gate_rank}
+        given = {"decay_rank": decay_rank, "rate_rank": rate_rank, "value_rank": value_rank, "gate_rank": gate_rank}
+        ranks = {name: _published_rank(name, E, N) if rank is None else rank for name, rank in given.items()}
         for name, rank in ranks.items():
-            if rank is not None:
-                errors.size(name, rank)
-            ranks[name] = _published_rank(name, E, N) if rank is None else rank
+            errors.size(name, rank)
         self.embed_dim, self.num_heads, self.backend, self.tail = E, H, backend, (1, E)
         self.mixes_values = layer > 0 if mix_values is None else mix_values
 
