@@ -432,15 +432,12 @@ def test_rwkv7_starts_as_published(at):
     assert 0.04 < layer.k_proj.weight.abs().max() * C**0.5 <= 0.05
 
 
-def test_rwkv7s_ranks_grow_with_the_width():
+@pytest.mark.parametrize(("C", "N", "ranks"), [(768, 64, [64, 64, 32, 128]), (2048, 32, [64, 64, 32, 224])])
+def test_rwkv7s_ranks_grow_with_the_width(C, N, ranks):
     with torch.device("meta"):
-        layer = RWKV7Attention(768, 12, layer=1, num_layers=12)
-    assert [getattr(layer, key).down.out_features for key in ("decay", "rate", "value_mix", "out_gate")] == [
-        64,
-        64,
-        32,
-        128,
-    ]
+        layer = RWKV7Attention(C, C // N, layer=1, num_layers=12)
+    parts = (layer.decay, layer.rate, layer.value_mix, layer.out_gate)
+    assert [part.down.out_features for part in parts] == ranks
 
 
 @pytest.mark.parametrize("name", ["gated_delta_net", "comba", "gated_delta_product", "kda", "gdn2"])
