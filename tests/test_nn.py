@@ -24,8 +24,10 @@ from fwp.nn import (
     FavorPlusFeatures,
     GateProjection,
     LayerState,
+    RWKV7Attention,
     ShortConvolution,
     SoftplusDecay,
+    token_shift,
 )
 
 E, H = 8, 2
@@ -34,6 +36,19 @@ E, H = 8, 2
 def given(rule):
     """A rule of the table by its name, another as it is."""
     return rule.name if rule.name in fwp.RULES else rule
+
+
+def awake(layer):
+    """The layer with random weights where it starts with zeros."""
+    for p in layer.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.3)
+    return layer
+
+
+def gates(layer):
+    """The modules of its gates; a layer of its own kind has none."""
+    return getattr(layer, "gates", {})
 
 
 LAYERS = {
@@ -45,7 +60,9 @@ LAYERS = {
     for rule in RULES
     for width in (0, 4)
 }
-LAYERS |= {f"preset-{name}": (lambda make=make, **options: make(E, H, **options)) for name, make in PRESETS.items()}
+LAYERS |= {
+    f"preset-{name}": (lambda make=make, **options: awake(make(E, H, **options))) for name, make in PRESETS.items()
+}
 LAYERS |= {
     "grouped-queries": lambda: FastWeightAttention(
         E, 4, "gated_delta", num_key_heads=2, num_value_heads=2, short_conv=2
@@ -54,6 +71,14 @@ LAYERS |= {
     "normalised": lambda: FastWeightAttention(E, H, "delta", "dpfp-2", "sum", True, short_conv=3, bias=True),
     "wide-gates": lambda: FastWeightAttention(E, H, "kda", "dpfp-2", "sum", out_norm="layer", out_gate=True),
     "before": lambda: FastWeightAttention(E, H, "decay", "elu+1", read="before", activation="relu"),
+    "writes": lambda: FastWeightAttention(E, H, "gated_delta", feature_norm="l2", short_conv=3, writes_per_read=2),
+    "writes-of-keys": lambda: FastWeightAttention(E, H, "rwkv7", writes_per_read=3, out_gate=True, bias=True),
+    "writes-before": lambda: FastWeightAttention(
+        E, H, "delta", "dpfp-1", "sum", True, read="before", num_value_heads=4, writes_per_read=2
+    ),
+    "writes-outside": lambda: FastWeightAttention(E, H, DELTA_RNN, "softmax", value_dim=3, writes_per_read=2),
+    "grouped-erase-gates": lambda: PRESETS["gdn2"](E, H, num_value_heads=4, value_dim=3),
+    "grouped-corrections": lambda: PRESETS["comba"](E, H, num_value_heads=4),
     "favor": lambda: FastWeightAttention(E, H, "additive", FavorPlusFeatures(4, 6, redraw="never"), denominator=True),
 }
 each_layer = pytest.mark.parametrize("layer", LAYERS, indirect=True)
@@ -208,7 +233,71 @@ def test_the_convolution_sees_the_last_real_tokens():
     assert conv(x[:, :1], tail[2:])[0].item() == 451
 
 
+def test_the_token_shift_sees_the_last_real_token():
+    x = torch.tensor([1.0, 2, 3, 4, 5]).view(1, 5, 1)
+    y, tail = token_shift(x)
+    assert y.flatten().tolist() == [0, 1, 2, 3, 4] and tail.flatten().tolist() == [5]
+    mask = torch.tensor([[True, False, True, False, True]])
+    y, tail = token_shift(x, torch.tensor([[[7.0]]]), mask)
+    assert y[mask].flatten().tolist() == [7, 1, 3] and tail.flatten().tolist() == [5]
+    y, tail = token_shift(x, cu_seqlens=torch.tensor([0, 2, 2, 5]))
+    assert y.flatten().tolist() == [0, 1, 0, 3, 4] and tail.flatten().tolist() == [2, 0, 5]
+
+
+@pytest.mark.parametrize("rule", fwp.RULES.values(), ids=fwp.RULES)
+@torch.no_grad()
+def test_a_layer_starts_with_bounded_fast_weights(rule):
+    """A write moves S by at most |v| per token at first; what erases or decays stays far below the sum of all."""
+    torch.manual_seed(0)
+    layer = FastWeightAttention(16, 2, rule.name, feature_norm="l2" if rule.wants_unit_keys else None)
+    x = torch.randn(2, 4096, 16, generator=torch.Generator().manual_seed(1))
+    norms, state = [], None
+    for part in x.split(512, 1):
+        y, state = layer(part, state)
+        assert y.isfinite().all()
+        norms.append(state.memory.S.norm(dim=(-2, -1)).max().item())
+    if rule.erases or "g" in rule.gates:
+        assert max(norms) < 12
+    else:
+        assert norms[-1] < 16 * norms[0]  # a sum of eight times as many products
+
+
 # ---- gates and options ----
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_writes_of_a_token_are_ordered_by_write_head_feature(n):
+    """One layer that writes n times per read against n that write once, on one rule without interaction."""
+    torch.manual_seed(0)
+    whole = FastWeightAttention(E, H, "decay", "elu+1", writes_per_read=n, activation="silu", value_dim=3).double()
+    parts = [FastWeightAttention(E, H, "decay", "elu+1", activation="silu", value_dim=3).double() for _ in range(n)]
+    weights = whole.state_dict()
+    assert {key: tuple(x.shape) for key, x in weights.items()} == {
+        "q_proj.weight": (8, E),
+        "k_proj.weight": (8 * n, E),
+        "v_proj.weight": (6 * n, E),
+        "gates.g.proj.weight": (H, E),
+        "gates.g.proj.bias": (H,),
+        "o_proj.weight": (E, 6),
+    }
+    for j, part in enumerate(parts):
+        k, v = (weights[f"{key}_proj.weight"].chunk(n)[j] for key in "kv")
+        part.load_state_dict(weights | {"k_proj.weight": k, "v_proj.weight": v})
+    x = tokens(2, 5, E)
+    close(whole(x)[0], sum(part(x)[0] for part in parts))
+
+
+def test_a_token_decays_once_however_often_it_writes():
+    layer = FastWeightAttention(E, H, "gated_delta", feature_norm="l2", writes_per_read=3)
+    x = torch.randn(2, 4, E)
+    _, gates = layer._ask(x, None, None)
+    g = gates["g"].unflatten(1, (4, 3))
+    close(g[:, :, 0], layer.gates["g"](x))
+    assert g[:, :, 0].all() and not g[:, :, 1:].any()
+    close(gates["beta"].unflatten(1, (4, 3)).flatten(2), layer.gates["beta"](x))
+
+
+# ---- gates ----
 
 
 def test_gates_come_from_the_rule():
@@ -318,8 +407,9 @@ def test_a_decay_starts_gentle():
 @pytest.mark.parametrize("name", PRESETS)
 def test_state_dict_pickle_and_copy_round_trip_bitwise(name, tmp_path):
     x = torch.randn(2, 6, E)
-    layer = PRESETS[name](E, H)
+    layer = awake(PRESETS[name](E, H))
     y = layer(x)[0]
+    assert y.any()
     torch.save(layer.state_dict(), tmp_path / "layer.pt")
     other = PRESETS[name](E, H)
     other.load_state_dict(torch.load(tmp_path / "layer.pt", weights_only=True))
@@ -346,19 +436,22 @@ def test_dtypes_under_autocast(layer):
     layer = layer.float()
     x = torch.randn(2, 6, E, requires_grad=True)
     seen = {}
-    for name, gate in layer.gates.items():
+    for name, gate in gates(layer).items():
         gate.register_forward_hook(lambda module, args, out, name=name: seen.update({name: out.dtype}))
     with torch.autocast("cpu", torch.bfloat16):
         y, state = layer(x)
         y, state = layer(x, state)
     assert y.dtype == torch.bfloat16
     assert {x.dtype for x in leaves(state.memory)} == {torch.float32}
-    assert state.conv is None or state.conv.dtype == torch.bfloat16
+    shifts = isinstance(layer, RWKV7Attention)  # its tail is x itself
+    assert state.conv is None or state.conv.dtype == (torch.float32 if shifts else torch.bfloat16)
     assert state.position.dtype == torch.int64
     assert set(seen.values()) <= {torch.float32}
     y.float().sum().backward()
     assert {p.grad.dtype for p in layer.parameters()} == {x.grad.dtype} == {torch.float32}
-    if layer.feature_norm != "sum":  # where all features nearly vanish, dividing by their sum magnifies any rounding
+    if (
+        getattr(layer, "feature_norm", None) != "sum"
+    ):  # where all features nearly vanish, dividing by their sum magnifies any rounding
         exact = layer(x, layer(x)[1])[0]
         assert (y - exact).norm() < 0.05 * exact.norm()
 
@@ -371,7 +464,7 @@ def test_dtypes_of_a_layer_in_one_dtype(name, dtype):
     assert y.dtype == dtype
     kept = torch.float64 if dtype == torch.float64 else torch.float32
     assert {x.dtype for x in leaves(state.memory)} == {kept}
-    assert {gate(torch.randn(1, 1, E, dtype=dtype)).dtype for gate in layer.gates.values()} <= {kept}
+    assert {gate(torch.randn(1, 1, E, dtype=dtype)).dtype for gate in gates(layer).values()} <= {kept}
     y.sum().backward()
 
 
@@ -379,12 +472,20 @@ def test_dtypes_of_a_layer_in_one_dtype(name, dtype):
 
 
 @pytest.mark.parametrize(
-    ("name", "how"), [("linear_transformer", "plain"), ("gated_delta_net", "masked"), ("kda", "packed")]
+    ("name", "how"),
+    [
+        ("linear_transformer", "plain"),
+        ("gated_delta_net", "masked"),
+        ("kda", "packed"),
+        ("gated_delta_product", "masked"),
+        ("comba", "plain"),
+        ("rwkv7", "packed"),
+    ],
 )
 def test_compiles_as_one_graph_for_every_length(name, how):
     torch.compiler.reset()
     torch.manual_seed(0)
-    layer = PRESETS[name](E, H)
+    layer = awake(PRESETS[name](E, H))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     for T in (7, 9, 12, 16):
@@ -436,6 +537,7 @@ def test_favor_plus_draws_in_a_compiled_layer_too():
         ({"feature_map": "dfpf"}, "feature_map: expected one of .*, got 'dfpf'"),
         ({"num_key_heads": 3}, "k, v: expected head counts of which one divides the other, got 3 and 2"),
         ({"num_key_heads": 3, "num_value_heads": 3}, "q: expected a multiple or a divisor of 3 heads, got 2"),
+        ({"writes_per_read": 0}, "writes_per_read: expected a whole number ≥ 1, got 0"),
         ({"short_conv": -1}, "short_conv: expected a whole number ≥ 0, got -1"),
         ({"scale": float("nan")}, "scale: expected a finite number, got nan"),
         ({"norm_eps": -1.0}, "norm_eps: expected a finite number ≥ 0, got -1.0"),
@@ -512,7 +614,31 @@ def test_errors_of_inputs():
     for make in PRESETS.values():
         with pytest.raises(ValueError, match=r"^num_heads: expected a whole number ≥ 1, got 0$"):
             make(E, 0)
-    for name in ("gla", "kda"):
+    for options, message in (
+        ({"num_key_heads": 1}, "num_key_heads: expected num_heads = 2, since q is corrected by k, got 1"),
+        ({"writes_per_read": 2}, "writes_per_read: expected 1, since q is corrected by one k, got 2"),
+        ({"gates": {"p": nn.Linear}}, "gates: expected one of beta, g, got 'p'"),
+        ({"correction": float("nan")}, "correction: expected a finite number, got nan"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            PRESETS["comba"](E, H, **options)
+    for options, message in (
+        ({"num_heads": 3}, "num_heads: expected a divisor of embed_dim = 8, got 3"),
+        ({"layer": 2, "num_layers": 2}, "layer: expected at most num_layers − 1 = 1, got 2"),
+        ({"layer": -1}, "layer: expected a whole number ≥ 0, got -1"),
+        ({"decay_rank": 0}, "decay_rank: expected a whole number ≥ 1, got 0"),
+        ({"backend": "cuda"}, "backend: expected one of .*, got 'cuda'"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            PRESETS["rwkv7"](**{"embed_dim": E, "num_heads": H, **options})
+    later = PRESETS["rwkv7"](E, H, layer=1, num_layers=2)
+    with pytest.raises(ValueError, match=r"^v_first: expected the first layer's values, .*, got None$"):
+        later(x)
+    with pytest.raises(ValueError, match=r"^v_first: expected \(2, 5, 8\), got \(2, 4, 8\)$"):
+        later(x, v_first=x[:, :4])
+    with pytest.raises(ValueError, match=r"^shared: expected a divisor of 3 heads, got 2$"):
+        GateProjection(E, 3, shared=2)
+    for name in ("gla", "kda", "gdn2"):
         with pytest.raises(ValueError, match=r"rank: expected a whole number ≥ 1, got 0$"):
             PRESETS[name](E, H, gate_rank=0)
     for sizes, name in (((0, 3), "channels"), ((4, 0), "width")):

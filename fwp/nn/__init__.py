@@ -1,29 +1,56 @@
-"""Layers: fast weight attention for any rule, published ones, the block around them; the nets of 1991 and 1993."""
+"""Layers: fast weight attention for any rule, published layers, the block around them; the nets of 1991 and 1993."""
 
-from fwp.nn.attention import FastWeightAttention, FavorPlusFeatures, GateProjection, LayerState, SoftplusDecay
+from fwp.nn.attention import FastWeightAttention, FavorPlusFeatures, GateProjection, SoftplusDecay
 from fwp.nn.block import Block, FeedForward
-from fwp.nn.convolution import ShortConvolution
-from fwp.nn.presets import PRESETS, delta_net, delta_net_2021, gated_delta_net, gla, kda, linear_transformer
+from fwp.nn.comba_layer import CombaAttention
+from fwp.nn.convolution import ShortConvolution, token_shift
+from fwp.nn.layer import Layer, LayerState
+from fwp.nn.presets import (
+    PRESETS,
+    comba,
+    delta_net,
+    delta_net_2021,
+    delta_product,
+    gated_delta_net,
+    gated_delta_product,
+    gdn2,
+    gla,
+    kda,
+    linear_transformer,
+    longhorn,
+    rwkv7,
+)
+from fwp.nn.rwkv7_layer import RWKV7Attention
 from fwp.nn.slow_fast import FastWeightRNN, Online, RecurrentState, SlowFastNet
 
 __all__ = [
     "PRESETS",
     "Block",
+    "CombaAttention",
     "FastWeightAttention",
     "FastWeightRNN",
     "FavorPlusFeatures",
     "FeedForward",
     "GateProjection",
+    "Layer",
     "LayerState",
     "Online",
+    "RWKV7Attention",
     "RecurrentState",
     "ShortConvolution",
     "SlowFastNet",
     "SoftplusDecay",
+    "comba",
     "delta_net",
     "delta_net_2021",
+    "delta_product",
     "gated_delta_net",
+    "gated_delta_product",
+    "gdn2",
     "gla",
     "kda",
     "linear_transformer",
+    "longhorn",
+    "rwkv7",
+    "token_shift",
 ]

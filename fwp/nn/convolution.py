@@ -1,6 +1,11 @@
-"""The short causal convolution before the rule, which never looks across a padding or a border of sequences."""
+"""What mixes each token with the few before it: the short convolution and the token shift.
+
+Neither looks across padding or across the border of two sequences.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +22,10 @@ def borders(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 class ShortConvolution(nn.Module):
-    """y_t = Σ_i w_i ⊙ x_{t−W+1+i}, i = 0 … W − 1: every channel mixes its own last W inputs, itself included.
+    """y_t = Σ_i w_i ⊙ x_{t−W+1+i}, i = 0 … W − 1: every channel mixes its own last W inputs, including x_t.
 
-    A masked token is passed over: its neighbours see the W − 1 real tokens before it. Before the first token stand
-    zeros, or the tail that an earlier call returned.
+    Masked tokens are skipped: each token sees the W − 1 real tokens before it. Before the first token come zeros, or
+    the tail that an earlier call returned.
 
     channels: C. width: W. Parameter: weight [C, 1, W], as in `torch.nn.Conv1d`, without a bias.
     """
@@ -38,35 +43,59 @@ class ShortConvolution(nn.Module):
 
         mask and cu_seqlens as in `fwp.fast_weights`; y is unspecified (but finite) at masked tokens.
         """
-        B, T, C = x.shape
-        past = self.weight.shape[-1] - 1
-        at = borders(x, cu_seqlens)
-        N = len(at) - 1
-        tail = x.new_zeros(N, past, C) if tail is None else tail.to(x.dtype)
-        if T == 0:
-            return x, tail.clone()
-        if mask is None and cu_seqlens is None:
-            stream = torch.cat([tail, x], 1)  # [B, W − 1 + T, C]
-            return self._slide(stream), stream[:, T:].clone()  # a view would keep the whole stream alive
-        # One stream of all sequences: each one's tail, then its real tokens. Masked tokens go to the last place.
-        token = torch.arange(B * T, device=x.device)
-        sequence = torch.searchsorted(at[1:], token, right=True)
-        count = token + 1 if mask is None else mask.flatten().cumsum(0)  # real tokens up to and with this one
-        end = (N + 1) * past + B * T
-        place = count - 1 + (sequence + 1) * past
-        if mask is not None:
-            place = torch.where(mask.flatten(), place, end)
-        seen = F.pad(count, (1, 0))[at]  # [N + 1]
-        window = torch.arange(N, device=x.device).unsqueeze(1) * past + torch.arange(past, device=x.device)
-        before, after = seen[:-1].unsqueeze(1) + window, seen[1:].unsqueeze(1) + window  # [N, W − 1]
-        stream = x.new_zeros(end + 1, C).index_copy(0, before.flatten(), tail.flatten(0, 1))
-        stream = stream.index_copy(0, place, x.flatten(0, 1))
-        y = self._slide(stream.unsqueeze(0)).squeeze(0)  # y[i] belongs to stream[i + W − 1]
-        return y[place - past].view(B, T, C), stream[after]
+        return slide(x, tail, self.weight.shape[-1] - 1, self._mix, mask, cu_seqlens)
 
-    def _slide(self, stream: Tensor) -> Tensor:
+    def _mix(self, stream: Tensor) -> Tensor:
         """[B, W − 1 + T, C] → [B, T, C]."""
         return F.conv1d(stream.transpose(1, 2), self.weight, groups=stream.shape[-1]).transpose(1, 2)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, width={self.weight.shape[-1]}"
+
+
+def token_shift(
+    x: Tensor, tail: Tensor | None = None, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x [B, T, C] → x_{t−1} [B, T, C] and the new tail [N, 1, C], each sequence's last real input.
+
+    Masked tokens, borders of sequences and the tail are treated as in `ShortConvolution`.
+    """
+    return slide(x, tail, 1, lambda stream: stream[:, :-1], mask, cu_seqlens)
+
+
+def slide(
+    x: Tensor,
+    tail: Tensor | None,
+    past: int,
+    mix: Callable[[Tensor], Tensor],
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """What `mix` makes of each token and the `past` real tokens before it, and the new tail [N, past, C].
+
+    x [B, T, C]. tail: [N, past, C], None for zeros. mix: a stream [B, past + T, C] → [B, T, C].
+    """
+    B, T, C = x.shape
+    at = borders(x, cu_seqlens)
+    N = len(at) - 1
+    tail = x.new_zeros(N, past, C) if tail is None else tail.to(x.dtype)
+    if T == 0:
+        return x, tail.clone()
+    if mask is None and cu_seqlens is None:
+        stream = torch.cat([tail, x], 1)  # [B, past + T, C]
+        return mix(stream), stream[:, T:].clone()  # a view would keep the whole stream alive
+    # One stream of all sequences: each one's tail, then its real tokens. Masked tokens go to the last place.
+    token = torch.arange(B * T, device=x.device)
+    sequence = torch.searchsorted(at[1:], token, right=True)
+    count = token + 1 if mask is None else mask.flatten().cumsum(0)  # real tokens up to and with this one
+    end = (N + 1) * past + B * T
+    place = count - 1 + (sequence + 1) * past
+    if mask is not None:
+        place = torch.where(mask.flatten(), place, end)
+    seen = F.pad(count, (1, 0))[at]  # [N + 1]
+    window = torch.arange(N, device=x.device).unsqueeze(1) * past + torch.arange(past, device=x.device)
+    before, after = seen[:-1].unsqueeze(1) + window, seen[1:].unsqueeze(1) + window  # [N, past]
+    stream = x.new_zeros(end + 1, C).index_copy(0, before.flatten(), tail.flatten(0, 1))
+    stream = stream.index_copy(0, place, x.flatten(0, 1))
+    y = mix(stream.unsqueeze(0)).squeeze(0)  # y[i] belongs to stream[i + past]
+    return y[place - past].view(B, T, C), stream[after]

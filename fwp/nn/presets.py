@@ -1,7 +1,7 @@
-"""The published layers, exactly enough that their weights load: a function a layer, all in `PRESETS`.
+"""The published layers, one function per layer, all in `PRESETS`. Published weights load unless a docstring says no.
 
-Options are those of `FastWeightAttention` and replace a preset's own. Each docstring says which of the published names
-hold the weights of ours, where the names differ; `conv.weight` is q's, k's and v's convolution one after the other.
+Options are those of `FastWeightAttention` and replace a preset's own. Each docstring says which published parameter is
+which of ours where the names differ; `conv.weight` is q's, k's and v's convolution one after the other.
 """
 
 from __future__ import annotations
@@ -16,10 +16,16 @@ from torch import Tensor
 
 from fwp import errors
 from fwp.nn.attention import FastWeightAttention, GateProjection, SoftplusDecay
+from fwp.nn.comba_layer import CombaAttention
+from fwp.nn.layer import Layer
+from fwp.nn.rwkv7_layer import RWKV7Attention
+
+# Published with A uniform in (0, 16), of which the logarithm may be −∞; transformers starts at 0.01.
+_wide_decay = partial(SoftplusDecay, A_min=0.01)
 
 
 def _slow_decay(y: Tensor) -> Tensor:
-    """logsigmoid(y) / 16: at y = 0 a token keeps 96 %."""
+    """logsigmoid(y) / 16: at y = 0 the state keeps 96 %."""
     return F.logsigmoid(y) / 16
 
 
@@ -30,6 +36,12 @@ def _twice_sigmoid(y: Tensor) -> Tensor:
 
 def _beta(allow_neg_eigval: bool = False) -> Callable[..., GateProjection]:
     return partial(GateProjection, activation=_twice_sigmoid if allow_neg_eigval else torch.sigmoid, bias=False)
+
+
+def _head_dim(embed_dim: int, num_heads: int, options: dict[str, Any]) -> int:
+    """Features of a key head."""
+    errors.size("num_heads", num_heads)
+    return options.get("head_dim") or embed_dim // num_heads
 
 
 def _layer(embed_dim: int, num_heads: int, options: dict[str, Any], **own: Any) -> FastWeightAttention:
@@ -55,7 +67,7 @@ def linear_transformer(embed_dim: int, num_heads: int, **options: Any) -> FastWe
 
 
 def delta_net_2021(embed_dim: int, num_heads: int, **options: Any) -> FastWeightAttention:
-    """Delta Net, Schlag, Irie and Schmidhuber 2021 (arXiv 2102.11174): DPFP-1, sum norm, β = σ(w x) a head, 1/√d.
+    """Delta Net, Schlag, Irie and Schmidhuber 2021 (arXiv 2102.11174): DPFP-1, sum norm, β = σ(w x) per head, 1/√d.
 
     The authors' language models: o_net is o_proj; qkvb_net.weight, seen as [head, 3d + 1, E], holds each head's rows of
     q_proj, k_proj, v_proj and gates.beta.proj. Their residual connection and layer norm belong to the block.
@@ -91,7 +103,7 @@ def delta_net(embed_dim: int, num_heads: int, *, allow_neg_eigval: bool = False,
 
 
 def gla(embed_dim: int, num_heads: int, *, gate_rank: int = 16, **options: Any) -> FastWeightAttention:
-    """Gated Linear Attention, Yang et al. 2024 (arXiv 2312.06635): g = logsigmoid(W x)/16 a channel, W of low rank.
+    """Gated Linear Attention, Yang et al. 2024 (arXiv 2312.06635): g = logsigmoid(W x)/16 per channel, W of low rank.
 
     Keys half as wide as values: head_dim is embed_dim / (2 num_heads), value_dim embed_dim / num_heads.
     flash-linear-attention's GatedLinearAttention: gk_proj is gates.g.proj, g_proj is out_gate, g_norm_swish_gate is
@@ -131,21 +143,22 @@ def gated_delta_net(
         feature_norm="l2",
         short_conv=4,
         activation="silu",
-        gates={"beta": _beta(allow_neg_eigval), "g": SoftplusDecay},
+        gates={"beta": _beta(allow_neg_eigval), "g": _wide_decay},
         out_norm="rms",
         out_gate="silu",
     )
 
 
 def kda(embed_dim: int, num_heads: int, *, gate_rank: int | None = None, **options: Any) -> FastWeightAttention:
-    """Kimi Delta Attention, Kimi Team 2025 (arXiv 2510.26692): Gated DeltaNet with a decay a key channel.
+    """Kimi Delta Attention, Kimi Team 2025 (arXiv 2510.26692): Gated DeltaNet with a decay per key channel.
 
     The decay's and the output gate's projections go through gate_rank (default head_dim) features; the output gate is a
     sigmoid. transformers' KimiLinearDeltaAttention: forget_gate.f_a_proj and f_b_proj are gates.g.proj.0 and .1,
     b_proj gates.beta.proj, g_a_proj and g_b_proj out_gate.0 and .1, o_norm out_norm, conv1d conv.
+    flash-linear-attention's KimiDeltaAttention: f_proj is gates.g.proj, g_proj is out_gate, whose second matrix has a
+    bias there: out_gate_bias=True.
     """
-    errors.size("num_heads", num_heads)
-    rank = (options.get("head_dim") or embed_dim // num_heads) if gate_rank is None else gate_rank
+    rank = _head_dim(embed_dim, num_heads, options) if gate_rank is None else gate_rank
     return _layer(
         embed_dim,
         num_heads,
@@ -161,11 +174,168 @@ def kda(embed_dim: int, num_heads: int, *, gate_rank: int | None = None, **optio
     )
 
 
-PRESETS: dict[str, Callable[..., FastWeightAttention]] = {
+def gdn2(
+    embed_dim: int,
+    num_heads: int,
+    *,
+    allow_neg_eigval: bool = False,
+    gate_rank: int | None = None,
+    **options: Any,
+) -> FastWeightAttention:
+    """Gated DeltaNet-2, Hatamizadeh, Choi and Kautz 2026 (arXiv 2605.22791): KDA with two gates for its β.
+
+    b = σ(W_b x) per key channel erases, or 2σ with allow_neg_eigval; w = σ(W_w x) per value channel writes;
+    g = −exp(A_log) · softplus(W_f x + dt_bias) per key channel; convolution 4 and silu, unit q and k,
+    RMSNorm(o) ⊙ silu(W_g x). W_f and W_g go through gate_rank (default value_dim) features. With more value heads than
+    key heads, b and g are made per key head.
+    The authors' and flash-linear-attention's GatedDeltaNet2: f_proj is gates.g.proj, A_log and dt_bias are gates.g's,
+    b_proj gates.b.proj, w_proj gates.w.proj, g_proj out_gate, o_norm out_norm, q_conv1d, k_conv1d, v_conv1d conv.
+    The paper and the authors' code have silu in the output gate, flash-linear-attention has out_gate="sigmoid". All
+    linear weights start as PyTorch's do; the authors' are Xavier uniform with gain 2^−2.5.
+    """
+    head_dim = _head_dim(embed_dim, num_heads, options)
+    rank = (options.get("value_dim") or head_dim) if gate_rank is None else gate_rank
+    key_heads, value_heads = (options.get(f"num_{kind}_heads") or num_heads for kind in ("key", "value"))
+    shared = 1 if value_heads % key_heads else value_heads // key_heads
+    return _layer(
+        embed_dim,
+        num_heads,
+        options,
+        rule="gdn2",
+        feature_norm="l2",
+        short_conv=4,
+        activation="silu",
+        gates={
+            "b": partial(_beta(allow_neg_eigval), shared=shared),
+            "w": _beta(),
+            "g": partial(SoftplusDecay, rank=rank, shared=shared),
+        },
+        out_norm="rms",
+        out_gate="silu",
+        out_gate_rank=rank,
+        out_gate_bias=True,
+    )
+
+
+def comba(embed_dim: int, num_heads: int, *, correction: float = 1.0, **options: Any) -> CombaAttention:
+    """Comba, Hu et al. 2025 (arXiv 2506.02475): Gated DeltaNet that erases before the decay and reads with q − D p.
+
+    p = σ(decay) k, q ← q − D p, then q, k and p to unit length; β = σ(W_b x), g as in Gated DeltaNet, convolution 4 and
+    silu, RMSNorm(o) ⊙ σ(W_g x). The paper's p keeps its length. The published kernels normalise it, so that their
+    trained models have p = k in the state and σ(decay) in the queries only; this preset does too.
+    The authors' and flash-linear-attention's Comba: a_proj is gates.g.proj, b_proj gates.beta.proj, A_log and dt_bias
+    are gates.g's, g_proj out_gate, o_norm out_norm, q_conv1d, k_conv1d, v_conv1d conv; decay and D have our names.
+    correction: D at first; the authors say 0.02 for models of 340M parameters, 1 for 1.3B.
+    """
+    own = {
+        "feature_norm": "l2",
+        "short_conv": 4,
+        "activation": "silu",
+        "gates": {"beta": _beta(), "g": _wide_decay},
+        "out_norm": "rms",
+        "out_gate": "sigmoid",
+    }
+    return CombaAttention(embed_dim, num_heads, correction=correction, **{**own, **options})
+
+
+def longhorn(embed_dim: int, num_heads: int, **options: Any) -> FastWeightAttention:
+    """A layer on Longhorn's exact rule, Liu et al. 2025 (arXiv 2407.14207). The authors' trained layer is another one.
+
+    Theirs has a β per value channel and keeps only the diagonal of k kᵀ: a recurrence per entry of S, whose weights
+    can't be loaded. Ours solves the paper's problem with β = σ(W x + b) per head, so that S moves towards v by
+    ε = β / (1 + β kᵀk). As there: convolution 4 and silu, q and k of any length (long keys learn faster), no scale of
+    q, no decay, no norm of o, an output gate silu(W_g x). Not as there: q, k and v have projections and convolutions of
+    their own, several heads, and no skip connection D.
+    """
+    return _layer(
+        embed_dim,
+        num_heads,
+        options,
+        rule="longhorn",
+        scale=1.0,
+        short_conv=4,
+        activation="silu",
+        out_gate="silu",
+    )
+
+
+def delta_product(
+    embed_dim: int, num_heads: int, *, writes_per_read: int = 2, allow_neg_eigval: bool = True, **options: Any
+) -> FastWeightAttention:
+    """DeltaProduct, Siems et al. 2025 (arXiv 2502.10297): DeltaNet with several keys, values and β per token.
+
+    Convolution 4 and silu before the writes are laid out in time, unit q and k, β = 2σ(W_b x), or σ without
+    allow_neg_eigval, RMSNorm of each head.
+    flash-linear-attention's GatedDeltaProduct with use_forget_gate=False: num_householder is writes_per_read, b_proj
+    gates.beta.proj, o_norm out_norm, q_conv1d, k_conv1d, v_conv1d conv; its use_output_gate=True is out_gate=True, with
+    g_proj, which the authors' language models don't have. The authors' k_projs.j, v_projs.j, b_projs.j and convolutions
+    are the j-th block of rows of ours; of q_conv1ds they use the first.
+    """
+    return _layer(
+        embed_dim,
+        num_heads,
+        options,
+        rule="delta",
+        writes_per_read=writes_per_read,
+        feature_norm="l2",
+        short_conv=4,
+        activation="silu",
+        gates={"beta": _beta(allow_neg_eigval)},
+        out_norm="rms",
+    )
+
+
+def gated_delta_product(
+    embed_dim: int, num_heads: int, *, writes_per_read: int = 2, allow_neg_eigval: bool = True, **options: Any
+) -> FastWeightAttention:
+    """Gated DeltaProduct, Siems et al. 2025 (arXiv 2502.10297): `delta_product` with a decay and an output gate.
+
+    Each token decays once, before its first write: g = −exp(A_log) · softplus(W_a x + dt_bias). The output is
+    RMSNorm(o) ⊙ silu(W_g x).
+    flash-linear-attention's GatedDeltaProduct: as in `delta_product`, a_proj is gates.g.proj, A_log and dt_bias are
+    gates.g's, g_proj is out_gate. Its linear weights, too, start as PyTorch's do; the authors' are Xavier uniform with
+    gain 2^−2.5.
+    """
+    return _layer(
+        embed_dim,
+        num_heads,
+        options,
+        rule="gated_delta",
+        writes_per_read=writes_per_read,
+        feature_norm="l2",
+        short_conv=4,
+        activation="silu",
+        gates={"beta": _beta(allow_neg_eigval), "g": _wide_decay},
+        out_norm="rms",
+        out_gate="silu",
+    )
+
+
+def rwkv7(embed_dim: int, num_heads: int, **options: Any) -> RWKV7Attention:
+    """RWKV-7 "Goose", Peng et al. 2025 (arXiv 2503.14456): its time mixing, `RWKV7Attention`, of which options are.
+
+    By default it is a first layer. In a stack, give layer=l and num_layers=L and pass v_first on from the first layer:
+    `y, state, v_first = layer(x, state, v_first=v_first, return_v_first=True)`. The published heads have 64 features.
+    BlinkDL's RWKV_Tmix_x070: receptance, key, value, output are q_proj, k_proj, v_proj, o_proj; x_r, x_w, x_k, x_v,
+    x_a, x_g are the rows of mix; w1ᵀ, w2ᵀ, w0 are decay.down, decay.up, decay.bias; likewise a is rate, v is value_mix
+    and g is out_gate; ln_x is out_norm; k_k, k_a and r_k have our names.
+    flash-linear-attention's RWKV7Attention: r_proj is q_proj; w_lora.lora.0, .2 and .2.bias are decay.down, decay.up
+    and decay.bias; likewise a_lora, v_lora and g_lora; g_norm is out_norm. It normalises κ with 1e-6 under the root.
+    """
+    return RWKV7Attention(embed_dim, num_heads, **options)
+
+
+PRESETS: dict[str, Callable[..., Layer]] = {
     "linear_transformer": linear_transformer,
     "delta_net_2021": delta_net_2021,
     "delta_net": delta_net,
     "gla": gla,
     "gated_delta_net": gated_delta_net,
     "kda": kda,
+    "gdn2": gdn2,
+    "longhorn": longhorn,
+    "comba": comba,
+    "delta_product": delta_product,
+    "gated_delta_product": gated_delta_product,
+    "rwkv7": rwkv7,
 }

@@ -1,0 +1,119 @@
+"""What every layer with fast weights shares: its state, its checks, and one decode step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fwp import errors, validate
+from fwp._torch_private import tree_leaves
+from fwp.core import overwriting
+from fwp.nn.block import ACTIVATIONS, pick
+from fwp.nn.convolution import borders
+
+
+class LayerState(NamedTuple):
+    """All that a layer remembers of N sequences. Its size doesn't depend on how many tokens they had.
+
+    memory: `fwp.State(S [N, H, K', V], z [N, H, K'] or None)`, or the state of a rule that has its own.
+    conv: [N, W − 1, C], the last inputs of the short convolution, oldest first; None without one. A token shift is one
+        of width W = 2.
+    position: [N] int64, the tokens seen, masked ones not counted.
+    """
+
+    memory: Any
+    conv: Tensor | None
+    position: Tensor
+
+
+class Layer(nn.Module):
+    """A layer from x [B, T, E] and a `LayerState` to y [B, T, E] and the state after it.
+
+    A subclass sets `embed_dim` and `tail`, the shape (W − 1, C) of what `LayerState.conv` holds per sequence, or None.
+    """
+
+    embed_dim: int
+    tail: tuple[int, int] | None
+
+    def step(
+        self, x: Tensor, state: LayerState | None = None, *, in_place: bool = False, **options: Any
+    ) -> tuple[Any, ...]:
+        """One token: x [B, E] or [B, 1, E] → y of that shape and the state after it.
+
+        in_place: the new state is written into the tensors of `state`, which is returned. ValueError without a state,
+        or where gradients are on. options: what else `forward` takes and returns, as it takes and returns it.
+        """
+        E = self.embed_dim
+        if isinstance(x, Tensor) and tuple(x.shape[1:]) not in ((E,), (1, E)):
+            raise ValueError(f"x: expected one token, (*, {E}) or (*, 1, {E}), got {tuple(x.shape)}")
+        run = self._overwriting if in_place else self
+        if not isinstance(x, Tensor) or x.dim() == 3:
+            return run(x, state, **options)
+        y, *rest = run(x.unsqueeze(1), state, **options)
+        return y.squeeze(1), *rest
+
+    def _overwriting(self, x: Tensor, state: LayerState | None, **options: Any) -> tuple[Any, ...]:
+        """`forward`, with the new state in the tensors of the given one."""
+        if torch.is_grad_enabled():
+            raise ValueError("in_place: expected torch.no_grad(), gradients need the state that would be overwritten")
+        if state is None:
+            raise ValueError("in_place: expected a state to overwrite, got None")
+        with overwriting():
+            y, end, *rest = self(x, state, **options)
+        for place, value in zip(tree_leaves(state), tree_leaves(end)):
+            if place is not value:  # a kernel may have written it there
+                place.copy_(value)
+        return y, state, *rest
+
+    def _check(
+        self, x: Tensor, state: Any, mask: Tensor | None, cu_seqlens: Tensor | None, projection: nn.Module
+    ) -> None:
+        """The arguments that the op doesn't see, or sees too late. projection: the first that x passes."""
+        errors.tensor("x", x, (None, None, self.embed_dim))
+        weights = next((p.dtype for p in projection.parameters() if p.dtype in errors.FLOATS), x.dtype)
+        cast = not x.is_meta and torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weights)
+        if x.dtype != weights and not cast:
+            raise TypeError(f"x: expected {weights}, as the weights, got {x.dtype}")
+        B, T, _ = x.shape
+        N = B
+        if mask is not None:
+            errors.tensor("mask", mask, (B, T), torch.bool, x.device)
+        if cu_seqlens is not None:
+            validate.packing(cu_seqlens, 1, T, device=x.device)
+            if B != 1:
+                raise ValueError(f"x: expected a batch of 1 with cu_seqlens, got {B}")
+            N = len(cu_seqlens) - 1
+        if state is None:
+            return
+        if not isinstance(state, LayerState):
+            raise TypeError(f"state: expected LayerState, got {type(state).__name__}")
+        errors.tensor("state.position", state.position, (N,), torch.int64, x.device)
+        if self.tail is not None:
+            errors.tensor("state.conv", state.conv, (N, *self.tail), None, x.device)
+        elif state.conv is not None:
+            raise ValueError("state.conv: expected None without short_conv, got a tensor")
+
+
+def projection(embed_dim: int, width: int, rank: int | None = None, bias: bool = False) -> nn.Module:
+    """A linear map of [..., embed_dim] to [..., width], through `rank` features if given."""
+    if rank is None:
+        return nn.Linear(embed_dim, width, bias=bias)
+    errors.size("rank", rank)
+    return nn.Sequential(nn.Linear(embed_dim, rank, bias=False), nn.Linear(rank, width, bias=bias))
+
+
+def function(argument: str, given: str | Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor] | None:
+    """The activation of that name, or the function itself."""
+    return given if given is None or callable(given) else pick(argument, given, ACTIVATIONS)
+
+
+def lengths(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """[N] int64, the tokens of each sequence that are not masked."""
+    at = borders(x, cu_seqlens)
+    if mask is not None:
+        at = F.pad(mask.flatten().cumsum(0), (1, 0))[at]
+    return at.diff()
