@@ -132,7 +132,10 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-pytestmark = pytest.mark.xdist_group("recipe")  # one worker makes one copy
+pytestmark = [
+    pytest.mark.xdist_group("recipe"),  # one worker makes one copy
+    pytest.mark.skipif("efla" in fwp.RULES, reason="the recipe has been followed here"),
+]
 
 
 def test_the_file_of_a_rule_of_ones_own_runs(copy: Path) -> None:

@@ -19,11 +19,11 @@ import torch
 
 import fwp
 from fwp import testing
+from fwp.core import Core
 from fwp_kernels import launch
 
 from .speed import timed
 
-RULES = {(0, 0): "additive", (1, 0): "decay", (2, 0): "gla", (0, 1): "delta", (1, 1): "gated_delta", (2, 1): "kda"}
 WIDTHS = (64, 128, 256)
 SIZES: dict[str, Any] = {"B": 4, "T": 2048, "H": 16}
 CHOICES = {
@@ -36,6 +36,21 @@ CHOICES = {
 }
 GAIN = 1.02  # less may be chance
 ROUNDS = 20
+
+
+def cells() -> dict[tuple[int, bool], str]:
+    """(axes of the decay, erases) → the first rule of the table that lowers to it and has no erase key of its own."""
+    found: dict[tuple[int, bool], str] = {}
+    for name, rule in fwp.RULES.items():
+        if rule.lower is not None:
+            x = testing.sample(rule, B=1, T=1, H=1, K=1, V=1)
+            core = rule.lower(Core(x.pop("q"), x.pop("k"), x.pop("v")), **x)
+            if core.a is None:
+                found.setdefault((0 if core.g is None else core.g.dim() - 2, core.erases), name)
+    return found
+
+
+RULES = cells()
 
 
 def fastest(start: launch.Tiles, times: Callable[[list[launch.Tiles]], list[float]]) -> tuple[launch.Tiles, float]:
@@ -94,9 +109,9 @@ def rows(device: str = "cuda") -> Iterator[dict[str, Any]]:
     where, table = launch.architecture(torch.device(device)), dict(launch.measured())
     for (decay, erase), rule in RULES.items():
         for D in WIDTHS:
-            start = launch.by_rule(D, torch.bfloat16, decay, bool(erase), where)
+            start = launch.by_rule(D, torch.bfloat16, decay, erase, where)
             best, gained = fastest(start, partial(times, rule, D, device))
-            key = launch.key(D, D, torch.bfloat16, decay, bool(erase), where)
+            key = launch.key(D, D, torch.bfloat16, decay, erase, where)
             table[key] = best
             write(table)
             yield dict(zip(launch.KEY, key)) | asdict(best) | {"gained": round(gained, 3)}
