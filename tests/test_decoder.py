@@ -56,6 +56,8 @@ CONFIGS = {
     "gated_delta_net": {},
     "post": {"placement": "post", "norm": "layer", "ff_activation": "relu", "preset": "delta_net_2021", "tied": False},
     "rule": {"preset": None, "attention": {"rule": "kda", "feature_norm": "l2", "short_conv": 2}},
+    "writes": {"preset": "gated_delta_product", "attention": {"writes_per_read": 3}},
+    "rwkv7": {"preset": "rwkv7"},
     "outside": {"preset": None, "attention": {"rule": DELTA_RNN, "feature_map": "softmax"}},
 }
 

@@ -25,7 +25,8 @@ class DecoderConfig:
     norm: "rms" or "layer". placement: "pre" or "post", see `fwp.nn.Block`. dropout: after the embedding and in blocks.
     tied: whether the head's weights are the embedding's.
 
-    There is no encoding of positions: a causal recurrence knows the order.
+    There is no encoding of positions: a causal recurrence knows the order. With preset "rwkv7" every block has a first
+    layer, which keeps its own values: no values are passed from block to block.
     """
 
     vocab_size: int
@@ -83,7 +84,7 @@ class Decoder(nn.Module):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, tuple[LayerState, ...]]:
-        """tokens [B, T] int → logits [B, T, vocab_size] and the state, a `LayerState` a block.
+        """tokens [B, T] int → logits [B, T, vocab_size] and the state, one `LayerState` per block.
 
         state, mask [B, T] and cu_seqlens [N + 1] as in `FastWeightAttention`.
         """
@@ -109,11 +110,11 @@ class Decoder(nn.Module):
         generator: torch.Generator | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """tokens [B, T], T ≥ 1 → [B, T + max_new_tokens]: continues each row, in constant memory a new token.
+        """tokens [B, T], T ≥ 1 → [B, T + max_new_tokens]: continues each row, in constant memory per new token.
 
         temperature: divides the logits; 0 takes the likeliest token. top_k: only the k likeliest are drawn from.
         generator: of the draws. mask: [B, T] bool, False for padding; each row needs a True.
-        Dropout is active in training mode, as anywhere. ValueError and TypeError for options that can't be.
+        Dropout is active in training mode, as anywhere. ValueError and TypeError for invalid options.
         """
         errors.tensor("tokens", tokens, (None, None), torch.int64)
         B, T = tokens.shape
@@ -139,7 +140,7 @@ class Decoder(nn.Module):
 
 
 def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """One token a row: logits [B, vocab_size] → [B, 1]."""
+    """One token per row: logits [B, vocab_size] → [B, 1]."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     if top_k is not None:

@@ -26,7 +26,7 @@ class GateProjection(nn.Module):
 
     activation: of the projection in float32 (float64 for float64 inputs), under autocast too.
     rank: W = W_2 W_1 through that many features; None: one full matrix.
-    shared: how many neighbouring heads have one gate in common; it divides H.
+    shared: number of neighbouring heads that share one gate; a divisor of H.
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class SoftplusDecay(GateProjection):
 
 
 class FavorPlusFeatures(nn.Module):
-    """FAVOR+ for a layer: the random directions R [m, d] are a buffer and drawn anew when a sequence begins.
+    """FAVOR+ for a layer: the random directions R [m, d] are a buffer, drawn anew when a sequence begins.
 
     redraw: "training" draws in every forward pass of a module in training mode that starts without a state,
         "always" in evaluation too (as the experiments of arXiv 2102.11174 do), "never" keeps the first R.
-    A state was written with an R, so a call that continues one keeps it; what was begun before the last draw can't be
-    continued. Draws come from torch's CPU generator.
+    A state belongs to the R that it was written with. A call that continues a state keeps R, and a state from before
+    the last draw can't be continued. Draws come from torch's CPU generator.
     """
 
     R: Tensor
@@ -121,8 +121,8 @@ class FavorPlusFeatures(nn.Module):
 class FastWeightAttention(Layer):
     """Multi-head attention by fast weights, under any rule.
 
-    Per token x: q, k, v = a(conv(W x)) by heads and the rule's gates from x; the rule writes (k, v) into S and reads
-    o = scale · Sᵀ norm(φ(q)), as in `fwp.fast_weights`; y = W_o concat over heads of norm(o) ⊙ a(W_g x).
+    For each token x: q, k, v = a(conv(W x)) per head, and the rule's gates are made of x. The rule writes (k, v) into S
+    and reads o = scale · Sᵀ norm(φ(q)), as in `fwp.fast_weights`. Then y = W_o concat(norm(o) ⊙ a(W_g x)) over heads.
 
     Args:
         embed_dim: E. num_heads: Hq, of the queries.
@@ -133,17 +133,17 @@ class FastWeightAttention(Layer):
             is a multiple or a divisor of H.
         head_dim: K, width of a query and key head; None: embed_dim / num_heads.
         value_dim: V, width of a value head; None: head_dim.
-        writes_per_read: n, how many keys, values and gates each token makes and writes in turn before it reads once,
-            as in DeltaProduct (arXiv 2502.10297). The features of k_proj, v_proj, their convolutions and the gates are
-            ordered (n, head, feature). A token decays once, before its first write: a gate of which the default leaves
-            the state alone is made once per token.
+        writes_per_read: n, the number of keys, values and gates that each token makes. It writes them in turn and then
+            reads once, as in DeltaProduct (arXiv 2502.10297). The features of k_proj, v_proj, their convolutions and
+            the gates are ordered (n, head, feature). The decay g has one value per token, before the first write; so
+            has any gate that is optional and does nothing at its default.
         scale: of the queries; None: 1/√head_dim.
         bias: of the projections of q, k, v and the output.
         short_conv: width W of a causal convolution of q, k and v along T; 0: none.
         activation: after it, of q, k and v: "silu", "relu", … or a function; None: none.
         gates: name of a gate → what makes it, called with (embed_dim, H, D or None), the gate being [B, T, H, D] or
             [B, T, H]; a module [B, T, E] → gate. By default `GateProjection` with the activation of the rule's row.
-            With several writes per read it is called with n·H heads, unless the gate is made once per token.
+            With n writes per read it is called with n·H heads, except for gates with one value per token.
         out_norm: "rms" or "layer" normalises each head's o; None: no norm. norm_eps: its eps.
         out_gate: whether o is multiplied by silu(W_g x); a name or function takes the place of silu.
         out_gate_rank: W_g = W_2 W_1 through that many features. out_gate_bias: W_g x + b.
@@ -326,7 +326,7 @@ class FastWeightAttention(Layer):
 
 
 def _once_per_token(gate: Gate) -> bool:
-    """Whether a gate can do without a value, as a decay can: then it acts at a token's first write alone."""
+    """Whether a gate is optional and does nothing at its default, as a decay. It then acts at the first write only."""
     return gate.default is not None and gate.default == gate.neutral
 
 

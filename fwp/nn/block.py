@@ -1,4 +1,4 @@
-"""What stands around a mixer: norms, the feed-forward net, and where the norm goes in a residual block."""
+"""What surrounds a mixer: norms, the feed-forward net, and where the norm goes in a residual block."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ FASTEST_DECAY = -math.exp(-0.5)  # of a log decay, so that a token keeps at leas
 class LowRank(nn.Module):
     """W_up a(W_down x) + b: x [..., E] → [..., E], through `rank` features.
 
-    At first W_down is 0, W_up orthogonal times `gain`, and b is `bias` [E]; None: no b. A module starts as b.
+    At first W_down is 0, W_up is 0.1 √(E / rank) times orthogonal columns, and b is `bias` [E]; None: no b.
     """
 
     def __init__(

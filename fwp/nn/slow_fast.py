@@ -31,20 +31,21 @@ class Online(NamedTuple):
 class SlowFastNet(nn.Module):
     """A slow net S programs a fast net F: from every input S makes changes □w of all of F's weights.
 
-    For t = 1 … T: y(t) = F(x(t)) with the weights w(t − 1), then w(t) = σ(w(t − 1) + □w(t)), □w(t) made by S from x(t),
-    σ(x) = 1 / (1 + exp(−steepness · (x − 0.5))). W_S, the weights of S, are trained; w only passes on what S wrote.
+    For t = 1 … T: y(t) = F(x(t)) with the weights w(t − 1), then w(t) = σ(w(t − 1) + □w(t)), where S makes □w(t) from
+    x(t) and σ(x) = 1 / (1 + exp(−steepness · (x − 0.5))). The weights W_S of S are trained. The fast weights w are
+    nobody's parameters: they hold what S wrote.
 
     Args:
         slow: S, any module [N, …] → [N, outputs], of one step at a time.
         fast: F, any module. Its parameters are names and shapes of the fast weights; their values are never used, and
             their requires_grad is switched off.
         version: 1: S has one output for each fast weight, in the order of `fast.named_parameters()` (eq. 4).
-            2: for each layer of F S has an output FROM_a for each of its inputs and TO_b for each of its outputs, and
-            □w_ab = FROM_a · TO_b (eq. 5). A layer is a parameter "weight" of shape [out, in], with "bias" of shape
-            [out] or without; a bias is the weight from a unit that is always on, which has its own FROM. S's outputs
-            are FROM [in], or [in + 1] with the bias's last, then TO [out], layer after layer.
+            2: for each layer of F, S has an output FROM_a per input of the layer and an output TO_b per output, and
+            □w_ab = FROM_a · TO_b (eq. 5). A layer is a parameter "weight" of shape [out, in], with or without a "bias"
+            of shape [out]. A bias is the weight from a unit that is always on, which has a FROM of its own. Layer after
+            layer, S's outputs are FROM [in], or [in + 1] with the bias's last, then TO [out].
         update: "bounded" is σ (eq. 7); "additive" leaves it out, w(t) = w(t − 1) + □w(t).
-        steepness: T of eq. 7. At 10 w stays at 0.007 or 0.993 where nothing is written: a latch.
+        steepness: T of eq. 7. With 10, a weight to which nothing is written stays at 0.007 or 0.993, as in a latch.
         read: "before" the update, as above, or "after" it: y(t) = F(x(t)) with w(t).
 
     Raises: ValueError for what doesn't fit, in the constructor or when S or F is first called.
@@ -76,7 +77,7 @@ class SlowFastNet(nn.Module):
 
     @property
     def outputs(self) -> int:
-        """How many outputs S must have."""
+        """The number of outputs that S must have."""
         if self.version == 1:
             return sum(shape.numel() for shape in self.shapes.values())
         return sum(sum(self.shapes[weight]) + int(bias is not None) for weight, bias in self.layers.items())
@@ -135,8 +136,10 @@ class SlowFastNet(nn.Module):
         loss: E(t) of y and target, by default ½ Σ (target − y)².
 
         With p = ∂w/∂W_S, of |w| |W_S| numbers: ∂E(t)/∂W_S = Σ ∂E(t)/∂w(t − 1) p(t − 1) (eq. 2), then
-        p(t) = σ'(w(t − 1) + □w(t)) (p(t − 1) + ∂□w(t)/∂W_S) (eq. 3). While W_S stays, the gradients of a sequence sum
-        to that of unfolding in time from the same w(0). A pure function: `torch.func.vmap` runs many nets at once.
+        p(t) = σ'(w(t − 1) + □w(t)) (p(t − 1) + ∂□w(t)/∂W_S) (eq. 3). While W_S stays the same, the gradients of a
+        sequence add up to that of unfolding in time from the same w(0).
+
+        It is a pure function: `torch.func.vmap` runs many nets at once.
         """
 
         def change(slow: Weights) -> tuple[Weights, Weights]:
@@ -230,8 +233,8 @@ class FastWeightRNN(nn.Module):
     W(t + 1) = σ(W(t) + h(y(t + 1)) ⊗ g(l(t))), that is w_ij(t + 1) = σ(w_ij(t) + g(j(t)) h(i(t + 1))) from unit j to i.
 
     Args:
-        inputs, units: how many. The parameter `weight` is W(1), at first uniform in (−0.1, 0.1).
-        g, h: of activations in (0, 1); by default (2y − 1)³, near 0 for most, −1 at 0 and 1 at 1.
+        inputs, units: their numbers. The parameter `weight` is W(1), at first uniform in (−0.1, 0.1).
+        g, h: functions of activations in (0, 1). By default (2y − 1)³: −1 at 0, 1 at 1, and near 0 in between.
         activation: f.
         update, steepness: σ, as in `SlowFastNet`.
 
