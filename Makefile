@@ -20,8 +20,7 @@ PARALLEL := -n auto --maxprocesses 8 --dist loadgroup --timeout $(TIMEOUT)
 check: $(VENV)/.installed
 	$(BIN)/fwp check
 
-reproduce: $(VENV)/.installed
-	$(BIN)/fwp check
+reproduce: check
 	$(BIN)/fwp reproduce --scale $(SCALE) --out $(OUT)
 
 test: $(VENV)/.installed
@@ -55,7 +54,7 @@ static: $(VENV)/.installed
 # Takes over what was edited last, .ipynb or .py, and runs all of them anew, outputs kept.
 notebooks: $(VENV)/.installed
 	$(BIN)/jupytext --sync notebooks/*.py
-	$(BIN)/python -m pytest --nbmake --overwrite notebooks
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout $(TIMEOUT) --overwrite notebooks
 
 wheel: $(VENV)/.installed
 	$(BIN)/python -m build --no-isolation

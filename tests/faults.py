@@ -82,8 +82,8 @@ KERNEL_FAULTS: dict[str, Fault] = {
     "a gradient that doesn't decay": ("walk_back_kernel", "through(dS, _)", "dS"),
     "a gradient of the wrong head": ("walk_back_kernel", "load(v, rows, h // GV, _)", "load(v, rows, h * 0, _)"),
     "a gate's gradient without the state's": ("gradients_kernel", "kept += tl.sum(_)[None, :]", "pass"),
-    "a gate's gradient of a later reader": ("gradients_kernel", "b_dg -= _", "pass"),
-    "an eraser's gradient that misses its keys": ("gradients_kernel", "d_writer + b_e * b_dek", "d_writer"),
+    "a gate's gradient of a later reader": ("gradients_kernel", "per_gate(_) + lagging", "0 * it"),
+    "an eraser's gradient that misses its keys": ("gradients_kernel", "d_writer + b_e * b_dea", "d_writer"),
     "gates from beyond the end": ("load_sums", "tl.minimum(_, end - 1)", "tl.minimum(_, end)"),
     "pairs of the wrong blocks": ("halves", "_ + half - 1", "_ + half"),
     "a diagonal left out of a gradient": ("product_gradients", "db += own * a", "pass"),
@@ -137,6 +137,12 @@ KERNEL_FAULTS: dict[str, Fault] = {
     "a gradient of unscaled queries": ("gradients_kernel", "slope(q, _) * SCALE", "slope(q, _)"),
     "a token's sum of keys that doesn't decay": ("token_kernel", "z *= decay", "pass"),
     "a token that doesn't erase": ("token_kernel", "x -= _", "pass"),
+    "a token that erases after its decay": ("token_kernel", "if ERASE_LAG:\n x -= _", "pass"),
+    "an erase key that is the key": ("erase_key", "load(a, _)", "b_k"),
+    "an erase key without strength": ("strength", "e is not None", "False"),
+    "a reader of the wrong write": ("readers", "0 if LAG else WRITES - 1", "WRITES - 1 if LAG else 0"),
+    "a gradient of an erase key without its strength": ("gradients_kernel", "b_e * b_dea", "b_dea"),
+    "a gate's gradient of a later eraser": ("gradients_kernel", "from_before + late", "0 * it"),
 }
 
 

@@ -200,7 +200,7 @@ def test_compute_sanitizer(tool):
             pytest.skip("compute-sanitizer is not installed")
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *command]
     variables = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    run = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=580)
+    run = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     assert "ran" in run.stdout.splitlines(), run.stdout
 

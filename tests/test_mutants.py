@@ -46,7 +46,6 @@ CASES = [
     ("additive", {}, {"causal": False, "feature_norm": "l2"}),
     ("additive", {"B": 1, "sequences": 4}, {"causal": False, "cu_seqlens": PACKED}),
 ]
-UNKNOWN = ("gdn2", "comba", "rwkv7")  # to the oracle's `fast_weights`
 OURS = ("fwp", "fwp_kernels", "fwp_benchmarks", "cells", "laws", "outside")
 
 
@@ -78,14 +77,13 @@ def compare_core() -> str:
         sizes = {"T": T, "K": 5, "V": 3} | shape
         x = testing.sample(rule, **sizes, feature_map=phi, state=True, denominator=normalised)
         truth = testing.evaluate(rule, x, backend="reference", **options)
-        if rule not in UNKNOWN:
-            told = options | ({"feature_map": lambda x: oracle.dpfp(x, 2)} if phi == "dpfp-2" else {})
-            told |= {name: t for name, t in x.items() if name != "state"} | x["state"]._asdict()
-            told = {name: t.numpy() if isinstance(t, torch.Tensor) else t for name, t in told.items()}
-            expected = oracle.fast_weights(rule, **told)
-            for name, value in zip(("out", "state.S", "state.z"), expected):
-                if value is not None and not testing.deviation(truth[name], torch.from_numpy(value)) <= 1e-10:
-                    return f"reference {rule} {name}"
+        told = options | ({"feature_map": lambda x: oracle.dpfp(x, 2)} if phi == "dpfp-2" else {})
+        told |= {name: t for name, t in x.items() if name != "state"} | x["state"]._asdict()
+        told = {name: t.numpy() if isinstance(t, torch.Tensor) else t for name, t in told.items()}
+        expected = oracle.fast_weights(rule, **told)
+        for name, value in zip(("out", "state.S", "state.z"), expected):
+            if value is not None and not testing.deviation(truth[name], torch.from_numpy(value)) <= 1e-10:
+                return f"reference {rule} {name}"
         for form in ("recurrent", "chunk", "written"):
             found = written(**options) if form == "written" else run(form, **options)
             for name, value in truth.items():
@@ -95,27 +93,32 @@ def compare_core() -> str:
 
 
 def compare_kernels() -> str:
-    """What is wrong with the kernels as they are now, "" if nothing is."""
+    """What is wrong with the kernels as they are now, "" if nothing is. Cheap comparisons first."""
     forget()
     import cells
 
-    features = cells.Features
-    packed = {"T": 13, "N": 3, "cu_seqlens": torch.tensor([0, 11, 11, 13])}
-    cases = {
-        "kda": cells.problem(cells.KDA, H=(2, 1, 2), K=3, V=2, read="before", denominator=True, **packed),
-        "gated_delta": cells.problem((1, True), T=11, H=(2, 2, 1), K=3, V=2, read="before", denominator=True),
-        "delta": cells.problem((0, True), T=40, K=3, V=2),
-        "gla": cells.problem((2, False), T=5, K=3, V=2, features=features("elu+1", None, 0.5)),
-        "dpfp": cells.problem((1, False), T=4, H=(1, 2, 2), K=11, V=2, features=features("dpfp-3", "sum", 0.5)),
-        "packed": cells.problem((0, True), K=3, V=2, **packed),
-        "l2": cells.problem((2, False), T=3, K=20, V=2, features=features("exp", "l2")),
-    }
-    cases["kda"].g[:, 10] = -torch.inf
+    features, problem = cells.Features, cells.problem
+    packed = {"T": 13, "N": 3, "cu_seqlens": torch.tensor([0, 11, 11, 13]), "K": 3, "V": 2}
+    scalar = problem((1, "k"), T=11, H=(2, 2, 1), K=3, V=2, read="before", denominator=True)
+    own_key = problem(cells.OWN_KEY, T=4, K=3, V=2, writes=2, erase_before_decay=True)
+    everything = problem(cells.KDA, H=(2, 1, 2), read="before", denominator=True, **packed)
+    everything.g[:, 10] = -torch.inf
+    dpfp = problem((1, ""), T=4, H=(1, 2, 2), K=11, V=2, features=features("dpfp-3", "sum", 0.5))
+    cases = [  # inputs; form, chunk and segment
+        (problem((0, "k"), T=40, K=3, V=2), ("chunk", 64, 0)),
+        (problem((2, ""), T=3, K=20, V=2, features=features("exp", "l2")), ("chunk", 8, 0)),
+        (own_key, ("recurrent", 8)),
+        (own_key, ("chunk", 4, 0)),
+        (problem((0, "k"), **packed), ("chunk", 2, 0)),
+        (scalar, ("recurrent", 8)),
+        (scalar, ("chunk", 8, 0)),
+        (problem((2, ""), T=5, K=3, V=2, features=features("elu+1", None, 0.5)), ("chunk", 1, 4)),
+        (dpfp, ("chunk", 8, 0)),
+        (everything, ("chunk", 4, 2)),
+    ]
     try:
-        for name, core in cases.items():
-            chunk, segment = {"kda": (4, 2), "gla": (1, 4), "delta": (64, 0), "packed": (2, 0)}.get(name, (8, 0))
-            cells.agree(core, run=lambda core, sizes=(chunk, segment): cells.kernels(core, "chunk", *sizes))
-        cells.agree(cases["gated_delta"], run=lambda core: cells.kernels(core, "recurrent", 8))
+        for core, how in cases:
+            cells.agree(core, run=lambda core, how=how: cells.kernels(core, *how))
     except AssertionError as error:
         return str(error).partition("\n")[0] or "a difference"
     return ""

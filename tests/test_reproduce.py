@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,9 @@ def count(run: dict[str, Any]) -> dict[str, Any]:
     if run["n"] == run["fails"]:
         raise FloatingPointError(f"run {run['n']}")
     if run["n"] == run["sleeps"]:
-        time.sleep(60)
+        time.sleep(600)
+        with open(run["marks"], "a", encoding="utf-8") as file:
+            file.write("woke\n")
     deaf = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     worker = [torch.get_num_threads(), os.environ["MALLOC_TOP_PAD_"], deaf]
     return {"square": run["n"] ** 2, "worker": worker}
@@ -70,7 +74,7 @@ def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Family:
             "smoke": Scale(runs(), "nothing", judged=False),
             "quick": Scale(runs(), "nothing"),
             "reduced": Scale(runs(fails=3), "nothing, but fails"),
-            "paper": Scale(runs(sleeps=1), "a minute"),
+            "paper": Scale(runs(sleeps=1), "ten minutes"),
         },
         train=count,
         summarise=lambda row: f"run {row['n']}",
@@ -88,13 +92,12 @@ def marks(tmp_path: Path) -> list[int]:
     return sorted(map(int, (tmp_path / "marks").read_text().split()))
 
 
-def test_stopping_does_not_wait(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopping_does_not_wait(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reproduce, "cores", lambda: 1)
     running = reproduce.train([(family, run) for run in family.scales["paper"].settings])
     assert next(running)[1]["n"] == 0
-    started = time.monotonic()
     running.close()
-    assert time.monotonic() - started < 30
+    assert "woke" not in (tmp_path / "marks").read_text()
 
 
 def fill(family: Family, scale: str, out: Path) -> None:
@@ -230,23 +233,38 @@ def run(*arguments: str, **options: Any) -> subprocess.Popen[str]:
         signal.signal(signal.SIGINT, before)
 
 
-def gone(group: int) -> bool:
-    """Whether no process of the group outlives its leader for long; ends those that do."""
-    for _ in range(100):
-        try:
+@contextmanager
+def two_cores() -> Iterator[None]:
+    """Processes started meanwhile may use two cores, where that can be said."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:2])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def wait_until_gone(group: int) -> None:
+    """Until no process of the group is left. Ends those that stay for as long as a test may take."""
+    try:
+        while True:
             os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.1)
-    os.killpg(group, signal.SIGKILL)
-    return False
+            time.sleep(0.1)
+    except ProcessLookupError:
+        return
+    except BaseException:
+        os.killpg(group, signal.SIGKILL)
+        raise
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_interrupt_keeps_and_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "results"
-    command = ("reproduce", "--scale", "smoke", "--out", str(out))
-    total = sum(len(family.scales["smoke"].settings) for family in reproduce.FAMILIES.values())
+    command = ("reproduce", "arora2023-mqar", "--scale", "smoke", "--out", str(out))
+    total = len(reproduce.FAMILIES["arora2023-mqar"].scales["smoke"].settings)
 
     def rows() -> dict[str, list[str]]:
         return {file.name: file.read_text(encoding="utf-8").splitlines() for file in out.glob("*.jsonl")}
@@ -256,23 +274,23 @@ def test_interrupt_keeps_and_goes_on(tmp_path: Path) -> None:
 
     before = rows()
     for stop in (signal.SIGTERM, signal.SIGINT):
-        process = run(*command)
-        deadline = time.monotonic() + 120
+        with two_cores():  # more workers might be done before they are stopped
+            process = run(*command)
         while count(rows()) <= count(before):
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            assert process.poll() is None, process.communicate()
             time.sleep(0.02)
         os.killpg(process.pid, stop)  # to the whole group, as Ctrl-C in a terminal does
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate()
         assert process.returncode == 130
         assert error == f"Stopped. The finished runs are in {out}; to go on: fwp {' '.join(command)}\n"
-        assert gone(process.pid)
+        wait_until_gone(process.pid)
         kept = rows()
         assert all(kept[name][: len(lines)] == lines for name, lines in before.items())
         assert count(before) < count(kept) < total
         before = kept
 
     process = run(*command)
-    output, error = process.communicate(timeout=300)
+    output, error = process.communicate()
     assert process.returncode == 0, error
     assert f"{count(before)} of {total} runs are there already" in output
     assert "The report: " in output
@@ -289,14 +307,13 @@ def test_killed_parent_leaves_no_worker(tmp_path: Path) -> None:
         process.kill()
         process.communicate()
         pytest.skip("needs Linux's /proc")
-    deadline = time.monotonic() + 120
     while len(children.read_text().split()) < 2:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     time.sleep(5)  # the workers import torch
     process.kill()
     process.wait()
-    assert gone(process.pid)
+    wait_until_gone(process.pid)
     process.communicate()
 
 
