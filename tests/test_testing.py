@@ -84,7 +84,7 @@ def test_poisoned_empties():
 
 @each_rule
 def test_samples(rule):
-    """Seeded, the same numbers in every dtype, gates in range, all different, unit keys for rules that erase."""
+    """Seeded, the same numbers in every dtype, gates in range, all different, unit keys for rules that need them."""
     inputs = sample(rule, B=3, T=5, H=4, K=6, V=7, Hq=8, Hk=2, seed=1)
     assert [*inputs] == ["q", "k", "v", *rule.gates]
     assert inputs["q"].shape == (3, 5, 8, 6)
@@ -96,7 +96,7 @@ def test_samples(rule):
         assert ((inputs[key] >= gate.low) & (inputs[key] <= gate.high)).all()
     assert all(len(x.unique()) == x.numel() for x in inputs.values())
     lengths = inputs["k"].norm(dim=-1)
-    assert torch.allclose(lengths, torch.ones_like(lengths)) == rule.erases
+    assert torch.allclose(lengths, torch.ones_like(lengths)) == rule.wants_unit_keys
     again, other = (sample(rule, B=3, T=5, H=4, K=6, V=7, Hq=8, Hk=2, seed=seed) for seed in (1, 2))
     low = sample(rule, B=3, T=5, H=4, K=6, V=7, Hq=8, Hk=2, seed=1, dtype=torch.bfloat16)
     for key, x in inputs.items():
