@@ -6,6 +6,8 @@ Whatever can be wrong in the arguments is found in `fwp.validate`; then the rule
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -102,27 +104,10 @@ def fast_weights(
         form=form,
         check=check,
     )
-    B, T, H = *q.shape[:2], max(k.shape[2], v.shape[2])
     if cu_seqlens is not None:
-        validate.packing(cu_seqlens, B, T, check, device=v.device)
+        validate.packing(cu_seqlens, q.shape[0], q.shape[1], check, device=v.device)
     if mask is not None:
-        errors.tensor("mask", mask, (B, T), torch.bool, v.device)
-        written = mask if writes == 1 else mask.repeat_interleave(writes, 1)
-        q = q.masked_fill(~mask[:, :, None, None], 0)
-        k, v = (x.masked_fill(~written[:, :, None, None], 0) for x in (k, v))
-    deferred = causal and not row.lower_uses_k
-    features = feature_maps.kernel_features(feature_map, feature_norm, scale) if deferred else None
-    zero = 0.0 if features is None else feature_maps.preimage_of_zero(features)
-    if features is None:
-        q = feature_maps.transform(q, feature_map, feature_norm, scale)
-        k = feature_maps.transform(k, feature_map, feature_norm)
-        features = Features()
-    given = validate.gates(row, gates, (B, k.shape[1], H, features.width(k.shape[-1]), v.shape[-1]), v)
-    if mask is not None:
-        k = k.masked_fill(~written[:, :, None, None], zero)  # φ(0) need not be 0
-        for name, gate in given.items():
-            hidden = ~written.view(*written.shape, *[1] * (gate.dim() - 2))
-            given[name] = gate.masked_fill(hidden, row.gates[name].neutral)
+        errors.tensor("mask", mask, tuple(q.shape[:2]), torch.bool, v.device)
     core = Core(
         q,
         k,
@@ -132,16 +117,17 @@ def fast_weights(
         denominator=denominator,
         eps=eps,
         causal=causal,
-        features=features,
+        features=Features(),  # torch.compile can't take the default, an object that nobody passes
         writes=writes,
     )
+    core, given = _prepared(row, core, gates, mask, feature_map, feature_norm, scale)
     if row.plain:
         core = validate.with_state(core, state)
     else:
         validate.own_state(row, core, state)
     if check:
         seen = feature_maps.applied(core)
-        validate.values(row, seen.q, seen.k, v, given, state)
+        validate.values(row, seen.q, seen.k, seen.v, given, state)
 
     lowered = None
     if row.lower is not None and (backend != "reference" or not causal):  # the equation needs no lowering
@@ -161,14 +147,55 @@ def fast_weights(
         out, end = _backend(name).run(lowered, form)
     if mask is not None:
         out = out.masked_fill(~mask[:, :, None, None], 0)
-    given_before = tree_leaves(state)
+    return out.to(v.dtype), _owned(end, state)
 
-    def own(x: Any) -> Any:  # not what was given (T = 0), nor a view that keeps a larger buffer alive
+
+def _prepared(
+    row: Rule,
+    core: Core,
+    gates: Mapping[str, Tensor | None],
+    mask: Tensor | None,
+    feature_map: str | FeatureMap | None,
+    feature_norm: str | None,
+    scale: float,
+) -> tuple[Core, dict[str, Tensor]]:
+    """The core with feature map and mask applied, and the rule's gates, checked.
+
+    The feature map is left to the backend where the backend can apply it and the rule's lowering doesn't look at k.
+    """
+    q, k, v = core.q, core.k, core.v
+    written = None if mask is None else mask if core.writes == 1 else mask.repeat_interleave(core.writes, 1)
+    if mask is not None and written is not None:
+        q = q.masked_fill(~mask[:, :, None, None], 0)
+        k, v = (x.masked_fill(~written[:, :, None, None], 0) for x in (k, v))
+    deferred = core.causal and not row.lower_uses_k
+    features, zero = feature_maps.kernel_features(feature_map, feature_norm, scale) if deferred else None, 0.0
+    if features is None:
+        q = feature_maps.transform(q, feature_map, feature_norm, scale)
+        k = feature_maps.transform(k, feature_map, feature_norm)
+        features = core.features
+    else:
+        zero = feature_maps.preimage_of_zero(features)
+    core = replace(core, q=q, k=k, v=v, features=features)
+    given = validate.gates(row, gates, (*k.shape[:2], core.heads, core.width, v.shape[-1]), v)
+    if written is None:
+        return core, given
+    for name, gate in given.items():
+        hidden = ~written.view(*written.shape, *[1] * (gate.dim() - 2))
+        given[name] = gate.masked_fill(hidden, row.gates[name].neutral)
+    return replace(core, k=k.masked_fill(~written[:, :, None, None], zero)), given  # φ(0) need not be 0
+
+
+def _owned(end: Any, given: Any) -> Any:
+    """The final state in memory of its own: not what was given (T = 0), nor a view that keeps a larger buffer alive."""
+    before = tree_leaves(given)
+
+    def own(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        return x.clone() if any(x is y for y in given_before) and not overwrites() else x.contiguous()
+        return x.clone() if any(x is y for y in before) and not overwrites() else x.contiguous()
 
-    return out.to(v.dtype), tree_map(own, end)
+    return tree_map(own, end)
 
 
 def read(
