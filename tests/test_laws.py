@@ -54,9 +54,12 @@ def to_oracle(rule, inputs, **options):
 
 # ---- against the oracle ----
 
+STATED_TWICE = [rule for rule in TABLE if rule.name in oracle.RULES]
+
 
 @pytest.mark.parametrize(
-    ("rule", "form", "way"), [case(rule, form, way) for rule in TABLE for form in forms(rule) for way in ways(rule)]
+    ("rule", "form", "way"),
+    [case(rule, form, way) for rule in STATED_TWICE for form in forms(rule) for way in ways(rule)],
 )
 def test_equals_the_oracle(rule, form, way):
     inputs = sample(rule, B=2, T=37, K=5, V=3, Hq=4, Hk=1, Hv=2, state=True, seed=1, **way.inputs)
@@ -70,7 +73,7 @@ def test_equals_the_oracle(rule, form, way):
     assert end.z is None or deviation(end.z, state.z) < 1e-10
 
 
-@pytest.mark.parametrize(("rule", "way"), [case(rule, way) for rule in TABLE for way in ways(rule)])
+@pytest.mark.parametrize(("rule", "way"), [case(rule, way) for rule in STATED_TWICE for way in ways(rule)])
 def test_gradients_are_the_oracle_s(rule, way):
     """Along a random direction, against a fourth-order difference of NumPy's numbers: its own error is some 1e-10."""
     inputs = sample(rule, B=1, T=7, H=2, K=4, V=3, state=True, seed=3, **way.inputs)
@@ -348,7 +351,7 @@ def test_orthonormal_keys_recall_exactly(rule, form):
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
 @pytest.mark.parametrize("read", ["after", "before"])
 @pytest.mark.parametrize(
-    ("rule", "form"), [case(rule, form) for rule in TABLE if normalises(rule) for form in forms(rule)]
+    ("rule", "form"), [case(rule, form) for rule in STATED_TWICE if normalises(rule) for form in forms(rule)]
 )
 def test_nothing_over_nothing_is_zero(rule, form, read, eps):
     """zᵀq = 0: before the first key, of a query of zeros, under a state without z: 0 then, and finite gradients."""
