@@ -79,15 +79,15 @@ def gdn2(w, x, Hk, Hv, neg=False, gate=F.silu):
     return finish(w, x, torch.stack(out, 1), gate)
 
 
-def comba(w, x, H):
-    """Comba as its training kernels compute it."""
-    q, k, v = qkv(w, x, H, H)
+def comba(w, x, H, Hv):
+    """Comba as its training kernels compute it. With Hv > H the published layer forgets to repeat p; here it is."""
+    q, k, v = qkv(w, x, H, Hv)
     p = w["decay"].sigmoid()[:, None] * k
     q = q - w["D"][:, None] * p
-    q, k, p = unit(q), unit(k), unit(p)
+    q, k, p = (unit(y).repeat_interleave(Hv // H, 2) for y in (q, k, p))
     beta = linear(w, "b_proj", x).sigmoid()[..., None]
     alpha = softplus_decay(w, linear(w, "a_proj", x), False).exp()[..., None, None]
-    S, out = x.new_zeros(len(x), H, k.shape[-1], v.shape[-1]), []
+    S, out = x.new_zeros(len(x), Hv, k.shape[-1], v.shape[-1]), []
     for t in range(x.shape[1]):
         S = alpha[:, t] * S - product(beta[:, t] * k[:, t], found(S, p[:, t])) + product(beta[:, t] * k[:, t], v[:, t])
         out.append(found(S, q[:, t]) * k.shape[-1] ** -0.5)

@@ -263,13 +263,14 @@ def test_gdn2_is_the_published_layer(Hv, neg, gate):
     close(layer(x)[0], published.gdn2(w, x, H, Hv, neg, getattr(F, gate)))
 
 
-def test_comba_is_the_published_layer():
-    shapes = attention(H, H) | {"a_proj.weight": (H, E), "b_proj.weight": (H, E), "decay": (H,), "D": (H,)}
-    shapes |= {"A_log": (H,), "dt_bias": (H,), "g_proj.weight": (H * V, E)}
+@pytest.mark.parametrize("Hv", [H, 2 * H], ids=["", "grouped"])
+def test_comba_is_the_published_layer(Hv):
+    shapes = attention(H, Hv) | {"a_proj.weight": (Hv, E), "b_proj.weight": (Hv, E), "decay": (H,), "D": (H,)}
+    shapes |= {"A_log": (Hv,), "dt_bias": (Hv,), "g_proj.weight": (Hv * V, E)}
     w, x = random(shapes), inputs(2, T, E)
-    layer = PRESETS["comba"](E, H, head_dim=K, value_dim=V).double()
+    layer = PRESETS["comba"](E, H, head_dim=K, value_dim=V, num_value_heads=Hv).double()
     layer.load_state_dict(renamed(w, DECAY))
-    close(layer(x)[0], published.comba(w, x, H))
+    close(layer(x)[0], published.comba(w, x, H, Hv))
 
 
 @pytest.mark.parametrize("Hv", [H, 2 * H], ids=["", "grouped"])

@@ -225,6 +225,7 @@ def comba(embed_dim: int, num_heads: int, *, correction: float = 1.0, **options:
     trained models have p = k in the state and σ(decay) in the queries only; this preset does too.
     The authors' and flash-linear-attention's Comba: a_proj is gates.g.proj, b_proj gates.beta.proj, A_log and dt_bias
     are gates.g's, g_proj out_gate, o_norm out_norm, q_conv1d, k_conv1d, v_conv1d conv; decay and D have our names.
+    With more value heads than key heads p is repeated as k is, which flash-linear-attention's layer misses.
     correction: D at first; the authors say 0.02 for models of 340M parameters, 1 for 1.3B.
     """
     own = {
