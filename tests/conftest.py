@@ -26,8 +26,10 @@ if importlib.util.find_spec("hypothesis") is None:
     ]
 
 
-def pytest_report_header() -> str | None:
-    return f"hypothesis is not installed, left out: {', '.join(collect_ignore)}" if collect_ignore else None
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Beside what pytest says of skipped tests."""
+    if collect_ignore:
+        terminalreporter.write_line(f"LEFT OUT {', '.join(collect_ignore)}: hypothesis is not installed")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
