@@ -143,7 +143,7 @@ def gated_delta_net(
         feature_norm="l2",
         short_conv=4,
         activation="silu",
-        gates={"beta": _beta(allow_neg_eigval), "g": _wide_decay},
+        gates={"beta": _beta(allow_neg_eigval), "g": SoftplusDecay},
         out_norm="rms",
         out_gate="silu",
     )
