@@ -12,9 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fwp import trust
+from fwp._torch_private import (
+    constant_under_compile,
+    dispatch_modes,
+    forward_derivatives_enabled,
+    inside_derivative,
+    inside_dual_level,
+    inside_transform,
+)
 from fwp.core import Core, Features, Form, Read, State, overwrites
 from fwp.feature_maps import applied
 
@@ -53,6 +60,7 @@ def widest(itemsize: int, channels: bool, tiles: int, memory: int) -> int:
     return next((K for K in (1024, 512, 256) if tiles * tile * K + 3072 <= memory), 128)
 
 
+@constant_under_compile
 def _shared_memory(device: torch.device) -> int:
     """Bytes that a program may have. On AMD, where tiles pass through it one by one, as if it were twice as many."""
     if device.type != "cuda" or not torch.cuda.is_available():
@@ -70,15 +78,10 @@ def _interpreted() -> bool:
     return bool(INTERPRETED)
 
 
+@constant_under_compile
 def _derives() -> bool:
     """Whether torch.func.grad or jvp is at work, asked while torch.compile traces."""
-    levels = torch._C._functorch.get_interpreter_stack() or []
-    return any(level.key() != torch._C._functorch.TransformType.Vmap for level in levels)
-
-
-# All that torch.compiler.assume_constant_result does, which would import half of PyTorch for it.
-_derives._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_shared_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return inside_derivative()
 
 
 def run(core: Core, form: Form, chunk: int | None = None, segment: int | None = None) -> tuple[Tensor, State]:
@@ -151,9 +154,9 @@ def _call(*inputs: Any) -> Sequence[Tensor]:
 def _plain(inputs: Sequence[Any]) -> bool:
     """Whether the tensors are what they seem, and no mode or transform of torch sees what is done to them."""
     return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
+        dispatch_modes() == 0
+        and not inside_transform()
+        and not inside_dual_level()
         and all(type(x) in (Tensor, torch.nn.Parameter) for x in inputs if isinstance(x, Tensor))
     )
 
@@ -182,7 +185,7 @@ def _forward(
     form: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o, S, z and the denominators; empty tensors stand for None."""
-    if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():  # it is off where a function brought us here
+    if inside_dual_level() and forward_derivatives_enabled():  # off where an autograd.Function called this
         _no_forward_derivative(None)
     return _launch_forward(
         q, k, v, g, a, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, writes, erase_before_decay,
