@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -24,7 +25,9 @@ EVALUATE = equivalence.testing.evaluate.__kwdefaults__
 
 @pytest.fixture
 def one_case(monkeypatch):
+    """One case, in this process: others would run them all."""
     monkeypatch.setattr(equivalence, "CASES", equivalence.CASES[:1])
+    monkeypatch.setattr(equivalence, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
 
 
 @pytest.mark.parametrize("rule", ["additive", "gated_delta"])
