@@ -94,17 +94,18 @@ def pairs_kernel(
 
     A program takes a chunk and a head.
     """
+    C: tl.constexpr = s.C
     pid = tl.program_id(0).to(tl.int64)
     h = pid % s.H
     n, c = chunk_of(pid // s.H, packing, NC)
     first, length = span(packing.borders, n, T)
     end = first + length
-    start = first + c * s.C
-    rows = rows_from(n, start, end, s.C)
-    i = tl.arange(0, s.C)
+    start = first + c * C
+    rows = rows_from(n, start, end, C)
+    i = tl.arange(0, C)
     one = tl.arange(0, 1)
     if p_A_inv is not None:
-        A = tl.zeros([s.C, s.C], s.ACC)
+        A = tl.zeros([C, C], s.ACC)
         for block in range(tl.cdiv(s.K, BK)):
             d = block * BK + tl.arange(0, BK)
             gates = Gates(p.G, n, h, start, end, d if s.DECAY == 2 else one)
@@ -112,18 +113,18 @@ def pairs_kernel(
             b_a = erase_keys(p, b_k, rows, h, d, s)
             A += products(b_a, b_k, gates, False, s.ERASE_BEFORE_DECAY, s)
         A *= per_token(p.e, rows, h, s.ACC)
-        store(p_A_inv, rows, h, i, s.C, inverse(A, s.ACC))
+        store(p_A_inv, rows, h, i, C, inverse(A, s.ACC))
     if p_P is not None:
         reading = reading_rows(rows, s)
         for r in range(s.READERS):
-            b_P = tl.zeros([s.C, s.C], s.ACC)
+            b_P = tl.zeros([C, C], s.ACC)
             for block in range(tl.cdiv(s.K, BK)):
                 d = block * BK + tl.arange(0, BK)
                 gates = Gates(p.G, n, h, start, end, d if s.DECAY == 2 else one)
                 b_q = queries(p, reading, h, r, d, s)
                 b_k = keys(p, rows, h, d, s)
                 b_P += products(b_q, b_k, gates, not s.READ_BEFORE, s.READ_BEFORE, s)
-            store(p_P, reading, h * s.READERS + r, i, s.C, b_P)
+            store(p_P, reading, h * s.READERS + r, i, C, b_P)
 
 
 @triton.jit(do_not_specialize=["T", "NC", "NS", "CS"])

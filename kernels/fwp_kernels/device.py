@@ -367,20 +367,21 @@ def products_between(a, b, gates, half, LAG: tl.constexpr, s: tl.constexpr):
 @triton.jit
 def products(a, b, gates, DIAGONAL: tl.constexpr, LAG: tl.constexpr, s: tl.constexpr):
     """M [C, C] of some features a and b [C, ·], 0 where i doesn't see j."""
+    C: tl.constexpr = s.C
     if s.DECAY == 2:
-        M = tl.zeros([s.C, s.C], s.ACC)
+        M = tl.zeros([C, C], s.ACC)
         a = a.to(s.ACC)
         b = b.to(s.ACC)
-        for level in tl.range(log2(s.C), num_stages=1, disable_licm=True):
+        for level in tl.range(log2(C), num_stages=1, disable_licm=True):
             M += products_between(a, b, gates, 1 << level, LAG, s)
         if DIAGONAL:
-            i = tl.arange(0, s.C)
+            i = tl.arange(0, C)
             M = tl.where(i[:, None] == i[None, :], tl.sum(a * b, 1)[:, None], M)
     else:
         M = dot(a, tl.trans(b), s.DOT, s.ACC)
         if s.DECAY == 1:
             M *= decays_between(gates, LAG, s)
-        M = tl.where(visible(s.C, DIAGONAL), M, 0.0)
+        M = tl.where(visible(C, DIAGONAL), M, 0.0)
     return M
 
 
@@ -392,13 +393,14 @@ def product_gradients(dM, a, b, gates, DIAGONAL: tl.constexpr, LAG: tl.constexpr
     A pair (i, j) adds to that of G_i what it takes from that of G_j, with a and b as the products see them, rounded. So
     in the gradient of a gate, a sum over G, pairs that lie on one side of it cancel to the last digits of ACC.
     """
-    dM = tl.where(visible(s.C, DIAGONAL), dM, 0.0)
+    C: tl.constexpr = s.C
+    dM = tl.where(visible(C, DIAGONAL), dM, 0.0)
     if s.DECAY == 2:
         lagging = tl.zeros_like(a)
         da = tl.zeros_like(a)
         db = tl.zeros_like(a)
         dG = tl.zeros_like(a)
-        for level in tl.range(log2(s.C), num_stages=1, disable_licm=True):
+        for level in tl.range(log2(C), num_stages=1, disable_licm=True):
             after, before, together = half_block_decays(gates, 1 << level, LAG, s)
             near = tl.where(together, dM, 0.0)
             a_seen = (a * after).to(s.DOT)
@@ -411,12 +413,12 @@ def product_gradients(dM, a, b, gates, DIAGONAL: tl.constexpr, LAG: tl.constexpr
             if LAG:
                 lagging += a_seen.to(s.ACC) * da_seen
         if DIAGONAL:
-            i = tl.arange(0, s.C)
+            i = tl.arange(0, C)
             own = tl.sum(tl.where(i[:, None] == i[None, :], dM, 0.0), 1)[:, None]
             da += own * b
             db += own * a
     else:
-        dG = tl.zeros([s.C, 1], s.ACC)
+        dG = tl.zeros([C, 1], s.ACC)
         lagging = dG
         if s.DECAY == 1:
             dM *= decays_between(gates, LAG, s)
