@@ -49,7 +49,7 @@ bench: $(VENV)/.installed
 
 # Compiles the Triton kernels for GPUs that need not be there, into benchmarks/results/static.csv.
 static: $(VENV)/.installed
-	TRITON_INTERPRET=0 $(BIN)/python -m fwp_benchmarks.static
+	TRITON_INTERPRET=0 $(BIN)/python -m fwp_benchmarks.static benchmarks/results/static.csv
 
 # Takes over what was edited last, .ipynb or .py, and runs all of them anew, outputs kept.
 notebooks: $(VENV)/.installed

@@ -36,7 +36,7 @@ from fwp.core import Core, Features, State, overwriting
 from fwp.feature_maps import applied
 from fwp.nn import FastWeightAttention
 from fwp.testing import budgets, deviation, evaluate, row_error, sample
-from fwp_kernels import launch
+from fwp_kernels import packing, tiling
 
 pytestmark = MARKS
 
@@ -293,15 +293,15 @@ def test_addresses_beyond_32_bits():
 # ---- sequences in segments, which run side by side ----
 
 
-def kept_apart(monkeypatch, apart):
+def kept_every(monkeypatch, chunks):
     """One state in that many chunks is kept for the backward."""
-    tiles = launch.tiles
-    monkeypatch.setattr(launch, "tiles", lambda *sizes: replace(tiles(*sizes), apart=apart))
+    tiles = tiling.tiles
+    monkeypatch.setattr(tiling, "tiles", lambda *sizes: replace(tiles(*sizes), checkpoint_every=chunks))
 
 
 @CELLS
 def test_states_between_those_that_are_kept(cell, monkeypatch):
-    kept_apart(monkeypatch, 3)
+    kept_every(monkeypatch, 3)
     agree(problem(cell, B=2, T=5 * C - 1))
     lengths = (4 * C, 0, 3, 2 * C + 1)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE)
@@ -311,8 +311,8 @@ def test_states_between_those_that_are_kept(cell, monkeypatch):
 @pytest.fixture
 def two_chunks(monkeypatch):
     """A segment has two chunks, however full the GPU is."""
-    kept_apart(monkeypatch, 2)
-    monkeypatch.setattr(launch, "segment_length", lambda *sizes: 2)
+    kept_every(monkeypatch, 2)
+    monkeypatch.setattr(packing, "segment_length", lambda *sizes: 2)
     monkeypatch.setattr(trust, "may_cut", lambda core: True)
 
 
@@ -371,13 +371,13 @@ def test_a_reset_in_a_segment(two_chunks):
 
 def test_segments_are_cut_where_the_gpu_has_room():
     """132 multiprocessors, 64 programs a row: two segments at a time don't pay for the work before them."""
-    assert launch.segment_length(chunks=1024, sequences=1, fill=132 // 64, least=3) == 0
-    assert launch.segment_length(chunks=1024, sequences=1, fill=132 // 8, least=4) == 64
-    assert launch.segment_length(chunks=2048, sequences=8, fill=132 // 2, least=4) == 32
-    assert launch.segment_length(chunks=2048, sequences=64, fill=132 // 2, least=4) == 0
-    assert launch.segment_length(chunks=20, sequences=1, fill=132, least=3) == 0  # too short
-    assert launch.segment_length(chunks=24, sequences=1, fill=132, least=3) == 8
-    assert launch.segment_length(chunks=1024, sequences=1, fill=0, least=3) == 0
+    assert packing.segment_length(chunks=1024, sequences=1, fill=132 // 64, least=3) == 0
+    assert packing.segment_length(chunks=1024, sequences=1, fill=132 // 8, least=4) == 64
+    assert packing.segment_length(chunks=2048, sequences=8, fill=132 // 2, least=4) == 32
+    assert packing.segment_length(chunks=2048, sequences=64, fill=132 // 2, least=4) == 0
+    assert packing.segment_length(chunks=20, sequences=1, fill=132, least=3) == 0  # too short
+    assert packing.segment_length(chunks=24, sequences=1, fill=132, least=3) == 8
+    assert packing.segment_length(chunks=1024, sequences=1, fill=0, least=3) == 0
 
 
 # ---- erase keys, and several writes per read ----
@@ -389,7 +389,7 @@ WRITERS = pairwise(ERASERS, ("after", "before"), LAYOUTS, (False, True), (1, 2, 
 @pytest.mark.parametrize(("eraser", "read", "layout", "denominator", "writes"), WRITERS)
 def test_erase_keys_and_writes(eraser, read, layout, denominator, writes, monkeypatch):
     """Every two of these choices together: output, state and all gradients of both forms."""
-    kept_apart(monkeypatch, 2)
+    kept_every(monkeypatch, 2)
     decay, erase, before = eraser
     T = 3 * C // writes + 2
     options = {"N": 3, "cu_seqlens": torch.tensor([0, 1, 1, T], device=DEVICE)} if layout != "whole" else {}

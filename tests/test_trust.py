@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 import triton
 
 from fwp.backends import triton as kernels
-from fwp_kernels import launch
+from fwp_kernels import launch, packing, problem, tiling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -233,9 +233,10 @@ def segments(monkeypatch):
     """Any sequence is long enough to be cut. How many chunks each call's segments had, 0 where it stayed whole."""
     lengths, forward, backward = [], launch.forward, launch.backward
     monkeypatch.setattr(canary, "T", 67)
-    monkeypatch.setattr(launch, "segment_length", lambda *sizes, **named: 1)
-    monkeypatch.setattr(launch, "forward", lambda p, *args: lengths.append(p.length) or forward(p, *args))
-    monkeypatch.setattr(launch, "backward", lambda p, *args: lengths.append(p.length) or backward(p, *args))
+    cut = packing.segment_chunks
+    monkeypatch.setattr(packing, "segment_length", lambda *sizes, **named: 1)
+    monkeypatch.setattr(launch, "forward", lambda p, *args: lengths.append(cut(p)) or forward(p, *args))
+    monkeypatch.setattr(launch, "backward", lambda p, *args: lengths.append(cut(p)) or backward(p, *args))
     return lengths
 
 
@@ -250,10 +251,10 @@ def test_sequences_are_cut_by_kernels_that_were_checked(segments, canaries):
 def test_sequences_stay_whole_where_cutting_them_fails(monkeypatch, segments, back):
     def join(p, *given, back=False):
         states = right(p, *given, back=back)
-        return tuple(x if x is None or back != wrong else x * 1.5 for x in states)
+        return type(states)(*(x if x is None or back != wrong else x * 1.5 for x in states))
 
-    right, wrong = launch.Problem.join, back
-    monkeypatch.setattr(launch.Problem, "join", join)
+    right, wrong = launch.Kernels.join, back
+    monkeypatch.setattr(launch.Kernels, "join", join)
     inputs = arguments()
     with pytest.warns(RuntimeWarning, match="^long sequences are not cut into segments, slower: .* off by "):
         out, _ = fast_weights("kda", **inputs, backend="triton", form="chunk")
@@ -287,10 +288,10 @@ def test_an_interrupted_canary_has_told_nothing(monkeypatch):
 
 def test_a_canary_has_two_segments():
     """Of its longest sequence, whatever the block sizes."""
-    for dtype, K, erase, denominator in product(launch.TYPES, (64, 1024), (False, True), (False, True)):
+    for dtype, K, erase, denominator in product(problem.TYPES, (64, 1024), (False, True), (False, True)):
         for decay, architecture in product(range(3), ("sm_80", "sm_90", "gfx942")):
-            tiles = launch.by_rule(K, dtype, decay, erase, architecture, denominator)
-            assert tiles.chunk * tiles.apart <= launch.KEPT < REAL_T
+            tiles = tiling.by_rule(K, dtype, decay, erase, architecture, denominator)
+            assert tiles.chunk * tiles.checkpoint_every <= tiling.KEPT < REAL_T
 
 
 # ---- what follows ----

@@ -9,9 +9,9 @@ import torch
 pytest.importorskip("triton")
 from fwp.cli import main
 from fwp_benchmarks import tune
-from fwp_kernels import launch
+from fwp_kernels import tiling
 
-START = launch.Tiles(64, 64)
+START = tiling.Tiles(64, 64)
 
 
 def test_the_fastest_that_works():
@@ -33,13 +33,15 @@ def test_the_fastest_that_works():
 
 def test_every_chunk_is_tried_with_the_states_that_may_be_kept():
     tried = []
-    tune.fastest(launch.Tiles(32, 32, apart=4), lambda some: tried.extend(some) or [1.0] * len(some))
-    assert launch.Tiles(64, 32, apart=2) in tried and all(x.chunk * x.apart <= launch.KEPT for x in tried)
+    tune.fastest(tiling.Tiles(32, 32, checkpoint_every=4), lambda some: tried.extend(some) or [1.0] * len(some))
+    assert tiling.Tiles(64, 32, checkpoint_every=2) in tried and all(
+        x.chunk * x.checkpoint_every <= tiling.KEPT for x in tried
+    )
 
 
 def test_what_fails_has_no_time(monkeypatch):
     monkeypatch.setattr(tune, "works", lambda rule, D, device, tiles: tiles.warps == 8)
-    monkeypatch.setattr(tune, "timed", lambda run, device: launch.tiles().chunk)
+    monkeypatch.setattr(tune, "timed", lambda run, device: tiling.tiles().chunk)
     few = {"B": 1, "T": 2, "H": 1}
     monkeypatch.setattr(tune, "SIZES", few)
     tried = [START, replace(START, chunk=32), replace(START, warps=4)]
@@ -47,19 +49,20 @@ def test_what_fails_has_no_time(monkeypatch):
 
 
 def test_the_table_is_read_where_it_was_measured(monkeypatch, tmp_path):
-    monkeypatch.setattr(launch, "MEASURED", tmp_path / "tiles.csv")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tune, "RULES", {(1, 1): "gated_delta"})
     monkeypatch.setattr(tune, "WIDTHS", (64,))
     monkeypatch.setattr(tune, "times", lambda rule, D, device, tried: [x.chunk for x in tried])
-    launch.measured.cache_clear()
+    tiling.measured.cache_clear()
     (row,) = tune.rows("cpu")
+    assert (tmp_path / "fwp" / "tiles.csv").exists()
     assert row["K"] == "64" and row["chunk"] == 16 and row["gained"] == 4.0
     cell = (64, 64, torch.bfloat16, 1)
-    assert launch.tiles(*cell, True, "sm_90").chunk == 16
-    assert launch.tiles(*cell, False, "sm_90") == launch.by_rule(64, torch.bfloat16, 1, False, "sm_90")
-    assert launch.tiles(*cell, True, "sm_80").chunk == 32
-    assert launch.tiles(128, *cell[1:], True, "sm_90").chunk == 64
-    launch.measured.cache_clear()
+    assert tiling.tiles(*cell, True, "sm_90").chunk == 16
+    assert tiling.tiles(*cell, False, "sm_90") == tiling.by_rule(64, torch.bfloat16, 1, False, "sm_90")
+    assert tiling.tiles(*cell, True, "sm_80").chunk == 32
+    assert tiling.tiles(128, *cell[1:], True, "sm_90").chunk == 64
+    tiling.measured.cache_clear()
 
 
 @pytest.mark.parametrize("more", [[], ["--device", "cpu"]])

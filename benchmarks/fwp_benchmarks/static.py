@@ -1,7 +1,7 @@
-"""What the kernels need of GPUs that need not be there: registers, spills, shared memory, matrix instructions.
+"""Compiles the kernels for GPUs that need not be there: registers, spills, shared memory, matrix instructions.
 
-`make static` compiles all that ships into `benchmarks/results/static.csv`; a test compiles some of it and compares.
-What the launch layer would start is recorded, so block sizes and switches are the real ones. Triton must not interpret
+`make static` compiles all that ships into `benchmarks/results/static.csv`; a test compiles some of it and compares. The
+launches of the launch layer are recorded, so block sizes and switches are the real ones. Triton must not interpret
 (TRITON_INTERPRET=0).
 """
 
@@ -24,9 +24,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from fwp.backends.triton import widest
-from fwp_kernels import launch
+from fwp_kernels import launch, tiling
+from fwp_kernels.problem import Problem
 
-TABLE = Path(__file__).parents[1] / "results" / "static.csv"
 LIMITS = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # KiB of shared memory a program
 # The matrix instructions that a GPU is built for, and those it still takes.
 OLDER = "mma.sync"
@@ -37,7 +37,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 class Case(NamedTuple):
     """A cell, the sizes of its state, and what q and k pass on the way to it."""
 
-    decay: int  # 0 none, 1 one a head, 2 one a key channel
+    decay: int  # 0 none, 1 per head, 2 per key channel
     erase: int  # 0 none, 1 along k, 2 along a key of its own
     K: int
     V: int
@@ -93,7 +93,7 @@ def launches(case: Case) -> list[tuple[str, Any, dict[str, Any]]]:
     D = K // (2 * int(phi.removeprefix("dpfp-"))) if phi.startswith("dpfp-") else K
     eps = 1e-6 if case.denominator else None
 
-    def problem(segment: int = 0) -> Any:
+    def problem(segment: int = 0) -> Problem:
         n = case.writes
         q, k, v = empty(D, dtype=dtype), empty(D, dtype=dtype, writes=n), empty(case.V, dtype=dtype, writes=n)
         strength = empty(writes=n) if case.erase else None
@@ -103,16 +103,16 @@ def launches(case: Case) -> list[tuple[str, Any, dict[str, Any]]]:
         scale = D**-0.5 if phi or case.norm else 1.0
         options: dict[str, Any] = {"feature_map": phi or None, "norm": case.norm or None, "scale": scale}
         options |= {"writes": n, "erase_before_decay": bool(case.erase_before_decay), "segment": segment}
-        return launch.Problem(q, k, v, g, a, strength, strength, *state, None, False, eps, **options)
+        return Problem(q, k, v, g, a, strength, strength, *state, None, False, eps, **options)
 
     started: dict[str, tuple[Any, dict[str, Any]]] = {}
 
     def record(kernel: Any, *, grid: Any, warmup: bool, **arguments: Any) -> None:
         name = kernel.__name__.removesuffix("_kernel")
-        if name == "walk" and arguments["o"] is None:
-            name = "walk_again" if arguments["p_starts"] is not None else "walk_state"
-            name = name if arguments["v"] is not None else "walk_matrix"
-        if name == "walk_back" and arguments["p_ends"] is None:
+        if name == "walk" and arguments["p_o"] is None:
+            name = "walk_again" if arguments["p_kept"].S is not None else "walk_state"
+            name = name if arguments["p"].v is not None else "walk_matrix"
+        if name == "walk_back" and arguments["p_d_kept"].S is None:
             name = "walk_back_state"
         if name == "join" and arguments["BACK"]:
             name = "join_back"
@@ -127,28 +127,26 @@ def launches(case: Case) -> list[tuple[str, Any, dict[str, Any]]]:
 
 
 def compiled(kernel: Any, arguments: dict[str, Any], target: GPUTarget) -> Any:
+    """The kernel compiled for a target, specialised as a launch does: on what is None, and on multiples of 16."""
     pointers = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
 
-    def of(x: Any) -> str:
+    def described(x: Any, at: tuple[int, ...], constant: bool = False) -> Any:
+        if constant or x is None:
+            constants[at] = x
+            return "constexpr"
+        if isinstance(x, tuple):
+            inner = [described(y, (*at, i)) for i, y in enumerate(x)]
+            return type(x)(*inner) if hasattr(x, "_fields") else tuple(inner)
+        if isinstance(x, torch.Tensor) or (len(at) > 1 and x % 16 == 0):  # other numbers stand for lengths
+            attributes[at] = [["tt.divisibility", 16]]
         return pointers[x.dtype] if isinstance(x, torch.Tensor) else "i32"
 
-    def aligned(x: Any) -> bool:
-        return isinstance(x, torch.Tensor) or x % 16 == 0
-
-    signature: dict[str, Any] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    for at, parameter in enumerate(kernel.params):
-        x = arguments[parameter.name]
-        if parameter.is_constexpr or x is None:
-            signature[parameter.name], constants[parameter.name] = "constexpr", x
-        elif isinstance(x, tuple):
-            signature[parameter.name] = tuple(map(of, x))
-            attributes |= {(at, i): [["tt.divisibility", 16]] for i, y in enumerate(x) if aligned(y)}
-        else:
-            signature[parameter.name] = of(x)
-            if isinstance(x, torch.Tensor):
-                attributes[(at,)] = [["tt.divisibility", 16]]
+    signature = {
+        parameter.name: described(arguments[parameter.name], (at,), parameter.is_constexpr)
+        for at, parameter in enumerate(kernel.params)
+    }
     options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target, options=options | {"enable_fp_fusion": True})
@@ -176,7 +174,7 @@ def rows(target: str, case: Case, only: str | None = None) -> Iterator[dict[str,
     """A row of the table for each kernel of a case, or for the kernel `only`."""
     amd = target.startswith("gfx")
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    with mock.patch.object(launch, "architecture", lambda device: target):
+    with mock.patch.object(tiling, "architecture", lambda device: target):
         started = [what for what in launches(case) if only in (None, what[0])]
     for name, kernel, arguments in started:
         binary = compiled(kernel, arguments, gpu)
@@ -210,25 +208,27 @@ def cases(target: str) -> list[Case]:
     return served
 
 
-def main(*targets: str) -> None:
-    """Compiles the cases for the targets named, default all, and replaces their rows in the table."""
+def main(path: Path, *targets: str) -> None:
+    """Compiles the cases for the targets named, default all, and replaces their rows in the table at `path`."""
     targets = targets or tuple(LIMITS)
-    kept = [row for row in read() if row["target"] not in targets]
+    kept = [row for row in read(path) if row["target"] not in targets]
     made = [row for target in targets for case in cases(target) for row in rows(target, case)]
     table = sorted(kept + made, key=lambda row: list(LIMITS).index(row["target"]))
-    TABLE.parent.mkdir(exist_ok=True)
-    with TABLE.open("w", encoding="utf-8", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, table[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
 
 
-def read() -> list[dict[str, str]]:
-    if not TABLE.exists():
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a table; none where there is no file."""
+    if not path.exists():
         return []
-    with TABLE.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) < 2:
+        sys.exit("usage: python -m fwp_benchmarks.static TABLE.csv [TARGET …]")
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,7 +1,8 @@
-"""The fastest block sizes of the chunk form on this GPU, into the package's table: `fwp bench --tune`.
+"""Searches the fastest block sizes of the chunk form on this GPU: `fwp bench --tune`.
 
-For each cell and size one block size after the other is changed, the choices that compile and compute rightly take
-turns, and what is faster by more than two per cent is kept. Nothing is tuned where it isn't asked for.
+For each cell and size one block size after the other is changed. The choices that compile and compute rightly take
+turns, and one that is faster by more than two per cent is kept. The results go to a table in the user's cache folder,
+from which later calls on this machine take them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 import fwp
 from fwp import testing
 from fwp.core import Core
-from fwp_kernels import launch
+from fwp_kernels import tiling
 
 from .speed import timed
 
@@ -32,7 +33,7 @@ CHOICES = {
     "block": (16, 32, 64),
     "warps": (4, 8),
     "stages": (1, 2, 3),
-    "apart": (1, 2, 4),
+    "checkpoint_every": (1, 2, 4),
 }
 GAIN = 1.02  # less may be chance
 ROUNDS = 20
@@ -53,12 +54,16 @@ def cells() -> dict[tuple[int, bool], str]:
 RULES = cells()
 
 
-def fastest(start: launch.Tiles, times: Callable[[list[launch.Tiles]], list[float]]) -> tuple[launch.Tiles, float]:
-    """The best found and by what factor it is faster than `start`. times: of each; infinite for what fails."""
+def fastest(start: tiling.Tiles, times: Callable[[list[tiling.Tiles]], list[float]]) -> tuple[tiling.Tiles, float]:
+    """The best tiles that are found, and by what factor they are faster than `start`.
+
+    times: the seconds that each of some tiles takes; infinite for those that fail.
+    """
     best, gained = start, 1.0
     for name, values in CHOICES.items():
         others = [replace(best, **{name: value}) for value in values]
-        others = [replace(tiles, apart=min(tiles.apart, launch.KEPT // tiles.chunk)) for tiles in others]
+        most = {tiles.chunk: tiling.KEPT // tiles.chunk for tiles in others}
+        others = [replace(t, checkpoint_every=min(t.checkpoint_every, most[t.chunk])) for t in others]
         tried = [*dict.fromkeys([best, *others])]
         found = times(tried)
         quickest = min(range(len(tried)), key=found.__getitem__)
@@ -67,13 +72,13 @@ def fastest(start: launch.Tiles, times: Callable[[list[launch.Tiles]], list[floa
     return best, gained
 
 
-def fixed(tiles: launch.Tiles) -> Any:
-    """A context in which every kernel of the chunk form takes these."""
-    return mock.patch.object(launch, "tiles", lambda *_: tiles)
+def fixed(tiles: tiling.Tiles) -> Any:
+    """A context in which every kernel of the chunk form takes these tiles."""
+    return mock.patch.object(tiling, "tiles", lambda *_: tiles)
 
 
-def works(rule: str, D: int, device: str, tiles: launch.Tiles) -> bool:
-    """Whether it compiles, fits and computes what the reference does within the budgets, gradients too."""
+def works(rule: str, D: int, device: str, tiles: tiling.Tiles) -> bool:
+    """Whether these tiles compile, fit, and give the reference's results and gradients within the budgets."""
     x = testing.sample(rule, B=1, T=150, H=2, K=D, V=D, dtype=torch.bfloat16)
     truth = testing.evaluate(rule, testing.cast(x, torch.float64), backend="reference")
     allowed, there = testing.budgets(rule, x), {name: y.to(device) for name, y in x.items()}
@@ -85,7 +90,7 @@ def works(rule: str, D: int, device: str, tiles: launch.Tiles) -> bool:
     return all(testing.row_error(found[name].cpu(), y) <= allowed[name] for name, y in truth.items())
 
 
-def times(rule: str, D: int, device: str, candidates: list[launch.Tiles]) -> list[float]:
+def times(rule: str, D: int, device: str, candidates: list[tiling.Tiles]) -> list[float]:
     """Seconds of forward and backward together, the median of rounds in which the candidates take turns."""
     x = testing.sample(rule, **SIZES, K=D, V=D, dtype=torch.bfloat16, device=device)
     leaves = [y.requires_grad_() for y in x.values()]
@@ -106,22 +111,24 @@ def times(rule: str, D: int, device: str, candidates: list[launch.Tiles]) -> lis
 
 def rows(device: str = "cuda") -> Iterator[dict[str, Any]]:
     """Tunes bfloat16 for each cell and width, and adds each row to the table as it is found."""
-    where, table = launch.architecture(torch.device(device)), dict(launch.measured())
+    where, table = tiling.architecture(torch.device(device)), dict(tiling.measured())
     for (decay, erase), rule in RULES.items():
         for D in WIDTHS:
-            start = launch.by_rule(D, torch.bfloat16, decay, erase, where)
+            start = tiling.by_rule(D, torch.bfloat16, decay, erase, where)
             best, gained = fastest(start, partial(times, rule, D, device))
-            key = launch.key(D, D, torch.bfloat16, decay, erase, where)
+            key = tiling.key(D, D, torch.bfloat16, decay, erase, where)
             table[key] = best
             write(table)
-            yield dict(zip(launch.KEY, key)) | asdict(best) | {"gained": round(gained, 3)}
+            yield dict(zip(tiling.KEY, key)) | asdict(best) | {"gained": round(gained, 3)}
 
 
-def write(table: dict[tuple[str, ...], launch.Tiles]) -> None:
-    """Replaces the package's table, for this process too."""
-    columns = [*launch.KEY, *(field.name for field in fields(launch.Tiles))]
-    with launch.MEASURED.open("w", encoding="utf-8", newline="") as file:
+def write(table: dict[tuple[str, ...], tiling.Tiles]) -> None:
+    """Replaces the table in the user's cache folder, for this process too."""
+    columns = [*tiling.KEY, *(field.name for field in fields(tiling.Tiles))]
+    path = tiling.measured_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows([*key, *asdict(tiles).values()] for key, tiles in sorted(table.items()))
-    launch.measured.cache_clear()
+    tiling.measured.cache_clear()

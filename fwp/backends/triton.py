@@ -7,8 +7,9 @@ Triton is imported when the first kernel runs, so that the ops and their shapes 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +23,11 @@ from fwp._torch_private import (
     inside_dual_level,
     inside_transform,
 )
-from fwp.core import Core, Features, Form, Read, State, overwrites
+from fwp.core import Core, Features, Form, State, overwrites
 from fwp.feature_maps import applied
+
+if TYPE_CHECKING:
+    from fwp_kernels.problem import Problem
 
 MAX_FEATURES = 1024
 
@@ -73,9 +77,9 @@ def _shared_memory(device: torch.device) -> int:
 
 def _interpreted() -> bool:
     """Whether Triton runs the kernels on a CPU, in Python."""
-    from fwp_kernels.launch import INTERPRETED
+    from fwp_kernels.problem import INTERPRETED
 
-    return bool(INTERPRETED)
+    return INTERPRETED
 
 
 @constant_under_compile
@@ -84,75 +88,123 @@ def _derives() -> bool:
     return inside_derivative()
 
 
+class _Inputs(NamedTuple):
+    """The inputs of both ops, in the order of their arguments: the fields of `fwp_kernels.problem.Problem`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    a: Tensor | None
+    e: Tensor | None
+    w: Tensor | None
+    S: Tensor | None
+    z: Tensor | None
+    cu_seqlens: Tensor | None
+    read_before: bool
+    eps: float | None
+    phi: str | None
+    norm: str | None
+    scale: float
+    writes: int
+    erase_before_decay: bool
+    chunk: int | None
+    segment: int | None
+
+    @classmethod
+    def of(cls, core: Core, chunk: int | None = None, segment: int | None = None) -> _Inputs:
+        """Those of a causal core, or of one whose queries are read later."""
+        return cls(
+            core.q,
+            core.k,
+            core.v,
+            core.g,
+            core.a,
+            core.e,
+            core.w,
+            core.S,
+            core.z,
+            core.cu_seqlens,
+            core.read == "before",
+            core.eps if core.denominator else None,
+            core.features.phi,
+            core.features.norm,
+            core.features.scale,
+            core.writes,
+            core.erase_before_decay,
+            chunk,
+            segment,
+        )
+
+    def core(self) -> Core:
+        """The core that they are of."""
+        return Core(
+            **{name: getattr(self, name) for name in (*TOKENS, *STATES, "cu_seqlens", "writes", "erase_before_decay")},
+            read="before" if self.read_before else "after",
+            denominator=self.eps is not None,
+            features=Features(self.phi, self.norm, self.scale),
+        )
+
+    def problem(self, form: str) -> Problem:
+        """What the launch layer takes, with sequences whole where the kernels that cut them are in doubt."""
+        from fwp_kernels.packing import segment_chunks
+        from fwp_kernels.problem import Problem
+
+        problem = Problem(*self)
+        if form == "chunk" and self.segment is None and segment_chunks(problem) and not trust.may_cut(self.core()):
+            return replace(problem, segment=0)
+        return problem
+
+
+TOKENS, STATES = ("q", "k", "v", "g", "a", "e", "w"), ("S", "z")
+DIFFERENTIABLE = len(TOKENS) + len(STATES)  # the first fields of the inputs
+
+
+class _Upstream(NamedTuple):
+    """What a backward takes beside the inputs."""
+
+    o: Tensor | None  # the outputs and their denominators, only with a denominator
+    den: Tensor | None
+    d_o: Tensor | None
+    d_S: Tensor | None
+    d_z: Tensor | None
+
+
 def run(core: Core, form: Form, chunk: int | None = None, segment: int | None = None) -> tuple[Tensor, State]:
     """o [B, T, max(Hq, H), V], and the final state.
 
     chunk: tokens at a time, a power of 2 up to 64 (on a GPU from 16); None chooses by K and dtype.
-    segment: how many chunks walk in one go, beside others of the same sequence, 0: all; None chooses by the GPU's size.
+    segment: chunks that one walk takes, beside other walks over the same sequence, 0: all; None chooses by the GPU.
     RuntimeError for a second derivative and a forward derivative, which the kernels don't have.
     """
     if not core.causal:
-        core = applied(core)
-    tensors = (core.q, core.k, core.v, core.g, core.a, core.e, core.w, core.S, core.z)
-    before, eps = core.causal and core.read == "before", core.eps if core.denominator else None
-    how = (core.features.phi, core.features.norm, core.features.scale, core.writes, core.erase_before_decay)
-    if overwrites() and form == "recurrent" and core.causal:
-        from fwp_kernels.launch import Problem
-        from fwp_kernels.launch import forward as launch
+        return _read_the_end(applied(core), form, chunk, segment)
+    inputs = _Inputs.of(core, chunk, segment)
+    over = overwrites() and form == "recurrent"
+    if torch.compiler.is_compiling():
+        o, S, z, _ = _forward(*inputs, form)
+    elif over or (_plain(inputs) and not core.wants_gradients):
+        # the shortest way: an op takes longer to call than all that it does before its kernels run
+        from fwp_kernels.launch import forward
 
-        o, S, z, _ = launch(Problem(*tensors, core.cu_seqlens, before, eps, *how), form, over=True)
-        return o, State(S, z)
-    options = (eps, *how, chunk, segment, form)
-    o, S, z, _ = _call(*tensors, core.cu_seqlens, before, *options)
-    if not core.causal:  # everybody reads the final state: a walk that writes nothing
-        nothing = [x.new_zeros(()).expand(x.shape) for x in (core.k, core.v)]
-        end = S, z if core.denominator else None
-        o, *_ = _call(core.q, *nothing, None, None, None, None, *end, core.cu_seqlens, False, *options)
+        o, S, z, _ = forward(inputs.problem(form), form, over)
+    else:
+        o, S, z, _ = _Forward.apply(*inputs, form)
     return o, State(S, z if core.denominator else None)
 
 
-def _problem(*inputs: Any) -> Any:
-    """What the launch layer takes, with sequences whole where the kernels that cut them are in doubt."""
-    from fwp_kernels.launch import Problem
-
-    problem = Problem(*inputs)
-    if problem.segment is None and problem.length:
-        q, k, v, g, a, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, writes, erase_before_decay, *_ = inputs
-        read: Read = "before" if before else "after"
-        core = Core(
-            q,
-            k,
-            v,
-            g,
-            a=a,
-            e=e,
-            w=w,
-            S=S,
-            z=z,
-            cu_seqlens=cu_seqlens,
-            read=read,
-            denominator=eps is not None,
-            features=Features(phi, norm, scale),
-            writes=writes,
-            erase_before_decay=erase_before_decay,
-        )
-        if not trust.may_cut(core):
-            problem.length = 0
-    return problem
-
-
-def _call(*inputs: Any) -> Sequence[Tensor]:
-    """`_forward` by the shortest way: an op takes longer to call than all that it does before its kernels run."""
-    if torch.compiler.is_compiling():
-        return _forward(*inputs)
-    grads = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-    if not grads and _plain(inputs):
-        return _launch_forward(*inputs)
-    return _Forward.apply(*inputs)
+def _read_the_end(core: Core, form: Form, chunk: int | None, segment: int | None) -> tuple[Tensor, State]:
+    """Every query reads the final state: a second walk writes nothing."""
+    _, end = run(replace(core, causal=True, read="after"), form, chunk, segment)
+    k, v = (x.new_zeros(()).expand(*core.q.shape[:2], *x.shape[2:]) for x in (core.k, core.v))
+    queries = replace(
+        core, causal=True, read="after", k=k, v=v, g=None, a=None, e=None, w=None, S=end.S, z=end.z, writes=1
+    )
+    return run(queries, form, chunk, segment)[0], end
 
 
 def _plain(inputs: Sequence[Any]) -> bool:
-    """Whether the tensors are what they seem, and no mode or transform of torch sees what is done to them."""
+    """Whether all tensors are ordinary ones, and no mode or transform of torch sees what is done to them."""
     return (
         dispatch_modes() == 0
         and not inside_transform()
@@ -161,116 +213,93 @@ def _plain(inputs: Sequence[Any]) -> bool:
     )
 
 
-@torch.library.custom_op("fwp::triton_forward", mutates_args=())
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    a: Tensor | None,
-    e: Tensor | None,
-    w: Tensor | None,
-    S: Tensor | None,
-    z: Tensor | None,
-    cu_seqlens: Tensor | None,
-    before: bool,
-    eps: float | None,
-    phi: str | None,
-    norm: str | None,
-    scale: float,
-    writes: int,
-    erase_before_decay: bool,
-    chunk: int | None,
-    segment: int | None,
-    form: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+# ---- the ops ----
+
+_SCHEMA = """Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? a, Tensor? e, Tensor? w, Tensor? S, Tensor? z,
+    Tensor? cu_seqlens, bool read_before, float? eps, str? phi, str? norm, float scale, SymInt writes,
+    bool erase_before_decay, SymInt? chunk, SymInt? segment"""
+
+
+@torch.library.custom_op(
+    "fwp::triton_forward", mutates_args=(), schema=f"({_SCHEMA}, str form) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o, S, z and the denominators; empty tensors stand for None."""
     if inside_dual_level() and forward_derivatives_enabled():  # off where an autograd.Function called this
         _no_forward_derivative(None)
-    return _launch_forward(
-        q, k, v, g, a, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, writes, erase_before_decay,
-        chunk, segment, form,
-    )  # fmt: skip
+    return _launch_forward(*inputs)
 
 
 def _launch_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from fwp_kernels.launch import Problem, forward
+    from fwp_kernels.launch import forward
 
     *given, form = inputs
-    o, S, z, den = forward((Problem if form == "recurrent" else _problem)(*given), form)
+    o, S, z, den = forward(_Inputs(*given).problem(form), form)
     return o, S, o.new_empty(0) if z is None else z, o.new_empty(0) if den is None else den
 
 
-@torch.library.custom_op("fwp::triton_backward", mutates_args=())
-def _backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    a: Tensor | None,
-    e: Tensor | None,
-    w: Tensor | None,
-    S: Tensor | None,
-    z: Tensor | None,
-    cu_seqlens: Tensor | None,
-    before: bool,
-    eps: float | None,
-    phi: str | None,
-    norm: str | None,
-    scale: float,
-    writes: int,
-    erase_before_decay: bool,
-    chunk: int | None,
-    segment: int | None,
-    o: Tensor | None,
-    den: Tensor | None,
-    d_o: Tensor | None,
-    d_S: Tensor | None,
-    d_z: Tensor | None,
-) -> list[Tensor]:
-    return _launch_backward(
-        q, k, v, g, a, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, writes, erase_before_decay,
-        chunk, segment, o, den, d_o, d_S, d_z,
-    )  # fmt: skip
+@torch.library.custom_op(
+    "fwp::triton_backward",
+    mutates_args=(),
+    schema=f"({_SCHEMA}, Tensor? o, Tensor? den, Tensor? d_o, Tensor? d_S, Tensor? d_z) -> Tensor[]",
+)
+def _backward(*inputs: Any) -> list[Tensor]:
+    """The gradients of q, k, v, g, a, e, w, S and z; empty tensors stand for None."""
+    return _launch_backward(*inputs)
 
 
 def _launch_backward(*inputs: Any) -> list[Tensor]:
     from fwp_kernels.launch import backward
 
-    grads = backward(_problem(*inputs[:19]), *inputs[19:])
-    return [inputs[0].new_empty(0) if x is None else x for x in grads]
+    given, upstream = _split(inputs)
+    grads = backward(given.problem("chunk"), *upstream)
+    return [given.q.new_empty(0) if x is None else x for x in grads]
+
+
+def _split(inputs: Sequence[Any]) -> tuple[Any, Any]:
+    """The two parts of a backward's arguments, `_Inputs` and `_Upstream`."""
+    end = len(_Inputs._fields)
+    return _Inputs(*inputs[:end]), _Upstream(*inputs[end:])
 
 
 @_forward.register_fake
-def _(q, k, v, g, a, e, w, S, z, cu_seqlens, before, eps, phi, norm, scale, *_):  # type: ignore[no-untyped-def]
-    core = Core(q, k, v, cu_seqlens=cu_seqlens, features=Features(phi, norm, scale))
-    rows = (*q.shape[:2], max(q.shape[2], core.heads))
-    o = q.new_empty(*rows, v.shape[-1])
-    S = q.new_empty(core.sequences, core.heads, core.width, v.shape[-1], dtype=core.dtype)
-    if eps is None:
-        return o, S, q.new_empty(0), q.new_empty(0)
+def _(*inputs):  # type: ignore[no-untyped-def]
+    core = _Inputs(*inputs[:-1]).core()
+    rows = (*core.q.shape[:2], max(core.q.shape[2], core.heads))
+    o = core.q.new_empty(*rows, core.v.shape[-1])
+    S = core.q.new_empty(core.sequences, core.heads, core.width, core.v.shape[-1], dtype=core.dtype)
+    if not core.denominator:
+        return o, S, o.new_empty(0), o.new_empty(0)
     return o, S, S.new_empty(S.shape[:3]), S.new_empty(*rows, 1)
 
 
 @_backward.register_fake
 def _(*inputs):  # type: ignore[no-untyped-def]
-    return [inputs[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs[:9]]
+    return [inputs[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs[:DIFFERENTIABLE]]
+
+
+# ---- derivatives ----
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    tensors, ctx.options = inputs[:10], inputs[10:19]
-    o, _, _, den = output
-    ctx.save_for_backward(*tensors, *((None, None) if inputs[11] is None else (o, den)))
+    given, (o, _, _, den) = _Inputs(*inputs[:-1]), output
+    tensors = {name: x for name, x in given._asdict().items() if isinstance(x, Tensor)}
+    ctx.names, ctx.options = tuple(tensors), given._asdict() | dict.fromkeys(tensors)
+    ctx.save_for_backward(*tensors.values(), *(() if given.eps is None else (o, den)))
     ctx.set_materialize_grads(False)
 
 
 def _gradients(
     ctx: Any, d_o: Tensor | None, d_S: Tensor | None, d_z: Tensor | None, _: Any
 ) -> tuple[Tensor | None, ...]:
-    *tensors, o, den = ctx.saved_tensors
+    saved = ctx.saved_tensors
+    given = _Inputs(**ctx.options | dict(zip(ctx.names, saved)))
+    o, den = (None, None) if given.eps is None else saved[-2:]
+    upstream = _Upstream(o, den, d_o, d_S, None if den is None else d_z)
     backward: Callable[..., Sequence[Tensor]] = _backward if torch.compiler.is_compiling() else _Backward.apply
-    grads = backward(*tensors, *ctx.options, o, den, d_o, d_S, None if den is None else d_z)
-    return *(None if x is None else grad for x, grad in zip(tensors, grads)), *[None] * 11
+    grads = backward(*given, *upstream)
+    others = len(_Inputs._fields) + 1 - DIFFERENTIABLE  # and the form
+    return *(None if x is None else grad for x, grad in zip(given, grads)), *[None] * others
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> Any:
@@ -279,6 +308,9 @@ def _no_second_derivative(ctx: Any, *_: Any) -> Any:
 
 def _no_forward_derivative(ctx: Any, *_: Any) -> Any:
     raise RuntimeError("forward derivatives are not supported by the triton backend; use backend='torch'")
+
+
+# ---- vmap ----
 
 
 class _Axis:
@@ -304,13 +336,12 @@ class _Axis:
         starts = self.first(x, at)[:, :-1].long() + T * torch.arange(self.size, device=x.device).unsqueeze(1)
         return torch.cat([starts.flatten(), starts.new_full((1,), T * self.size)])
 
-    def inputs(self, tensors: Sequence[Tensor | None], at: Sequence[int | None]) -> list[Tensor | None]:
-        """q, k, v, g, a, e, w, S, z, cu_seqlens."""
-        rows = [self.tokens(x, i) for x, i in zip(tensors[:7], at)]
-        assert rows[0] is not None
-        T = rows[0].shape[1] // self.size
-        states = [self.states(x, i) for x, i in zip(tensors[7:9], at[7:9])]
-        return [*rows, *states, self.bounds(tensors[9], at[9], T)]
+    def inputs(self, given: _Inputs, at: Any) -> _Inputs:
+        """The inputs without the axis. at: where each has it."""
+        moved: dict[str, Any] = {name: self.tokens(getattr(given, name), getattr(at, name)) for name in TOKENS}
+        moved |= {name: self.states(getattr(given, name), getattr(at, name)) for name in STATES}
+        moved["cu_seqlens"] = self.bounds(given.cu_seqlens, at.cu_seqlens, moved["q"].shape[1] // self.size)
+        return given._replace(**moved)
 
     def split_states(self, x: Tensor) -> Tensor:
         return x.unflatten(0, (self.size, x.shape[0] // self.size))
@@ -323,10 +354,11 @@ class _Axis:
 
 def _vmap_forward(call: Callable[..., Any]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        axis, eps = _Axis(info.batch_size, inputs[9]), inputs[11]
-        o, S, z, den = call(*axis.inputs(inputs[:10], in_dims[:10]), *inputs[10:])
+        given, form = _Inputs(*inputs[:-1]), inputs[-1]
+        axis = _Axis(info.batch_size, given.cu_seqlens)
+        o, S, z, den = call(*axis.inputs(given, _Inputs(*in_dims[:-1])), form)
         o, S = axis.split_tokens(o), axis.split_states(S)
-        if eps is None:
+        if given.eps is None:
             return (o, S, z, den), (0, 0, None, None)
         return (o, S, axis.split_states(z), axis.split_tokens(den)), (0, 0, 0, 0)
 
@@ -335,14 +367,14 @@ def _vmap_forward(call: Callable[..., Any]) -> Callable[..., Any]:
 
 def _vmap_backward(call: Callable[..., Any]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        given, options = inputs[:10], inputs[10:19]
-        axis = _Axis(info.batch_size, given[9])
-        rows = [axis.tokens(x, i) for x, i in zip(inputs[19:22], in_dims[19:22])]
-        states = [axis.states(x, i) for x, i in zip(inputs[22:], in_dims[22:])]
-        grads = call(*axis.inputs(given, in_dims[:10]), *options, *rows, *states)
-        split = [axis.split_tokens] * 7 + [axis.split_states] * 2
-        found = [x if of is None else back(x) for x, of, back in zip(grads, given, split)]
-        return type(grads)(found), type(grads)(None if x is None else 0 for x in given[:9])
+        (given, upstream), (at, upstream_at) = _split(inputs), _split(in_dims)
+        axis = _Axis(info.batch_size, given.cu_seqlens)
+        rows = [axis.tokens(x, i) for x, i in zip(upstream[:3], upstream_at)]
+        states = [axis.states(x, i) for x, i in zip(upstream[3:], upstream_at[3:])]
+        grads = call(*axis.inputs(given, at), *rows, *states)
+        back = [axis.split_tokens] * len(TOKENS) + [axis.split_states] * len(STATES)
+        found = [x if of is None else split(x) for x, of, split in zip(grads, given, back)]
+        return type(grads)(found), type(grads)(None if x is None else 0 for x in given[:DIFFERENTIABLE])
 
     return rule
 

@@ -1,19 +1,20 @@
 """The backward of the chunk form, by the chain rule from the equations and in the letters of `chunk.py`.
 
-Only the inputs were kept. (I + A)⁻¹, P, X and S₀ are made again by the kernels of the forward, then it is walked back::
+Only the inputs were kept. The forward's kernels make (I + A)⁻¹, P, X and S₀ again, then the chunks are walked back::
 
     dX = Pᵀ dO + (exp(G_C − G) ⊙ k) dS,  dR = (I + A)⁻ᵀ dX,  dV = w ⊙ dR,  dw = Σ_v v ⊙ dR
-    dS₀ = exp(G_C) dS + (q ⊙ exp G^q)ᵀ dO − (e ⊙ k ⊙ exp G)ᵀ dR
+    dS₀ = exp(G_C) dS + (q ⊙ exp G^q)ᵀ dO − (e ⊙ a ⊙ exp G^a)ᵀ dR
 
 and then, all chunks at once, from dP = dO Xᵀ and dA = −dR Xᵀ (visible pairs), with D the decays of each pair::
 
     dq      = exp G^q ⊙ (dO S₀ᵀ) + Σ_j (dP ⊙ D)_ij k_j
-    d(e k)  = −exp G ⊙ (dR S₀ᵀ) + Σ_j (dA ⊙ D)_ij k_j,   de = k · d(e k)
-    dk      = exp(G_C − G) ⊙ (X dSᵀ) + Σ_i (dP ⊙ D)_ij q_i + Σ_i (dA ⊙ D)_ij e_i k_i + e ⊙ d(e k)
-    dg_s    = what passed the gate of s: from S₀ to readers and erasers i ≥ s, from writers j < s to the end, from S₀
-              to the end, from j < s to i ≥ s in the chunk
+    d(e a)  = −exp G^a ⊙ (dR S₀ᵀ) + Σ_j (dA ⊙ D)_ij k_j,   de = a · d(e a),   da = e ⊙ d(e a)
+    dk      = exp(G_C − G) ⊙ (X dSᵀ) + Σ_i (dP ⊙ D)_ij q_i + Σ_i (dA ⊙ D)_ij e_i a_i      + da where a is k
+    dg_s    = the gradients of all that passed the gate of s: from S₀ to readers and erasers i ≥ s, from writers j < s
+              to the end, from S₀ to the end, from j < s to i ≥ s in the chunk
 
-Of S₀ and dS the walks keep one in APART chunks; from it those of the chunks between are made by the equations above.
+The walks keep S₀ and dS of one chunk in CHECKPOINT_EVERY. Those of the chunks between are recomputed from it by the
+equations above.
 
 With a denominator, O and the denominators n are kept too. The gradient of what they divide is dO / n, and that of n, in
 the column of z, dn = −Σ_v dO ⊙ O / n.
@@ -22,319 +23,234 @@ the column of z, dn = −Σ_v dO ⊙ O / n.
 import triton
 import triton.language as tl
 
-from .features import features, slope, tokens_of
-from .tiles import (
+from .device import (
+    Gates,
+    Place,
     chunk_of,
+    decay_over_chunk,
     dot,
-    erase_key,
+    erase_keys,
     from_start,
     kept_at,
     load,
     load_last,
     load_state,
-    load_sum,
+    load_vector,
+    per_token,
     product_gradients,
     products,
     quotient,
     read_state,
-    readers,
-    row_at,
+    reading_rows,
     rows_from,
     segment_of,
     span,
     state_at,
     state_block,
     store,
-    strength,
-    through,
     to_end,
+    vector_at,
     write_state,
-    write_sum,
+    write_vector,
 )
+from .features import keys, queries, slope, token_block
 
 
 @triton.jit(do_not_specialize=["T"])
 def denominator_back_kernel(
-    do,  # [B, T, H·R, V]
-    o,  # [B, T, H·R, V]
-    den,  # [B, T, H·R, 1]
-    dden,  # out [B, T, H·R, 1]
+    p_do,  # [B, T, readers, V]
+    p_o,  # [B, T, readers, V]
+    p_den,  # [B, T, readers, 1]
+    p_dden,  # out [B, T, readers, 1]
     T,
-    HO: tl.constexpr,  # readers: H·R
+    READERS: tl.constexpr,  # of all state heads
     V: tl.constexpr,
     BT: tl.constexpr,
     BV: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Gradients of the denominators. A program BT tokens of a batch row and reader."""
-    rows, h = tokens_of(T, HO, BT)
+    """dn = −Σ_v dO ⊙ O / n.
+
+    A program takes BT tokens of a batch row and reader.
+    """
+    rows, h = token_block(T, READERS, BT)
     one = tl.arange(0, 1)
     total = tl.zeros([BT, 1], ACC)
     for part in range(tl.cdiv(V, BV)):
         d = part * BV + tl.arange(0, BV)
-        total += tl.sum(load(do, rows, h, d, V).to(ACC) * load(o, rows, h, d, V).to(ACC), 1)[:, None]
-    store(dden, rows, h, one, 1, -quotient(total, load(den, rows, h, one, 1)))
+        total += tl.sum(load(p_do, rows, h, d, V).to(ACC) * load(p_o, rows, h, d, V).to(ACC), 1)[:, None]
+    store(p_dden, rows, h, one, 1, -quotient(total, load(p_den, rows, h, one, 1)))
 
 
 @triton.jit
-def load_divided(do, den, rows, h, d, V: tl.constexpr, ACC: tl.constexpr):
-    """The gradient of what the denominators, if there are any, divide: [C, len(d)]."""
-    x = load(do, rows, h, d, V)
-    if den is not None:
-        x = quotient(x.to(ACC), load(den, rows, h, tl.arange(0, 1), 1))
+def load_divided(up, rows, reader, d, s: tl.constexpr):
+    """The gradient of what the denominators divide, or of the outputs without denominators: [C, len(d)]."""
+    x = load(up.d_o, rows, reader, d, s.V)
+    if up.den is not None:
+        x = quotient(x.to(s.ACC), load(up.den, rows, reader, tl.arange(0, 1), 1))
     return x
 
 
 @triton.jit(do_not_specialize=["T", "NC", "NS", "CS"])
 def walk_back_kernel(
-    q,
-    k,
-    v,
-    G,
-    a,
-    e,
-    w,
-    P,
-    I,
-    do,  # [B, T, H·R, V] or None
-    den,  # [B, T, H·R, 1] or None
-    dden,  # [B, T, H·R, 1] or None
-    dR,  # out [B, T, H, V] or None
-    dv,  # out [B, T, H, V] or None
-    dw,  # out [B, T, H, V blocks] or None: each V block's share
-    p_dS,  # [segments, H, K, V], gradient of the final state, or None
-    p_dS0,  # out [segments, H, K, V] or None
-    p_ends,  # out [·, H, K, V], gradient of the state after every APART-th chunk and the last, or None
-    p_dz,  # [segments, H, K], gradient of the final z, or None
-    p_dz0,  # out [segments, H, K] or None
-    p_z_ends,  # out [slots, H, K], gradient of z after each chunk, or None
-    p_cu,
-    p_slots,
-    T,
-    NC,
-    NS,
-    CS,
-    H: tl.constexpr,
-    GK: tl.constexpr,
-    GV: tl.constexpr,
-    GQ: tl.constexpr,
-    R: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    D: tl.constexpr,
-    MAP: tl.constexpr,
-    NORM: tl.constexpr,
-    SCALE: tl.constexpr,
-    C: tl.constexpr,
+    p,  # Inputs
+    p_P,  # [B, T, H·READERS, C] or None
+    p_A_inv,  # [B, n·T, H, C] or None
+    up,  # OutputGradients
+    p_dR,  # out [B, n·T, H, V] or None
+    p_dv,  # out [B, n·T, H, V] or None
+    p_dw,  # out [B, n·T, H, V blocks] or None: each V block's share
+    p_d_after,  # gradients of the States after each segment, [segments, H, …]
+    p_d_before,  # out, gradients of the States before each segment
+    p_d_kept,  # out, gradients of the States after chunks: S of the last of CHECKPOINT_EVERY, z of each
+    packing,  # Packing
+    T,  # tokens of k
+    NC,  # chunks of a sequence without packing
+    NS,  # segments of a sequence without packing
+    CS,  # chunks of a segment without packing
+    s: tl.constexpr,  # Switches
     BK: tl.constexpr,  # all of K
     BV: tl.constexpr,
-    APART: tl.constexpr,
-    DECAY: tl.constexpr,
-    LAG: tl.constexpr,
-    ERASE_LAG: tl.constexpr,
-    WRITES: tl.constexpr,
-    DOT: tl.constexpr,
-    ACC: tl.constexpr,
 ):
-    """From the last chunk to the first with a [K, BV] part of dS and dz in registers, as `walk_kernel`."""
-    s, h, block, dk, cols, inside = state_block(H, K, V, BK, BV)
-    n, c0, first, length = segment_of(s, p_cu, T, NS, CS, C)
+    """dR, dV, dw and dS of the equations above, from the last chunk to the first.
+
+    A program takes a segment, a head and a block of V, with [K, BV] of dS and dz in registers, and goes through its
+    chunks.
+    """
+    C: tl.constexpr = s.C
+    segment, h, block, k_offsets, v_offsets, mask = state_block(s.H, s.K, s.V, BK, BV)
+    n, c0, first, length = segment_of(segment, packing, T, NS, CS, C)
     end = first + length
     i = tl.arange(0, C)
     one = tl.arange(0, 1)
-    KG: tl.constexpr = K if DECAY == 2 else 1
-    channels = dk if DECAY == 2 else one
-    dS = load_state(p_dS, s * H + h, dk, cols, K, V, ACC)
-    dz = load_sum(p_dz, s * H + h, dk, K, ACC)
-    z_inside = (dk < K)[None, :]
+    channels = k_offsets if s.DECAY == 2 else one
+    b_dS = load_state(p_d_after.S, segment * s.H + h, k_offsets, v_offsets, s.K, s.V, s.ACC)
+    b_dz = load_vector(p_d_after.z, segment * s.H + h, k_offsets, s.K, s.ACC)
+    z_mask = (k_offsets < s.K)[None, :]
     first_block = block == 0
     chunks = tl.cdiv(length, C).to(tl.int32)
     for step in tl.range(chunks, disable_licm=True):
         c = chunks - 1 - step
         start = first + c * C
         rows = rows_from(n, start, end, C)
-        gates = (G, n, h, start, end, channels)
-        b_k = features(k, None, rows, h // GK, dk, K, D, MAP, NORM, 1.0, ACC)
-        if p_ends is not None:
-            at = state_at(p_ends, kept_at(p_slots, n, c0 + c, NC, APART) * H + h, dk, cols, K, V)
-            last = ((c0 + c) % APART == APART - 1) | (step == 0)
-            tl.store(at, dS.to(p_ends.dtype.element_ty), mask=inside & last)
-        b_dR = read_state(b_k, dS, gates, KG, False, True, DECAY, DOT, ACC)
-        if DECAY > 0:
-            dS = through(dS, gates, KG, C)
-        if p_z_ends is not None:
-            at = row_at(p_z_ends, kept_at(p_slots, n, c0 + c, NC, 1) * H + h, dk, K)
-            tl.store(at, dz, mask=z_inside & first_block)
-        if DECAY > 0:
-            if p_z_ends is not None or p_dz0 is not None:
-                dz *= tl.exp(load_last(gates, KG, C))
-        if do is not None:
-            reading = readers(rows, WRITES, LAG)
-            for r in range(R):
-                b_q = features(q, None, reading, (h * R + r) // GQ, dk, K, D, MAP, NORM, SCALE, ACC)
-                b_do = load_divided(do, den, reading, h * R + r, cols, V, ACC)
-                if den is not None:
-                    b_dden = load(dden, reading, h * R + r, one, 1)
-                    dz += write_sum(b_q, b_dden, gates, KG, LAG, False, DECAY, ACC)
-                if P is not None:
-                    b_P = load(P, reading, h * R + r, i, C)
+        gates = Gates(p.G, n, h, start, end, channels)
+        b_k = keys(p, rows, h, k_offsets, s)
+        if p_d_kept.S is not None:
+            index = kept_at(packing.slots, n, c0 + c, NC, s.CHECKPOINT_EVERY) * s.H + h
+            at = state_at(p_d_kept.S, index, k_offsets, v_offsets, s.K, s.V)
+            last = ((c0 + c) % s.CHECKPOINT_EVERY == s.CHECKPOINT_EVERY - 1) | (step == 0)
+            tl.store(at, b_dS.to(p_d_kept.S.dtype.element_ty), mask=mask & last)
+        b_dR = read_state(b_k, b_dS, gates, False, True, s)
+        if s.DECAY > 0:
+            b_dS = decay_over_chunk(b_dS, gates, s)
+        if p_d_kept.z is not None:
+            at = vector_at(p_d_kept.z, kept_at(packing.slots, n, c0 + c, NC, 1) * s.H + h, k_offsets, s.K)
+            tl.store(at, b_dz, mask=z_mask & first_block)
+        if s.DECAY > 0:
+            if p_d_kept.z is not None or p_d_before.z is not None:
+                b_dz *= tl.exp(load_last(gates, s))
+        if up.d_o is not None:
+            reading = reading_rows(rows, s)
+            for r in range(s.READERS):
+                reader = h * s.READERS + r
+                b_q = queries(p, reading, h, r, k_offsets, s)
+                b_do = load_divided(up, reading, reader, v_offsets, s)
+                if up.den is not None:
+                    b_dden = load(up.d_den, reading, reader, one, 1)
+                    b_dz += write_vector(b_q, b_dden, gates, s.READ_BEFORE, False, s)
+                if p_P is not None:
+                    b_P = load(p_P, reading, reader, i, C)
                 else:
-                    b_P = products(b_q, b_k, gates, KG, not LAG, LAG, DECAY, DOT, ACC)
-                b_dR += dot(tl.trans(b_P), b_do, DOT, ACC)
-                dS += write_state(b_q, b_do, gates, KG, LAG, False, DECAY, DOT, ACC)
-        if I is not None:
-            b_dR = dot(tl.trans(load(I, rows, h, i, C)), b_dR, DOT, ACC)
-            b_a = erase_key(a, b_k, rows, h, dk, K)
-            b_e = strength(e, rows, h, ACC)
-            dS -= write_state(b_a, b_e * b_dR, gates, KG, ERASE_LAG, False, DECAY, DOT, ACC)
-            if dR is not None:
-                store(dR, rows, h, cols, V, b_dR)
-        if dw is not None:
-            b_v = load(v, rows, h // GV, cols, V).to(ACC)
-            store(dw, rows, h, block + one, (V + BV - 1) // BV, tl.sum(b_v * b_dR, 1)[:, None])
-            b_dR *= load(w, rows, h, one, 1).to(ACC)
-        if dv is not None:
-            store(dv, rows, h, cols, V, b_dR)
-    if p_dS0 is not None:
-        tl.store(state_at(p_dS0, s * H + h, dk, cols, K, V), dS, mask=inside)
-    if p_dz0 is not None:
-        tl.store(row_at(p_dz0, s * H + h, dk, K), dz, mask=z_inside & first_block)
+                    b_P = products(b_q, b_k, gates, not s.READ_BEFORE, s.READ_BEFORE, s)
+                b_dR += dot(tl.trans(b_P), b_do, s.DOT, s.ACC)
+                b_dS += write_state(b_q, b_do, gates, s.READ_BEFORE, False, s)
+        if p_A_inv is not None:
+            b_dR = dot(tl.trans(load(p_A_inv, rows, h, i, C)), b_dR, s.DOT, s.ACC)
+            b_a = erase_keys(p, b_k, rows, h, k_offsets, s)
+            b_e = per_token(p.e, rows, h, s.ACC)
+            b_dS -= write_state(b_a, b_e * b_dR, gates, s.ERASE_BEFORE_DECAY, False, s)
+            if p_dR is not None:
+                store(p_dR, rows, h, v_offsets, s.V, b_dR)
+        if p_dw is not None:
+            b_v = load(p.v, rows, h // s.HEADS_PER_V, v_offsets, s.V).to(s.ACC)
+            store(p_dw, rows, h, block + one, (s.V + BV - 1) // BV, tl.sum(b_v * b_dR, 1)[:, None])
+            b_dR *= per_token(p.w, rows, h, s.ACC)
+        if p_dv is not None:
+            store(p_dv, rows, h, v_offsets, s.V, b_dR)
+    if p_d_before.S is not None:
+        tl.store(state_at(p_d_before.S, segment * s.H + h, k_offsets, v_offsets, s.K, s.V), b_dS, mask=mask)
+    if p_d_before.z is not None:
+        tl.store(vector_at(p_d_before.z, segment * s.H + h, k_offsets, s.K), b_dz, mask=z_mask & first_block)
 
 
 @triton.jit
-def load_written(v, w, X, rows, h, d, V: tl.constexpr, GV: tl.constexpr, ACC: tl.constexpr):
+def load_written(p, p_X, rows, h, d, s: tl.constexpr):
     """X [C, len(d)], what the tokens write: kept by the walk where something is erased, else w ⊙ v."""
-    if X is not None:
-        x = load(X, rows, h, d, V)
+    if p_X is not None:
+        x = load(p_X, rows, h, d, s.V)
     else:
-        x = load(v, rows, h // GV, d, V)
-        if w is not None:
-            x = x.to(ACC) * load(w, rows, h, tl.arange(0, 1), 1).to(ACC)
+        x = load(p.v, rows, h // s.HEADS_PER_V, d, s.V)
+        if p.w is not None:
+            x = x.to(s.ACC) * per_token(p.w, rows, h, s.ACC)
     return x
 
 
 @triton.jit
-def start_of(
-    p_starts,
-    p_slots,
-    k,
-    k_norms,
-    v,
-    w,
-    X,
-    G,
-    n,
-    c,
-    h,
-    first,
-    end,
-    d,
-    channels,
-    cols,
-    NC,
-    H: tl.constexpr,
-    GK: tl.constexpr,
-    GV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    D: tl.constexpr,
-    MAP: tl.constexpr,
-    NORM: tl.constexpr,
-    C: tl.constexpr,
-    APART: tl.constexpr,
-    DECAY: tl.constexpr,
-    DOT: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """S₀ [len(d), len(cols)] of chunk c, in ACC: from the state that was kept last, by what the chunks since wrote."""
-    KG: tl.constexpr = K if DECAY == 2 else 1
-    S = load_state(p_starts, kept_at(p_slots, n, c, NC, APART) * H + h, d, cols, K, V, ACC)
-    if APART > 1:
-        for step in range((c % APART).to(tl.int32)):
-            start = first + (c // APART * APART + step) * C
-            rows = rows_from(n, start, end, C)
-            gates = (G, n, h, start, end, channels)
-            b_k = features(k, k_norms, rows, h // GK, d, K, D, MAP, NORM, 1.0, ACC)
-            x = load_written(v, w, X, rows, h, cols, V, GV, ACC)
-            if DECAY > 0:
-                S = through(S, gates, KG, C)
-            S += write_state(b_k, x, gates, KG, False, True, DECAY, DOT, ACC)
-    return S
+def recompute_S(p, p_X, p_kept_S, slots, NC, at, k_offsets, channels, v_offsets, s: tl.constexpr):
+    """S₀ of the chunk `at` in ACC, from the state that was kept last and the writes since.
+
+    [len(k_offsets), len(v_offsets)]
+    """
+    EVERY: tl.constexpr = s.CHECKPOINT_EVERY
+    index = kept_at(slots, at.n, at.c, NC, EVERY) * s.H + at.h
+    b_S = load_state(p_kept_S, index, k_offsets, v_offsets, s.K, s.V, s.ACC)
+    if EVERY > 1:
+        for step in range((at.c % EVERY).to(tl.int32)):
+            start = at.first + (at.c // EVERY * EVERY + step) * s.C
+            rows = rows_from(at.n, start, at.end, s.C)
+            gates = Gates(p.G, at.n, at.h, start, at.end, channels)
+            b_k = keys(p, rows, at.h, k_offsets, s)
+            x = load_written(p, p_X, rows, at.h, v_offsets, s)
+            if s.DECAY > 0:
+                b_S = decay_over_chunk(b_S, gates, s)
+            b_S += write_state(b_k, x, gates, False, True, s)
+    return b_S
 
 
 @triton.jit
-def end_of(
-    p_ends,
-    p_slots,
-    q,
-    k,
-    q_norms,
-    k_norms,
-    G,
-    a,
-    e,
-    do,
-    den,
-    dR,
-    n,
-    c,
-    h,
-    first,
-    end,
-    d,
-    channels,
-    cols,
-    NC,
-    H: tl.constexpr,
-    GK: tl.constexpr,
-    GQ: tl.constexpr,
-    R: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    D: tl.constexpr,
-    MAP: tl.constexpr,
-    NORM: tl.constexpr,
-    SCALE: tl.constexpr,
-    C: tl.constexpr,
-    APART: tl.constexpr,
-    DECAY: tl.constexpr,
-    LAG: tl.constexpr,
-    ERASE_LAG: tl.constexpr,
-    WRITES: tl.constexpr,
-    DOT: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """dS after chunk c in the same way, from the next that was kept, back through the chunks between."""
-    KG: tl.constexpr = K if DECAY == 2 else 1
-    dS = load_state(p_ends, kept_at(p_slots, n, c, NC, APART) * H + h, d, cols, K, V, ACC)
-    if APART > 1:
-        last = tl.minimum(c // APART * APART + APART, tl.cdiv(end - first, C)) - 1
-        for step in range(tl.maximum(last - c, 0).to(tl.int32)):
-            start = first + (last - step) * C
-            rows = rows_from(n, start, end, C)
-            gates = (G, n, h, start, end, channels)
-            if DECAY > 0:
-                dS = through(dS, gates, KG, C)
-            if do is not None:
-                reading = readers(rows, WRITES, LAG)
-                for r in range(R):
-                    b_q = features(q, q_norms, reading, (h * R + r) // GQ, d, K, D, MAP, NORM, SCALE, ACC)
-                    b_do = load_divided(do, den, reading, h * R + r, cols, V, ACC)
-                    dS += write_state(b_q, b_do, gates, KG, LAG, False, DECAY, DOT, ACC)
-            if dR is not None:
-                if a is not None:
-                    b_a = load(a, rows, h, d, K)
-                else:
-                    b_a = features(k, k_norms, rows, h // GK, d, K, D, MAP, NORM, 1.0, ACC)
-                b_e = strength(e, rows, h, ACC)
-                b_dR = load(dR, rows, h, cols, V).to(ACC)
-                dS -= write_state(b_a, b_e * b_dR, gates, KG, ERASE_LAG, False, DECAY, DOT, ACC)
-    return dS
+def recompute_dS(p, up, p_dR, p_d_kept_S, slots, NC, at, k_offsets, channels, v_offsets, s: tl.constexpr):
+    """dS after the chunk `at` in ACC, from the next that was kept and back through the chunks between.
+
+    [len(k_offsets), len(v_offsets)]
+    """
+    EVERY: tl.constexpr = s.CHECKPOINT_EVERY
+    index = kept_at(slots, at.n, at.c, NC, EVERY) * s.H + at.h
+    b_dS = load_state(p_d_kept_S, index, k_offsets, v_offsets, s.K, s.V, s.ACC)
+    if EVERY > 1:
+        last = tl.minimum(at.c // EVERY * EVERY + EVERY, tl.cdiv(at.end - at.first, s.C)) - 1
+        for step in range(tl.maximum(last - at.c, 0).to(tl.int32)):
+            start = at.first + (last - step) * s.C
+            rows = rows_from(at.n, start, at.end, s.C)
+            gates = Gates(p.G, at.n, at.h, start, at.end, channels)
+            if s.DECAY > 0:
+                b_dS = decay_over_chunk(b_dS, gates, s)
+            if up.d_o is not None:
+                reading = reading_rows(rows, s)
+                for r in range(s.READERS):
+                    b_q = queries(p, reading, at.h, r, k_offsets, s)
+                    b_do = load_divided(up, reading, at.h * s.READERS + r, v_offsets, s)
+                    b_dS += write_state(b_q, b_do, gates, s.READ_BEFORE, False, s)
+            if p_dR is not None:
+                b_a = erase_keys(p, keys(p, rows, at.h, k_offsets, s), rows, at.h, k_offsets, s)
+                b_e = per_token(p.e, rows, at.h, s.ACC)
+                b_dR = load(p_dR, rows, at.h, v_offsets, s.V).to(s.ACC)
+                b_dS -= write_state(b_a, b_e * b_dR, gates, s.ERASE_BEFORE_DECAY, False, s)
+    return b_dS
 
 
 @triton.jit
 def per_gate(x, DECAY: tl.constexpr):
-    """x [C, K] for the gates [C, K], its sum over K for one gate a head."""
+    """x [C, K] for a gate per channel, its sum over K [C, 1] for a gate per head."""
     if DECAY == 1:
         return tl.sum(x, 1)[:, None]
     else:
@@ -343,169 +259,133 @@ def per_gate(x, DECAY: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "NC"])
 def gradients_kernel(
-    q,
-    k,
-    q_norms,
-    k_norms,
-    v,
-    G,
-    a,
-    e,
-    w,
-    X,
-    do,
-    den,
-    dden,
-    dR,
-    dq,  # out [B, T, H·R, K]: of q where each of its features is mapped alone, else of φ(q)
-    dk,  # out [B, T, H, K]
-    dg,  # out [B, T, H, K], or [B, T, H, K blocks] for one gate a head: each K block's share
-    da,  # out [B, T, H, K] or None: added to dk
-    de,  # out [B, T, H, K blocks] or None
-    p_starts,
-    p_ends,
-    p_z_starts,
-    p_z_ends,
-    p_cu,
-    p_slots,
-    p_owners,
-    T,
-    NC,
-    H: tl.constexpr,
-    GK: tl.constexpr,
-    GV: tl.constexpr,
-    GQ: tl.constexpr,
-    R: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    D: tl.constexpr,
-    MAP: tl.constexpr,
-    NORM: tl.constexpr,
-    SCALE: tl.constexpr,
-    C: tl.constexpr,
+    p,  # Inputs
+    p_X,  # [B, n·T, H, V], or None: nothing is erased
+    up,  # OutputGradients
+    p_dR,  # [B, n·T, H, V], or None: nothing is erased
+    p_dq,  # out [B, T, H·READERS, K]: of q where each of its features is mapped alone, else of φ(q)
+    p_dk,  # out [B, n·T, H, K], likewise
+    p_dg,  # out [B, n·T, H, K], or [B, n·T, H, K blocks] for a gate per head: each K block's share; or None
+    p_da,  # out [B, n·T, H, K] or None: a is k
+    p_de,  # out [B, n·T, H, K blocks] or None: each K block's share
+    p_kept,  # States, what `walk_kernel` kept
+    p_d_kept,  # their gradients, what `walk_back_kernel` kept
+    packing,  # Packing
+    T,  # tokens of k
+    NC,  # chunks of a sequence without packing
+    s: tl.constexpr,  # Switches
     BK: tl.constexpr,
     BV: tl.constexpr,
-    APART: tl.constexpr,
-    DECAY: tl.constexpr,
-    LAG: tl.constexpr,
-    ERASE_LAG: tl.constexpr,
-    WRITES: tl.constexpr,
-    DOT: tl.constexpr,
-    ACC: tl.constexpr,
 ):
-    """dq, dk, dg, de from the states and their gradients at the chunk's borders. A program a chunk, head, K block."""
-    NK: tl.constexpr = (K + BK - 1) // BK
+    """dq, dk, dg, da and de of the equations above.
+
+    A program takes a chunk, a head and a block of K, and sums over V.
+    """
+    NK: tl.constexpr = (s.K + BK - 1) // BK
+    C: tl.constexpr = s.C
     pid = tl.program_id(0).to(tl.int64)
     block = pid % NK
-    h = pid // NK % H
-    slot = pid // NK // H
-    n, c = chunk_of(slot, p_cu, p_slots, p_owners, NC)
-    first, length = span(p_cu, n, T)
+    h = pid // NK % s.H
+    slot = pid // NK // s.H
+    n, c = chunk_of(slot, packing, NC)
+    first, length = span(packing.borders, n, T)
     end = first + length
     start = first + c * C
     rows = rows_from(n, start, end, C)
     one = tl.arange(0, 1)
     d = block * BK + tl.arange(0, BK)
-    KG: tl.constexpr = K if DECAY == 2 else 1
-    channels = d if DECAY == 2 else one
-    gates = (G, n, h, start, end, channels)
-    b_k = features(k, k_norms, rows, h // GK, d, K, D, MAP, NORM, 1.0, ACC).to(ACC)
+    channels = d if s.DECAY == 2 else one
+    gates = Gates(p.G, n, h, start, end, channels)
+    at = Place(n, h, c, first, end)
+    b_k = keys(p, rows, h, d, s).to(s.ACC)
 
     # Writers to the state after the chunk, erasers from the state before it.
-    b_dk = tl.zeros([C, BK], ACC)
-    b_dea = tl.zeros([C, BK], ACC)  # of e a
-    dA = tl.zeros([C, C], ACC)
-    kept = tl.zeros([1, BK], ACC)  # Σ_v S₀ ⊙ dS
-    for part in range(tl.cdiv(V, BV)):
-        cols = part * BV + tl.arange(0, BV)
-        dS = end_of(
-            p_ends, p_slots, q, k, q_norms, k_norms, G, a, e, do, den, dR, n, c, h, first, end, d, channels, cols, NC,
-            H, GK, GQ, R, K, V, D, MAP, NORM, SCALE, C, APART, DECAY, LAG, ERASE_LAG, WRITES, DOT, ACC,
-        )  # fmt: skip
-        x = load_written(v, w, X, rows, h, cols, V, GV, ACC)
-        b_dk += dot(x, tl.trans(dS), DOT, ACC)
-        if DECAY > 0 or dR is not None:
-            S = start_of(
-                p_starts, p_slots, k, k_norms, v, w, X, G, n, c, h, first, end, d, channels, cols, NC,
-                H, GK, GV, K, V, D, MAP, NORM, C, APART, DECAY, DOT, ACC,
-            )  # fmt: skip
-            kept += tl.sum(S * dS, 1)[None, :]
-            if dR is not None:
-                b_dR = load(dR, rows, h, cols, V)
-                b_dea -= dot(b_dR, tl.trans(S), DOT, ACC)
-                dA -= dot(b_dR, tl.trans(x), DOT, ACC)
-    if p_z_ends is not None:
-        z_inside = (d < K)[None, :]
-        z = tl.load(row_at(p_z_starts, slot * H + h, d, K), mask=z_inside, other=0.0)
-        dz = tl.load(row_at(p_z_ends, slot * H + h, d, K), mask=z_inside, other=0.0)
-        b_dk += dz
-        kept += z * dz
-    if DECAY > 0:
-        b_dk = to_end(b_dk, gates, KG)
-        # dG, and what the gates get beside its sum over the later tokens: all of what reaches the chunk's end
-        b_dG = -per_gate(b_k * b_dk, DECAY)
-        b_dg = per_gate(kept * tl.exp(load_last(gates, KG, C)), DECAY)
+    b_dk = tl.zeros([C, BK], s.ACC)
+    b_dea = tl.zeros([C, BK], s.ACC)  # d(e a)
+    dA = tl.zeros([C, C], s.ACC)
+    through = tl.zeros([1, BK], s.ACC)  # Σ_v S₀ ⊙ dS
+    for part in range(tl.cdiv(s.V, BV)):
+        v_offsets = part * BV + tl.arange(0, BV)
+        b_dS = recompute_dS(p, up, p_dR, p_d_kept.S, packing.slots, NC, at, d, channels, v_offsets, s)
+        x = load_written(p, p_X, rows, h, v_offsets, s)
+        b_dk += dot(x, tl.trans(b_dS), s.DOT, s.ACC)
+        if s.DECAY > 0 or p_dR is not None:
+            b_S = recompute_S(p, p_X, p_kept.S, packing.slots, NC, at, d, channels, v_offsets, s)
+            through += tl.sum(b_S * b_dS, 1)[None, :]
+            if p_dR is not None:
+                b_dR = load(p_dR, rows, h, v_offsets, s.V)
+                b_dea -= dot(b_dR, tl.trans(b_S), s.DOT, s.ACC)
+                dA -= dot(b_dR, tl.trans(x), s.DOT, s.ACC)
+    if p_d_kept.z is not None:
+        z_mask = (d < s.K)[None, :]
+        b_z = tl.load(vector_at(p_kept.z, slot * s.H + h, d, s.K), mask=z_mask, other=0.0)
+        b_dz = tl.load(vector_at(p_d_kept.z, slot * s.H + h, d, s.K), mask=z_mask, other=0.0)
+        b_dk += b_dz
+        through += b_z * b_dz
+    if s.DECAY > 0:
+        b_dk = to_end(b_dk, gates, s)
+        # The gradient of a gate is b_dg, plus the sum of b_dG over its token and the later ones.
+        b_dG = -per_gate(b_k * b_dk, s.DECAY)
+        b_dg = per_gate(through * tl.exp(load_last(gates, s)), s.DECAY)
         b_dg += tl.zeros_like(b_dG) - tl.sum(b_dG, 0)[None, :]
 
-    if dR is not None:
-        b_a = erase_key(a, b_k, rows, h, d, K).to(ACC)
-        b_e = strength(e, rows, h, ACC)
-        d_eraser, d_writer, dG, late = product_gradients(
-            dA, b_e * b_a, b_k, gates, KG, False, ERASE_LAG, DECAY, DOT, ACC
-        )
-        if DECAY > 0:
-            b_dea = from_start(b_dea, gates, KG, ERASE_LAG)
-            from_before = per_gate(b_e * b_a * b_dea, DECAY)
-            b_dG += from_before + dG
-            if ERASE_LAG:  # an eraser is one gate behind its token, as a reader with LAG
-                b_dg -= from_before + late
+    if p_dR is not None:
+        b_a = erase_keys(p, b_k, rows, h, d, s).to(s.ACC)
+        b_e = per_token(p.e, rows, h, s.ACC)
+        d_eraser, d_writer, dG, late = product_gradients(dA, b_e * b_a, b_k, gates, False, s.ERASE_BEFORE_DECAY, s)
+        if s.DECAY > 0:
+            b_dea = from_start(b_dea, gates, s.ERASE_BEFORE_DECAY, s)
+            from_S = per_gate(b_e * b_a * b_dea, s.DECAY)
+            b_dG += from_S + dG
+            if s.ERASE_BEFORE_DECAY:  # its gates are those of the token before
+                b_dg -= from_S + late
         b_dea += d_eraser
-        if a is None:
+        if p.a is None:
             b_dk += d_writer + b_e * b_dea
         else:
             b_dk += d_writer
-            store(da, rows, h, d, K, b_e * b_dea)
-        if de is not None:
-            store(de, rows, h, block + one, NK, tl.sum(b_a * b_dea, 1)[:, None])
+            store(p_da, rows, h, d, s.K, b_e * b_dea)
+        if p_de is not None:
+            store(p_de, rows, h, block + one, NK, tl.sum(b_a * b_dea, 1)[:, None])
 
-    if do is not None:
-        reading = readers(rows, WRITES, LAG)
-        for r in range(R):
-            b_q = features(q, q_norms, reading, (h * R + r) // GQ, d, K, D, MAP, NORM, SCALE, ACC).to(ACC)
-            b_dq = tl.zeros([C, BK], ACC)
-            dP = tl.zeros([C, C], ACC)
-            for part in range(tl.cdiv(V, BV)):
-                cols = part * BV + tl.arange(0, BV)
-                S = start_of(
-                    p_starts, p_slots, k, k_norms, v, w, X, G, n, c, h, first, end, d, channels, cols, NC,
-                    H, GK, GV, K, V, D, MAP, NORM, C, APART, DECAY, DOT, ACC,
-                )  # fmt: skip
-                x = load_written(v, w, X, rows, h, cols, V, GV, ACC)
-                b_do = load_divided(do, den, reading, h * R + r, cols, V, ACC)
-                b_dq += dot(b_do, tl.trans(S), DOT, ACC)
-                dP += dot(b_do, tl.trans(x), DOT, ACC)
-            if den is not None:
-                b_dden = load(dden, reading, h * R + r, one, 1)
-                b_dq += b_dden * z
+    if up.d_o is not None:
+        reading = reading_rows(rows, s)
+        for r in range(s.READERS):
+            reader = h * s.READERS + r
+            b_q = queries(p, reading, h, r, d, s).to(s.ACC)
+            b_dq = tl.zeros([C, BK], s.ACC)
+            dP = tl.zeros([C, C], s.ACC)
+            for part in range(tl.cdiv(s.V, BV)):
+                v_offsets = part * BV + tl.arange(0, BV)
+                b_S = recompute_S(p, p_X, p_kept.S, packing.slots, NC, at, d, channels, v_offsets, s)
+                x = load_written(p, p_X, rows, h, v_offsets, s)
+                b_do = load_divided(up, reading, reader, v_offsets, s)
+                b_dq += dot(b_do, tl.trans(b_S), s.DOT, s.ACC)
+                dP += dot(b_do, tl.trans(x), s.DOT, s.ACC)
+            if up.den is not None:
+                b_dden = load(up.d_den, reading, reader, one, 1)
+                b_dq += b_dden * b_z
                 dP += b_dden
-            d_reader, d_writer, dG, lagging = product_gradients(dP, b_q, b_k, gates, KG, not LAG, LAG, DECAY, DOT, ACC)
+            d_reader, d_writer, dG, lagging = product_gradients(
+                dP, b_q, b_k, gates, not s.READ_BEFORE, s.READ_BEFORE, s
+            )
             b_dk += d_writer
-            if DECAY > 0:
-                b_dq = from_start(b_dq, gates, KG, LAG)
+            if s.DECAY > 0:
+                b_dq = from_start(b_dq, gates, s.READ_BEFORE, s)
                 border = b_q * b_dq
-                b_dG += per_gate(border, DECAY) + dG
-                if LAG:  # a reader is one gate behind its token
-                    b_dg -= per_gate(border, DECAY) + lagging
+                b_dG += per_gate(border, s.DECAY) + dG
+                if s.READ_BEFORE:  # its gates are those of the token before
+                    b_dg -= per_gate(border, s.DECAY) + lagging
             b_dq += d_reader
-            if MAP < 4 and NORM == 0:
-                b_dq *= slope(q, reading, (h * R + r) // GQ, d, D, MAP, ACC) * SCALE
-            store(dq, reading, h * R + r, d, K, b_dq)
-    if MAP < 4 and NORM == 0:
-        b_dk *= slope(k, rows, h // GK, d, D, MAP, ACC)
-    store(dk, rows, h, d, K, b_dk)
-    if DECAY > 0:
+            if s.Q_PHI.MAP < 4 and s.Q_PHI.NORM == 0:
+                b_dq *= slope(p.q, reading, reader // s.HEADS_PER_Q, d, s.Q_PHI, s.ACC) * s.Q_PHI.SCALE
+            store(p_dq, reading, reader, d, s.K, b_dq)
+    if s.K_PHI.MAP < 4 and s.K_PHI.NORM == 0:
+        b_dk *= slope(p.k, rows, h // s.HEADS_PER_K, d, s.K_PHI, s.ACC)
+    store(p_dk, rows, h, d, s.K, b_dk)
+    if s.DECAY > 0:
         b_dg += tl.cumsum(b_dG, 0, reverse=True)
-        if DECAY == 2:
-            store(dg, rows, h, d, K, b_dg)
+        if s.DECAY == 2:
+            store(p_dg, rows, h, d, s.K, b_dg)
         else:
-            store(dg, rows, h, block + one, NK, b_dg)
+            store(p_dg, rows, h, block + one, NK, b_dg)

@@ -1,79 +1,78 @@
 """Two levels of a walk over T: segments of whole chunks run side by side, then their states are joined in order.
 
-What a segment does to the state before it is linear: S ← M S + N. N is what a walk makes of S = 0. M is the product of
-the decays if nothing is erased, else the matrix that a walk makes of the identity when nothing is written. So the
-states before all segments follow by a short recurrence, and the outputs by an ordinary walk from each. Gradients go the
-other way: dS ← Mᵀ dS + N', N' being what a walk back makes of dS = 0.
+A segment changes the state before it linearly: S ← M S + N. N is what a walk makes of S = 0. M is the product of the
+decays if nothing is erased, else the matrix that a walk makes of the identity when nothing is written. So the states
+before all segments follow by a short recurrence, and the outputs by an ordinary walk from each. Gradients go the other
+way: dS ← Mᵀ dS + N', where N' is what a walk back makes of dS = 0.
 """
 
 import triton
 import triton.language as tl
 
-from .tiles import dot, load_state, load_sum, row_at, state_at, state_block, state_mask
+from .device import dot, load_state, load_vector, state_at, state_block, state_mask, vector_at
 
 
 @triton.jit(do_not_specialize=["NS"])
 def join_kernel(
-    p_N,  # [segments, H, K, V]
+    p_N,  # States, S [segments, H, K, V] and z [segments, H, K], what each segment makes of 0
     p_M,  # [segments, H, K, K] or None: nothing is erased
-    p_decay,  # [segments, H, 1 or K] or None
-    p_S0,  # [N, H, K, V] or None
-    p_starts,  # out [segments, H, K, V], the state before each segment
-    p_S,  # out [N, H, K, V], the state after the last, or None
-    p_Nz,  # [segments, H, K] or None: the same of z, which decays alone change
-    p_z0,
-    p_z_starts,
-    p_z,
-    p_firsts,  # [N + 1], the first segment of each sequence, or None: NS of each
+    p_decay,  # [segments, H, GATE_WIDTH], the product of each segment's decays, or None
+    p_before,  # States before the first segment, [N, H, …]
+    p_starts,  # out, States before each segment, [segments, H, …]
+    p_after,  # out, States after the last segment, [N, H, …]
+    p_firsts,  # [N + 1], the first segment of each sequence, or None: each has NS
     NS,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
+    s: tl.constexpr,  # Switches
     BK: tl.constexpr,  # all of K
     BJ: tl.constexpr,  # features at a time in a product
     BV: tl.constexpr,
-    DECAY: tl.constexpr,
     BACK: tl.constexpr,
-    ACC: tl.constexpr,
 ):
-    """S ← M S + N, or with BACK dS ← Mᵀ dS + N from the last segment on. A program a sequence, head and V block."""
-    n, h, block, dk, dv, inside = state_block(H, K, V, BK, BV)
-    z_inside = (dk < K)[None, :] & (block == 0)
-    KG: tl.constexpr = K if DECAY == 2 else 1
-    gates = dk if DECAY == 2 else tl.arange(0, 1)
+    """S ← M S + N, or with BACK dS ← Mᵀ dS + N from the last segment on.
+
+    A program takes a sequence, a head and a block of V, and goes through the segments.
+    """
+    K: tl.constexpr = s.K
+    V: tl.constexpr = s.V
+    n, h, block, k_offsets, v_offsets, mask = state_block(s.H, K, V, BK, BV)
+    z_mask = (k_offsets < K)[None, :] & (block == 0)
+    channels = k_offsets if s.DECAY == 2 else tl.arange(0, 1)
     if p_firsts is None:
         first = n * NS
         count = NS
     else:
         first = tl.load(p_firsts + n)
         count = (tl.load(p_firsts + n + 1) - first).to(tl.int32)
-    S = load_state(p_S0, n * H + h, dk, dv, K, V, ACC)
-    z = load_sum(p_z0, n * H + h, dk, K, ACC)
+    b_S = load_state(p_before.S, n * s.H + h, k_offsets, v_offsets, K, V, s.ACC)
+    b_z = load_vector(p_before.z, n * s.H + h, k_offsets, K, s.ACC)
     for step in range(count):
-        s = (first + (count - 1 - step if BACK else step)) * H + h
-        tl.store(state_at(p_starts, s, dk, dv, K, V), S, mask=inside)
-        b_N = tl.load(state_at(p_N, s, dk, dv, K, V), mask=inside, other=0.0)
+        at = (first + (count - 1 - step if BACK else step)) * s.H + h
+        tl.store(state_at(p_starts.S, at, k_offsets, v_offsets, K, V), b_S, mask=mask)
+        b_N = tl.load(state_at(p_N.S, at, k_offsets, v_offsets, K, V), mask=mask, other=0.0)
         if p_decay is not None:
-            decay = tl.load(row_at(p_decay, s, gates, KG), mask=gates[None, :] < KG, other=0.0)
+            decay_at = vector_at(p_decay, at, channels, s.GATE_WIDTH)
+            decay = tl.load(decay_at, mask=channels[None, :] < s.GATE_WIDTH, other=0.0)
         if p_M is not None:
             tl.debug_barrier()  # S is read again, by blocks, from where it was just written
-            S = b_N
+            b_S = b_N
             for part in range(tl.cdiv(K, BJ)):
-                dj = part * BJ + tl.arange(0, BJ)
-                b_S = tl.load(state_at(p_starts, s, dj, dv, K, V), mask=state_mask(dj, dv, K, V), other=0.0)
-                at = dj[None, :] * K + dk[:, None] if BACK else dk[:, None] * K + dj[None, :]
-                b_M = tl.load(p_M + s * K * K + at, mask=state_mask(dk, dj, K, K), other=0.0)
-                S += dot(b_M, b_S, ACC, ACC)
+                j = part * BJ + tl.arange(0, BJ)
+                b_part = tl.load(
+                    state_at(p_starts.S, at, j, v_offsets, K, V), mask=state_mask(j, v_offsets, K, V), other=0.0
+                )
+                M_at = j[None, :] * K + k_offsets[:, None] if BACK else k_offsets[:, None] * K + j[None, :]
+                b_M = tl.load(p_M + at * K * K + M_at, mask=state_mask(k_offsets, j, K, K), other=0.0)
+                b_S += dot(b_M, b_part, s.ACC, s.ACC)
         elif p_decay is not None:
-            S = S * tl.trans(decay) + b_N
+            b_S = b_S * tl.trans(decay) + b_N
         else:
-            S += b_N
-        if p_Nz is not None:
-            tl.store(row_at(p_z_starts, s, dk, K), z, mask=z_inside)
+            b_S += b_N
+        if p_N.z is not None:
+            tl.store(vector_at(p_starts.z, at, k_offsets, K), b_z, mask=z_mask)
             if p_decay is not None:
-                z *= decay
-            z += tl.load(row_at(p_Nz, s, dk, K), mask=z_inside, other=0.0)
-    if p_S is not None:
-        tl.store(state_at(p_S, n * H + h, dk, dv, K, V), S, mask=inside)
-    if p_z is not None:
-        tl.store(row_at(p_z, n * H + h, dk, K), z, mask=z_inside)
+                b_z *= decay
+            b_z += tl.load(vector_at(p_N.z, at, k_offsets, K), mask=z_mask, other=0.0)
+    if p_after.S is not None:
+        tl.store(state_at(p_after.S, n * s.H + h, k_offsets, v_offsets, K, V), b_S, mask=mask)
+    if p_after.z is not None:
+        tl.store(vector_at(p_after.z, n * s.H + h, k_offsets, K), b_z, mask=z_mask)

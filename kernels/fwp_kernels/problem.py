@@ -1,0 +1,194 @@
+"""What is to be computed: the inputs of `fwp.core.Core` that the kernels serve, and what follows from their shapes.
+
+Nothing here starts a kernel or waits for a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from . import tiling
+from .arguments import Phi, Switches
+from .device import dot
+from .tiling import Tiles, cdiv
+
+INTERPRETED = isinstance(dot, InterpretedFunction)  # TRITON_INTERPRET=1 when Triton was imported
+MAPS = (None, "relu", "elu+1", "exp")
+NORMS = (None, "sum", "l2")
+TYPES: dict[torch.dtype, Any] = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """The inputs of `fwp.core.Core` in its letters, n = writes."""
+
+    q: Tensor  # [B, T, Hq, D]
+    k: Tensor  # [B, n·T, Hk, D]
+    v: Tensor  # [B, n·T, Hv, V]
+    g: Tensor | None  # [B, n·T, H] or [B, n·T, H, K]
+    a: Tensor | None  # [B, n·T, H, K]
+    e: Tensor | None  # [B, n·T, H]
+    w: Tensor | None  # [B, n·T, H]
+    S: Tensor | None  # [N, H, K, V]
+    z: Tensor | None  # [N, H, K]
+    cu_seqlens: Tensor | None  # [N + 1], in tokens of q
+    read_before: bool
+    eps: float | None = None  # None: no denominator
+    feature_map: str | None = None  # what q and k are yet to pass: one of MAPS or "dpfp-ν", a norm, and q's scale
+    norm: str | None = None
+    scale: float = 1.0
+    writes: int = 1
+    erase_before_decay: bool = False
+    chunk: int | None = None  # tokens of a chunk; None: the table's
+    segment: int | None = None  # chunks of a segment, 0: sequences aren't cut; None: as `packing.segment_length` says
+
+    @property
+    def B(self) -> int:
+        """Rows of the batch."""
+        return self.q.shape[0]
+
+    @property
+    def T(self) -> int:
+        """Tokens of q."""
+        return self.q.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """n·T, the tokens of k."""
+        return self.writes * self.q.shape[1]
+
+    @property
+    def V(self) -> int:
+        """Value features."""
+        return self.v.shape[3]
+
+    @cached_property
+    def K(self) -> int:
+        """Key features of the state."""
+        return 2 * self.nu * self.k.shape[3] if self.nu else self.k.shape[3]
+
+    @cached_property
+    def nu(self) -> int:
+        """ν of DPFP, 0 for other feature maps."""
+        return 0 if self.feature_map in MAPS else int(str(self.feature_map).removeprefix("dpfp-"))
+
+    @cached_property
+    def H(self) -> int:
+        """State heads."""
+        return max(self.k.shape[2], self.v.shape[2])
+
+    @cached_property
+    def readers(self) -> int:
+        """Heads of the output."""
+        return max(self.q.shape[2], self.H)
+
+    @cached_property
+    def N(self) -> int:
+        """Sequences."""
+        return self.B if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no token."""
+        return self.T == 0 or self.N == 0
+
+    @property
+    def erases(self) -> bool:
+        """Whether anything is removed before a write."""
+        return self.e is not None or self.a is not None
+
+    @property
+    def decay(self) -> int:
+        """0 none, 1 per head, 2 per key channel."""
+        return 0 if self.g is None else self.g.dim() - 2
+
+    @property
+    def gate_width(self) -> int:
+        """Gates per head."""
+        return self.K if self.decay == 2 else 1
+
+    @property
+    def maps_alone(self) -> bool:
+        """Whether each feature is mapped alone, so that `gradients` can take its slope."""
+        return not self.nu and self.norm is None
+
+    @cached_property
+    def accumulator(self) -> torch.dtype:
+        """The dtype of states, sums and all that isn't an operand of a matrix product."""
+        return torch.float64 if self.v.dtype == torch.float64 else torch.float32
+
+    @cached_property
+    def operand(self) -> torch.dtype:
+        """The dtype of operands. The interpreter's bfloat16 arithmetic is wrong, its loads and stores are right."""
+        return torch.float32 if INTERPRETED and self.v.dtype == torch.bfloat16 else self.v.dtype
+
+    @cached_property
+    def borders(self) -> Tensor | None:
+        """Where packed sequences begin and end in the tokens of k."""
+        if self.cu_seqlens is None or self.writes == 1:
+            return self.cu_seqlens
+        return self.cu_seqlens * self.writes
+
+    @cached_property
+    def tiles(self) -> Tiles:
+        """Block sizes."""
+        gpu, denominator = tiling.architecture(self.v.device), self.eps is not None
+        return tiling.tiles(self.K, self.V, self.operand, self.decay, self.erases, gpu, denominator)
+
+    @cached_property
+    def C(self) -> int:
+        """Tokens of a chunk."""
+        return self.chunk or self.tiles.chunk
+
+    @cached_property
+    def chunks(self) -> int:
+        """Chunks of a batch row."""
+        return cdiv(self.tokens, self.C)
+
+    @cached_property
+    def k_phi(self) -> Phi:
+        """What k passes."""
+        number = 4 if self.nu else MAPS.index(self.feature_map)
+        return Phi(self.K, self.k.shape[3], number, NORMS.index(self.norm), 1.0)
+
+    @cached_property
+    def q_phi(self) -> Phi:
+        """What q passes."""
+        return self.k_phi._replace(SCALE=self.scale)
+
+    @cached_property
+    def switches(self) -> Switches:
+        """The constants that kernels are compiled for."""
+        return Switches(
+            H=self.H,
+            HEADS_PER_K=self.H // self.k.shape[2],
+            HEADS_PER_V=self.H // self.v.shape[2],
+            HEADS_PER_Q=self.readers // self.q.shape[2],
+            READERS=self.readers // self.H,
+            K=self.K,
+            V=self.V,
+            Q_PHI=self.q_phi,
+            K_PHI=self.k_phi,
+            C=self.C,
+            CHECKPOINT_EVERY=self.tiles.checkpoint_every,
+            DECAY=self.decay,
+            GATE_WIDTH=self.gate_width,
+            READ_BEFORE=self.read_before,
+            ERASE_BEFORE_DECAY=self.erase_before_decay and self.erases and self.decay > 0,
+            WRITES=self.writes,
+            EPS=self.eps,
+            DOT=TYPES[self.operand],
+            ACC=TYPES[self.accumulator],
+        )
