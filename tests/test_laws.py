@@ -183,7 +183,7 @@ def test_chunk_size_does_not_matter(rule, way):
 
 @each_way
 def test_split_and_carry(rule, form, way):
-    inputs = sample(rule, T=20, K=6, V=5, state=True, seed=9, **way.inputs)
+    inputs = sample(rule, T=12, K=6, V=5, state=True, seed=9, **way.inputs)
 
     def in_two(rule, state, cut, **options):
         outs = []

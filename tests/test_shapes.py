@@ -288,7 +288,7 @@ def test_gates_and_state_are_not_rounded(rule, form, way, dtype):
 
 @each_way
 def test_float32(rule, form, way):
-    inputs = sample(rule, T=130, K=16, V=12, state=True, seed=9, dtype=torch.float32, **way.inputs)
+    inputs = sample(rule, T=70, K=16, V=12, state=True, seed=9, dtype=torch.float32, **way.inputs)
     truth = evaluate(rule, cast(inputs, torch.float64), **way.options, **REFERENCE)
     for key, x in evaluate(rule, inputs, **way.options, **form).items():
         assert row_error(x, truth[key]) < 3e-4, key
