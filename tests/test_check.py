@@ -172,7 +172,8 @@ def test_kernels_run_in_other_processes(tmp_path, monkeypatch):
     file = tmp_path / "rows.json"
     assert equivalence.main("additive", "triton", file) == 0
     found = json.loads(file.read_text())
-    assert {row["case"] for row in found} == {case.name for case in equivalence.CASES}
+    gpu = torch.cuda.is_available()
+    assert {row["case"] for row in found} == {case.name for case in equivalence.CASES if gpu or case.interpreted}
     assert {row["form"] for row in found} == {"recurrent", "chunk"}
     assert all(row["ok"] and row["interpreted"] is (row["device"] == "cpu") for row in found)
     monkeypatch.setattr(equivalence, "kernel_rows", stops)
