@@ -1,4 +1,4 @@
-"""What a reproduction is made of: settings, rows of results, and claims that they confirm or not."""
+"""The parts of a reproduction: settings of runs, rows of results, and claims to test against them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Settings = Mapping[str, Any]  # everything that decides a run's result, with its "seed"; JSON values
+Settings = Mapping[str, Any]  # JSON values that determine a run's result, "seed" among them
 Rows = Sequence[Mapping[str, Any]]  # one row per run: its settings and its results
 
 
@@ -17,8 +17,8 @@ Rows = Sequence[Mapping[str, Any]]  # one row per run: its settings and its resu
 class Scale:
     """How much of an experiment is run.
 
-    settings: the runs. cost: how long they take, in words. judged: False if the scale only shows that the code runs;
-    then no claim is measured.
+    settings: one per run. cost: how long all runs take, in words.
+    judged: whether claims are measured; False for a scale that only shows that the code runs.
     """
 
     settings: Sequence[Settings]
@@ -28,9 +28,10 @@ class Scale:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the rows say of a claim. holds: None if the rows it needs are missing.
+    """What the rows say about a claim.
 
-    note: why, in one sentence.
+    measured: our value. holds: None if the rows can't decide it. spread: the range of our value, or None.
+    note: the reason, or what a reader should know beside the verdict.
     """
 
     measured: Any
@@ -43,7 +44,7 @@ class Outcome:
 class Claim:
     """A sentence that can be false.
 
-    published: the paper's value. source: its place in the paper. method: how the same is measured here.
+    published: the paper's value. source: where the paper gives it. method: how the value is measured here.
     measure: (rows) → `Outcome`.
     """
 
@@ -57,9 +58,11 @@ class Claim:
 
 @dataclass(frozen=True)
 class Family:
-    """One experiment of a paper and the claims that rest on it.
+    """One experiment of a paper, and the claims that rest on it.
 
-    train: (settings) → result of one run. It must stand at the top level of a module, to be sent to other processes.
+    protocol: the experiment in steps, for the report. caption: that of the figure. scales: by name.
+    train: (settings) → the result of one run. It must be a module's top-level function, so that it can be sent to other
+    processes.
     summarise: (row) → one line for the terminal. draw: (rows) → the figure.
     """
 

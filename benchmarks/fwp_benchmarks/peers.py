@@ -1,8 +1,8 @@
-"""Functions of other packages that compute the same from the same tensors: `fwp bench --peers`.
+"""Functions of other packages that compute the same from the same tensors, for `fwp bench --peers`.
 
-`PEERS` names them. Each takes a `Point` and returns a function from the inputs to the output, or None if the peer
-does not serve the point. Peers get scale 1, and the l2 norm only if the point has it. They return the final state
-wherever they can, since ours always does. A peer that is not installed is left out.
+`PEERS` lists an adapter per peer. An adapter takes a `Point` and returns a function from the inputs to the output, or
+None if the peer does not serve the point. Peers get scale 1, and the l2 norm only if the point has it. They return the
+final state wherever they can, because our op always does. A peer that is not installed is left out.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Call = Callable[[dict[str, Any]], Tensor]  # the inputs of `fast_weights` by nam
 
 
 def softmax(point: Point) -> Call | None:
-    """PyTorch's causal softmax attention, which computes something else at quadratic cost.
+    """PyTorch's causal softmax attention, for comparison: a different result, at a cost quadratic in T.
 
-    Not for a single token.
+    None for a single token.
     """
     if point.T == 1:
         return None
@@ -40,7 +40,7 @@ def softmax(point: Point) -> Call | None:
     return call
 
 
-# Rule → its folder in fla.ops, which is also the end of its functions' names; how the recurrent form calls the decay.
+# Rule → its folder in fla.ops, which also ends the names of its functions, and the recurrent form's name for the decay.
 FLA = {
     "additive": ("linear_attn", "g"),
     "decay": ("simple_gla", "g"),
@@ -52,9 +52,9 @@ FLA = {
 
 
 def flash_linear_attention(point: Point) -> Call | None:
-    """fla.ops of flash-linear-attention 0.6: its chunk form, and for one token its recurrent form.
+    """The ops of flash-linear-attention 0.6: the chunk form, and for one token the recurrent form.
 
-    It computes feature maps eagerly. `separate` keeps its gated delta rule from handing over to FlashQLA.
+    Feature maps are computed eagerly, before the op. `separate` keeps its gated delta rule from calling FlashQLA.
     """
     if point.device == "cpu" or point.rule not in FLA:
         return None
@@ -84,7 +84,7 @@ def flash_linear_attention(point: Point) -> Call | None:
 
 @contextmanager
 def separate() -> Iterator[None]:
-    """A context in which flash-linear-attention does not hand over to FlashQLA, another peer."""
+    """A context in which flash-linear-attention does not call FlashQLA, which is a peer of its own."""
     name = "FLA_FLASH_QLA"
     before = os.environ.get(name)
     os.environ[name] = "0"
@@ -97,7 +97,7 @@ def separate() -> Iterator[None]:
 
 
 def _feature_map(point: Point) -> Callable[[Tensor], Tensor]:
-    """φ as fla's layers compute it."""
+    """φ as the layers of flash-linear-attention compute it."""
     if point.feature_map is None:
         return lambda x: x
     if point.feature_map == "elu+1":
@@ -108,7 +108,7 @@ def _feature_map(point: Point) -> Callable[[Tensor], Tensor]:
 
 
 def flash_qla(point: Point) -> Call | None:
-    """FlashQLA's gated delta rule, in TileLang for Hopper and Blackwell: 128 features, 16 bits."""
+    """FlashQLA's gated delta rule, in TileLang for Hopper and Blackwell: 128 features, in 16 bits."""
     if point.device == "cpu" or point.rule != "gated_delta" or point.D != 128 or point.T == 1 or point.denominator:
         return None
     if point.feature_map is not None or point.feature_norm not in (None, "l2"):
@@ -119,7 +119,7 @@ def flash_qla(point: Point) -> Call | None:
 
 
 def transformers(point: Point) -> Call | None:
-    """The gated delta rule of transformers in plain torch, for CPUs: its backward is quadratic in T."""
+    """The gated delta rule of transformers, in plain torch for CPUs. Its backward is quadratic in T."""
     if point.device != "cpu" or point.rule != "gated_delta" or point.T == 1:
         return None
     if point.denominator or point.feature_map is not None or point.feature_norm not in (None, "l2"):
@@ -134,7 +134,7 @@ def transformers(point: Point) -> Call | None:
 
     def call(x: dict[str, Any]) -> Tensor:
         out: Tensor = function(x["q"], x["k"], x["v"], x["g"], x["beta"])[0]
-        return out * point.D**0.5  # its scale is fixed
+        return out * point.D**0.5  # undoes its fixed scale D^-0.5
 
     return call
 
@@ -153,22 +153,22 @@ def in_a_line(error: Exception) -> str:
 
 
 def calls(point: Point) -> tuple[dict[str, Call], list[str]]:
-    """The peers that serve a point, and what is broken about others that are installed."""
+    """The peers that serve a point, and the errors of installed peers that are broken."""
     found: dict[str, Call] = {}
     broken: list[str] = []
     for name, adapter in PEERS.items():
         try:
             if (call := adapter(point)) is not None:
                 found[name] = call
-        except ModuleNotFoundError:  # no peer
+        except ModuleNotFoundError:  # not installed
             continue
-        except Exception as error:  # a peer that is broken breaks nothing of ours
+        except Exception as error:  # a broken peer must not stop our own measurement
             broken.append(f"{name}: {in_a_line(error)}")
     return found, broken
 
 
 def versions() -> dict[str, str]:
-    """The versions of PyTorch, of Triton and of the peers that are installed."""
+    """The versions of PyTorch, Triton and the installed peers."""
     found = {}
     for name in (*PEERS, "fla-core", "triton"):
         try:

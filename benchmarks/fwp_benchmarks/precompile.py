@@ -1,4 +1,4 @@
-"""Processes of their own for `fwp bench`: some time first calls, others compile kernels for a GPU."""
+"""Separate processes for `fwp bench`: some time first calls, others compile kernels for a GPU."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ Job = Future[tuple[float, str | None]]  # what `run_child` returns
 def run_child(task: str, point: Point, who: str, until: float, environment: dict[str, str]) -> tuple[float, str | None]:
     """Runs `fwp_benchmarks.speed` on a point in a new process.
 
-    Returns the seconds it ran and the last line it wrote, which is None if the time was over before it ended.
-    RuntimeError if it failed.
+    task: "cold" or "ready". who: "ours" or the name of a peer. until: the deadline, by `time.monotonic`.
+    Returns the seconds that the process ran, and the last line of its output, or None if the deadline came first.
+    Raises RuntimeError if the process failed.
     """
     command = [sys.executable, "-m", "fwp_benchmarks.speed", task, json.dumps(asdict(point)), who]
     started = time.monotonic()
@@ -41,7 +42,7 @@ def run_child(task: str, point: Point, who: str, until: float, environment: dict
 
 
 def first_call(jobs: dict[str, Job]) -> dict[str, Any]:
-    """The times of a cold point, for its row. jobs: one process for each name."""
+    """The part of a cold point's row that holds its times. jobs: one process per name."""
     row: dict[str, Any] = {"seconds": {}, "times": {}}
     notes = []
     for name, job in jobs.items():
@@ -64,11 +65,10 @@ def first_call(jobs: dict[str, Job]) -> dict[str, Any]:
 
 
 class Precompiler:
-    """Times first calls, each in a process of its own.
+    """Times first calls, each in a process of its own. On a GPU it also compiles the kernels of all points.
 
-    On a GPU it compiles the kernels of all points as well.
-
-    todo: the points. peers: the fastest peer too, if it is installed. until: when to stop, by `time.monotonic`.
+    todo: the points. peers: whether to include the main peer, if it is installed.
+    until: the deadline, by `time.monotonic`.
     """
 
     def __init__(self, todo: list[Point], device: str, peers: bool, until: float) -> None:
@@ -78,7 +78,7 @@ class Precompiler:
         with tempfile.TemporaryDirectory() as empty, ThreadPoolExecutor(workers) as pool:
 
             def start(task: str, point: Point, name: str) -> Job:
-                # a peer's autotuner measures badly beside so many processes: its results are not kept
+                # beside so many processes a peer's autotuner measures badly, so its results are not kept
                 own: dict[str, str] = {"FLA_CACHE_RESULTS": "0"}
                 if task == "cold":
                     folders = ("TRITON_CACHE_DIR", "XDG_CACHE_HOME")
@@ -92,14 +92,14 @@ class Precompiler:
                 self.ready = {name: {small: start("ready", small, name) for small in kernels} for name in who}
 
     def serves(self, point: Point, name: str) -> bool:
-        """Whether the kernels of a point are compiled, or their compilation failed at once.
+        """Whether a point can be timed: its kernels are compiled, or compiling them failed.
 
-        Then the point can be timed: what fails does so quickly again.
+        A compilation that failed will fail as quickly again, so it doesn't hold up the timing.
         """
         job = self.ready.get(name, {}).get(with_same_kernels(point))
         return job is None or job.exception() is not None or job.result()[1] is not None
 
 
 def with_same_kernels(point: Point) -> Point:
-    """A small point that needs the same kernels."""
+    """A smaller point that needs the same kernels."""
     return replace(point, B=1, T=min(point.T, 256), graph=False)

@@ -1,4 +1,4 @@
-"""What the finished runs show: figures, `claims.json`, and `report.html`, which needs no other file."""
+"""Makes figures, `claims.json` and a self-contained `report.html` from the finished runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ VERDICTS = {True: ("yes", "holds"), False: ("no", "does not hold"), None: ("open
 def write(families: Iterable[Family], scale: str, out: Path, asked: Sequence[str]) -> Path:
     """Makes figures, claims and report from the finished runs. Returns the path of report.html.
 
-    asked: the families that the command named; the report prints the command.
+    asked: the families that the command named. The report prints that command.
     """
     sections, claims = [], []
     for family in families:
@@ -78,14 +78,14 @@ def judge(family: Family, claim: Claim, rows: Sequence[dict[str, Any]], scale: s
 
 
 def seeds(rows: Sequence[Mapping[str, Any]]) -> int:
-    """The number of seeds. A run of many nets at once has one per net."""
+    """The number of seeds. A run that trains many nets at once has one seed per net."""
     return len({(row["seed"], n) for row in rows for n in range(row.get("nets", 1))})
 
 
 def picture(family: Family, rows: Sequence[dict[str, Any]], out: Path) -> str:
-    """Draws a family's figure into `<family>.png` beside the report.
+    """Draws a family's figure into `<family>.png` beside the report, and returns it as HTML.
 
-    Returns it as an <img> for the report.
+    The HTML embeds the image, so that the report needs no other file. Without rows it is empty.
     """
     if not rows:
         return ""
@@ -140,7 +140,7 @@ def claim_table(verdicts: Sequence[dict[str, Any]]) -> str:
 
 
 def tally(claims: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
-    """Three counts for each paper: claims that held, that were decided, that are listed."""
+    """Counts the claims of each paper: [how many held, how many were decided, how many are listed]."""
     counts: dict[str, list[int]] = {}
     for claim in claims:
         found = counts.setdefault(claim["paper"], [0, 0, 0])

@@ -1,7 +1,7 @@
-"""`fwp reproduce`: trains what a paper trained, and says for each of its claims whether it held.
+"""`fwp reproduce`: trains what the papers trained, and says whether each of their claims holds.
 
-Every finished run is one line of `<family>.jsonl` in the output folder, under a key of all its settings. A rerun takes
-what is there and trains the rest. The figures, `claims.json` and `report.html` are made from these lines.
+Each finished run is one line of `<family>.jsonl` in the output folder, under a key made of all its settings. A rerun
+keeps these lines and trains only what is missing. The figures, `claims.json` and `report.html` are made from them.
 """
 
 from __future__ import annotations
@@ -29,17 +29,15 @@ FAMILIES: dict[str, Family] = {
 }
 SCALES = ("smoke", "quick", "reduced", "paper")
 
-Progress = Callable[[int, int, str], None]  # finished runs, all runs, what was just finished
+Progress = Callable[[int, int, str], None]  # number of finished runs, number of all runs, the run that just finished
 
 
 def main(ids: Sequence[str], scale: str, out: Path, progress: Progress = lambda done, total, text: None) -> Path:
-    """Trains the missing runs of these families, of all families if none is named.
+    """Trains the missing runs of the named families, or of all if none is named, and writes the report.
 
-    Returns the path of the report.
-
-    KeyboardInterrupt passes through; the finished runs are kept.
+    Returns the path of the report. KeyboardInterrupt passes through; the finished runs are kept.
     """
-    from . import report  # first, so that a missing matplotlib raises before any work
+    from . import report  # before any training, because it raises if matplotlib is missing
 
     out.mkdir(parents=True, exist_ok=True)
     families = [FAMILIES[name] for name in dict.fromkeys(ids or FAMILIES)]
@@ -55,9 +53,9 @@ def main(ids: Sequence[str], scale: str, out: Path, progress: Progress = lambda 
 
 
 def train(todo: Sequence[tuple[Family, Settings]]) -> Generator[tuple[Family, dict[str, Any]], None, None]:
-    """Runs them side by side, one process per core, and yields each as it ends.
+    """Trains the runs side by side, one process per core, and yields each as it ends.
 
-    Closing it ends the processes.
+    Closing the generator ends the processes.
     """
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(min(len(todo), cores()), multiprocessing.get_context("spawn"), start_worker)
@@ -76,7 +74,7 @@ def train(todo: Sequence[tuple[Family, Settings]]) -> Generator[tuple[Family, di
 
 
 def timed_run(run: Callable[[Settings], Any], settings: Settings) -> dict[str, Any]:
-    """The run's result, the seconds it took, and what it ran on."""
+    """Does one run. Returns its result, the seconds it took, PyTorch's version and the device."""
     started = time.perf_counter()
     result = run(settings)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

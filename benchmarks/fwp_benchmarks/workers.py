@@ -1,4 +1,4 @@
-"""Processes that compute side by side, one thread each."""
+"""Worker processes that compute side by side, with one thread each."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from multiprocessing.connection import wait
 
 import torch
 
-# By default glibc returns the pages of every large tensor to the operating system and takes new ones at the next
-# step, which costs a third of the time of a run.
+# By default glibc returns the pages of every large tensor to the operating system and takes new ones at the next step.
+# That costs a third of a run's time.
 WORKER = {
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
@@ -23,7 +23,7 @@ WORKER = {
 
 
 def start_worker() -> None:
-    """Prepares a worker: it computes with one thread, and it ends when its parent does."""
+    """Prepares a worker: it computes with one thread, and it ends when its parent ends."""
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -31,15 +31,15 @@ def start_worker() -> None:
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 @contextmanager
 def for_workers() -> Iterator[None]:
-    """A context for starting workers, which get the environment above and leave Ctrl-C to us.
+    """A context in which to start workers. They get the variables above and leave Ctrl-C to this process.
 
-    A variable that is set already stays.     The environment of this process is restored at the end.
+    A variable that is already set keeps its value. At the end the environment of this process is restored.
     """
     ours = {name: value for name, value in WORKER.items() if name not in os.environ}
     os.environ.update(ours)

@@ -1,24 +1,30 @@
 """Can one net learn to write the weights of another? The two experiments of Schmidhuber 1991/92.
 
 "Learning to control fast-weight memories: an alternative to dynamic recurrent networks", Neural Computation 4(1),
-131-139, 1992; FKI-147-91, TU München, 1991. A slow net S writes the weights w of a fast net F:
-y(t) = F(x(t)) with w(t − 1), then w(t) = 1 / (1 + exp(−T (w(t − 1) + □w(t) − 0.5))), and S learns online by gradient
-descent on E(t) = ½ Σ (d(t) − y(t))², with ∂w/∂W_S carried forward (`fwp.nn.SlowFastNet.step_online`).
+131-139, 1992; FKI-147-91, TU München, 1991. A slow net S writes the weights w of a fast net F. At step t, F answers
+y(t) = F(x(t)) with w(t − 1). Then S gives the change □w(t), and w(t) = 1 / (1 + exp(−T (w(t − 1) + □w(t) − 0.5))).
+S learns online by gradient descent on E(t) = ½ Σ (d(t) − y(t))². For that, ∂w/∂W_S is carried forward from step to step
+(`fwp.nn.SlowFastNet.step_online`).
 
-Nets. S and F are linear, without hidden units and biases, W_S at first uniform in (−0.1, 0.1). Version 1: an output of
-S for each fast weight, □w = s. Version 2: FROM and TO, □w_ab = s_a s_b. w(0) = □w(0).
-Flip-flop. One of A, B, C at each step; the answer is 1 the first time that B follows an A, else 0. F: 3 → 1, S: 3 → 3
-or 3 → 4. Never reset.
-Parking. F: "where is my car?" → 3 slots; S: 3 slot detectors, on in the one step in which the car is parked, and 3
-random bits. Driving ends with probability ¼ before each step, business too. F is asked at random steps of business.
-Solved. E(t) ≤ 0.05 for 100 steps in a row; of parking's steps only those that ask, as F's answer is 0 at all others.
+Nets. S and F are linear, without hidden units or biases. W_S starts uniform in (−0.1, 0.1), and w(0) = □w(0). In
+version 1, S has one output per fast weight, which is □w. In version 2, S has outputs FROM_a per input and TO_b per
+output of F, and □w_ab = FROM_a TO_b.
+Flip-flop. Each step shows A, B or C. The right answer is 1 the first time that B follows an A, else 0. F has 3 inputs
+and 1 output. S has 3 inputs, and 3 outputs (version 1) or 4 (version 2). Nothing is ever reset.
+Parking. F has one input, which asks "where is my car?", and one output per parking slot, 3 in all. S sees 3 slot
+detectors and 3 random bits. A detector is on only in the step in which the car is parked in its slot. Before each step,
+driving ends with probability ¼, and so does business. F is asked at random steps of business.
+Solved. A net has solved its task once E(t) ≤ 0.05 for 100 steps in a row. In parking, only the steps that ask count,
+because F's answer is 0 at all others.
 
-The paper reports one net of each kind and doesn't say what x(0) was, how often it asked for the car (here at half of
-the steps of business) and whether its "error" of 0.05 was E or |d − y|. Here a net stops learning once it has solved
-its task, and a new stream then tests all of them as they are. A hundred steps in a row can be luck: flip-flop ends
-after 5,000 steps, as after 20,000 264 of 912 "solved" nets of version 1 were no latch, and 113 didn't bridge the lag;
-so the claim on lags holds of nets that learned soon. In parking |d − y| ≤ 0.05 would leave no net at T = 5, where a
-fast weight that nobody touches comes to rest at 0.855.
+The paper reports one net of each kind. It doesn't say what x(0) was, how often it asked for the car (here at half of
+the steps of business), or whether its "error" of 0.05 was E or |d − y|. In parking, |d − y| ≤ 0.05 would leave no net
+at T = 5: there a fast weight to which nothing is written comes to rest at 0.855.
+
+Here a net stops learning once it has solved its task. Then all nets are tested, as they are, on a new stream. A hundred
+steps in a row can be luck. When flip-flop ran for 20,000 steps, 264 of 912 "solved" nets of version 1 were no latch,
+and 113 didn't bridge the lag. So flip-flop ends after 5,000 steps, and the claim on lags is about nets that learned
+within them.
 """
 
 from __future__ import annotations
@@ -52,7 +58,11 @@ PAPER = (
 
 @dataclass(frozen=True)
 class Stream:
-    """Steps 0 to L of N streams: inputs of S and F, targets [L + 1, N, ·], and which count [L + 1, N]."""
+    """Steps 0 to L of N streams.
+
+    slow, fast, target: the inputs of S, the inputs of F and the right answers, [L + 1, N, ·].
+    scored: whether the step counts, [L + 1, N].
+    """
 
     slow: Tensor
     fast: Tensor
@@ -61,7 +71,7 @@ class Stream:
 
 
 def flip_flop(generators: Sequence[torch.Generator], steps: int) -> Stream:
-    """Streams of random events, one for each generator."""
+    """Streams of random events, one per generator."""
     return flip_flop_from(torch.stack([torch.randint(3, (steps + 1,), generator=g) for g in generators], 1))
 
 
@@ -76,12 +86,12 @@ def flip_flop_from(events: Tensor) -> Stream:
 
 
 def parking(generators: Sequence[torch.Generator], steps: int, asked: float = 0.5) -> Stream:
-    """Streams of a car owner's life: driving, parking for one step, business, and so on.
+    """Streams of a car owner's life, one per generator: driving, parking for one step, business, and so on.
 
-    asked: the share of the steps of business at which F is asked.
+    asked: the probability that F is asked at a step of business.
     """
     L, N = steps + 1, len(generators)
-    chance = torch.stack([torch.rand(L, 3, generator=g) for g in generators], 1)  # of leaving, of parking, of asking
+    chance = torch.stack([torch.rand(L, 3, generator=g) for g in generators], 1)  # for leaving, parking and asking
     bits = torch.stack([torch.randint(2, (L, 3), generator=g) for g in generators], 1)
     slots = torch.stack([torch.randint(3, (L,), generator=g) for g in generators], 1)
     detectors, target, ask = torch.zeros(L, N, 3), torch.zeros(L, N, 3), torch.zeros(L, N, dtype=torch.bool)
@@ -100,17 +110,18 @@ def parking(generators: Sequence[torch.Generator], steps: int, asked: float = 0.
 
 # -------------------------------------------------------------------------------------------------------- the training
 
-TOLERANCE, IN_A_ROW = 0.05, 100  # solved
+TOLERANCE, IN_A_ROW = 0.05, 100  # solved: E ≤ TOLERANCE for IN_A_ROW steps
 TEST = 1000  # steps of the new stream
-LAG = 1000  # steps between an A and its B that no net meets in training
+LAG = 1000  # steps between an A and its B, more than any net meets in training
 
 
 @dataclass
 class Run:
     """What N nets did in L steps.
 
-    E: [L, N]. W: W_S at the end, [N, ·, ·]. y: [L, N, ·]. w: w(t), [L, N, fast weights].
-    solved: the step at which 100 scored steps in a row had E ≤ 0.05. any: the same for all steps, scored or not.
+    E: the error [L, N]. W: W_S at the end [N, ·, ·]. y: the answers [L, N, ·]. w: w(t) [L, N, fast weights].
+    solved: per net, the step that completed 100 scored steps in a row with E ≤ 0.05; None if there was none.
+    any: the same, but every step counts, scored or not.
     """
 
     E: Tensor
@@ -122,9 +133,9 @@ class Run:
 
 
 def run(net: SlowFastNet, W: Tensor, stream: Stream, rate: float = 0.0) -> Run:
-    """Online learning of N nets from W on: W_S ← W_S − rate · ∂E(t)/∂W_S until a net solves its task.
+    """N nets learn online from W: W_S ← W_S − rate · ∂E(t)/∂W_S until a net solves its task.
 
-    y and w are kept at rate 0 only, since those of a long training would not fit into memory.
+    y and w are kept only at rate 0, because those of a long training would not fit into memory.
     """
 
     def step(slow: Any, carried: Any, rate: Tensor, x: Tensor, target: Tensor, fast_input: Tensor) -> Any:
@@ -136,7 +147,7 @@ def run(net: SlowFastNet, W: Tensor, stream: Stream, rate: float = 0.0) -> Run:
     carried = vmap(net.begin_online)(slow, stream.slow[0])
     rates = torch.full((N,), rate, dtype=W.dtype)
     given = list(zip(stream.slow[1:], stream.target[1:], stream.fast[1:]))
-    # make_fx records the plain operations of a step once; running these takes a third of the time
+    # make_fx records the plain operations of a step once. Running the record takes a third of the time.
     all_nets = make_fx(vmap(step))(slow, carried, rates, *given[0])
     E: list[Tensor] = []
     y: list[Tensor] = []
@@ -161,13 +172,14 @@ def run(net: SlowFastNet, W: Tensor, stream: Stream, rate: float = 0.0) -> Run:
 
 
 def judge_flip_flop(net: SlowFastNet, W: Tensor, test: Stream, tested: Run) -> dict[str, list[float]]:
-    """How well the nets are a latch.
+    """How well each net works as a latch.
 
-    good: the share of steps at which w_B is above ½ exactly between an A and the next B, and w_A and w_C are below.
+    good: the share of steps at which the fast weights are right: w_B is above ½ if and only if an A waits for its B,
+    and w_A and w_C are below ½.
     after_lag: E at a B that follows its A after 1,000 C.
     """
     N = W.shape[0]
-    armed, known = torch.zeros(2, N, dtype=torch.bool)  # before the first A or B, whether it is armed isn't known
+    armed, known = torch.zeros(2, N, dtype=torch.bool)  # known from the first A or B on
     good, steps = torch.zeros(2, N)
     for event, on in zip(test.slow[1:].bool(), tested.w > 0.5):
         a, b, _ = event.unbind(1)
@@ -179,13 +191,13 @@ def judge_flip_flop(net: SlowFastNet, W: Tensor, test: Stream, tested: Run) -> d
 
 
 def judge_parking(net: SlowFastNet, W: Tensor, test: Stream, tested: Run) -> dict[str, list[float]]:
-    """How well the nets remember the car's slot.
+    """How well each net remembers the car's slot.
 
-    good: the share of questions at which the weight of the car's slot is above ½ and the other two are below.
-    from_bits: the largest weight of S from a random bit.
+    good: the share of questions at which the fast weight of the car's slot is above ½ and the other two are below.
+    from_bits: the largest absolute weight of S from a random bit.
     """
     asked = test.scored[1:]
-    right = ((tested.y > 0.5) == (test.target[1:] > 0.5)).all(2)  # y is w(t − 1) where F is asked
+    right = ((tested.y > 0.5) == (test.target[1:] > 0.5)).all(2)  # where F is asked, y is w(t − 1)
     return {
         "good": ((right & asked).sum(0) / asked.sum(0)).tolist(),
         "from_bits": W[:, :, 3:].abs().amax((1, 2)).tolist(),
@@ -194,8 +206,9 @@ def judge_parking(net: SlowFastNet, W: Tensor, test: Stream, tested: Run) -> dic
 
 @dataclass(frozen=True)
 class Task:
-    """A task. inputs: the numbers of inputs of S and F. outputs: of F.
+    """A task: its streams, its judge, and its sizes.
 
+    inputs: the numbers of inputs of S and of F. outputs: the number of outputs of F.
     window: steps per point of the learning curve.
     """
 
@@ -214,7 +227,7 @@ TASKS = {
 
 @torch.no_grad()
 def train(settings: Settings) -> dict[str, Any]:
-    """Trains `nets` nets side by side, with seeds from `seed` on, and tests them on a new stream."""
+    """Trains nets side by side, each with a seed of its own, and tests them on a new stream."""
     task = TASKS[settings["task"]]
     (to_slow, to_fast), outputs = task.inputs, task.outputs
     program = nn.Linear(to_slow, to_fast * outputs if settings["version"] == 1 else to_fast + outputs, bias=False)
@@ -239,7 +252,10 @@ def train(settings: Settings) -> dict[str, Any]:
 
 
 def curve(E: Tensor, scored: Tensor, window: int) -> list[list[float]]:
-    """Quartiles over nets of the mean E at scored steps, one point per window of steps. E, scored [L, N]."""
+    """The learning curve: per window of steps, the quartiles over nets of the mean E at scored steps.
+
+    E, scored: [L, N].
+    """
     at = torch.tensor([0.25, 0.5, 0.75], dtype=E.dtype)
     parts = zip(E.split(window), scored.split(window))
     means = ((errors * which).sum(0) / which.sum(0).clamp(min=1) for errors, which in parts)
@@ -247,7 +263,7 @@ def curve(E: Tensor, scored: Tensor, window: int) -> list[list[float]]:
 
 
 def trace(test: Stream, tested: Run, n: int, steps: int = 80) -> dict[str, list[list[float]]]:
-    """The first steps of net n in the test: inputs of S and F, target, answer, fast weights after it."""
+    """The first steps of net n in the test: inputs of S and F, target, answer, and the new fast weights."""
     seen = {"slow": test.slow[1:], "fast": test.fast[1:], "target": test.target[1:], "y": tested.y, "w": tested.w}
     return {name: [[round(value, 3) for value in now[n].tolist()] for now in x[:steps]] for name, x in seen.items()}
 
@@ -264,7 +280,7 @@ GENTLE = PARKING | {"steepness": 5.0}
 
 
 def runs(kinds: Sequence[Settings], nets: int, steps: int) -> list[dict[str, Any]]:
-    """One run for each kind, with all its nets side by side."""
+    """One run per kind, with all its nets side by side."""
     return [{**kind, "seed": 1, "nets": nets, "steps": steps} for kind in kinds]
 
 
@@ -282,17 +298,18 @@ PARKING_GRID = [
 ]
 FLIP_FLOP_SCALES = {
     "smoke": Scale(runs([*FLIP_FLOP.values()], 2, 150), "seconds; shows that the code runs", False),
-    "quick": Scale(runs([*FLIP_FLOP.values()], 100, 5000), "ten seconds; the paper’s nets and task, 100 of each"),
+    "quick": Scale(runs([*FLIP_FLOP.values()], 100, 5000), "ten seconds; the paper’s task, 100 nets per version"),
     "reduced": Scale(
-        runs([*FLIP_FLOP.values(), *FLIP_FLOP_GRID], 100, 5000), "two minutes; and at other steepness and rates"
+        runs([*FLIP_FLOP.values(), *FLIP_FLOP_GRID], 100, 5000), "two minutes; also other steepness and learning rates"
     ),
-    "paper": Scale(runs([*FLIP_FLOP.values()], 1000, 5000), "half a minute; 1,000 nets of each"),
+    "paper": Scale(runs([*FLIP_FLOP.values()], 1000, 5000), "half a minute; 1,000 nets per version"),
 }
 PARKING_SCALES = {
     "smoke": Scale(runs([PARKING, GENTLE], 2, 150), "seconds; shows that the code runs", False),
-    "quick": Scale(runs([PARKING, GENTLE], 100, 20000), "half a minute; the paper’s net and task, 100 of them"),
+    "quick": Scale(runs([PARKING, GENTLE], 100, 20000), "half a minute; the paper’s task, 100 nets"),
     "reduced": Scale(
-        runs([PARKING, GENTLE, *PARKING_GRID], 100, 20000), "minutes; and at other steepness, rates and questions"
+        runs([PARKING, GENTLE, *PARKING_GRID], 100, 20000),
+        "minutes; also other steepness, learning rates and shares of questions",
     ),
     "paper": Scale(runs([PARKING, GENTLE], 200, 60000), "two minutes; 200 nets, 60,000 steps"),
 }
@@ -307,19 +324,22 @@ def row_of_kind(rows: Rows, kind: Settings) -> Mapping[str, Any]:
     return next(row for row in rows if all(row[name] == value for name, value in kind.items()))
 
 
-def within(row: Mapping[str, Any], name: str, limit: int) -> int:
+def count_solved(row: Mapping[str, Any], name: str, limit: int) -> int:
     """How many nets solved the task within `limit` steps. name: "solved" or "any"."""
     return sum(step is not None and step <= limit for step in row[name])
 
 
-def speed(kind: Settings, published: int, why: str) -> Claim:
-    """The claim that a net learns within the paper's number of steps."""
+def claim_on_steps(kind: Settings, published: int, why: str) -> Claim:
+    """The claim that a net learns within the paper's number of steps.
+
+    published: that number. why: the reason if the claim fails.
+    """
     parking = kind["task"] == "parking"
 
     def measure(rows: Rows) -> Outcome:
         row = row_of_kind(rows, kind)
         nets, done = row["nets"], sorted(step for step in row["solved"] if step is not None)
-        soon = within(row, "solved", published)
+        soon = count_solved(row, "solved", published)
         typical = median(done + [math.inf] * (nets - len(done)))
         measured = {
             f"within {published:,}:": f"{soon} of {nets}",
@@ -327,7 +347,7 @@ def speed(kind: Settings, published: int, why: str) -> Claim:
             f"unsolved after {row['steps']:,}:": f"{nets - len(done)}",
         }
         if parking:
-            measured[f"within {published:,} if every step counts:"] = f"{within(row, 'any', published)} of {nets}"
+            measured[f"within {published:,} if every step counts:"] = f"{count_solved(row, 'any', published)} of {nets}"
         holds = soon >= nets / 4
         return Outcome(measured, holds, [done[0], done[-1]] if done else None, "" if holds else why)
 
@@ -350,9 +370,9 @@ STEEPNESS = {f"T = {kind['steepness']:g}:": kind for kind in (PARKING, GENTLE)}
 def share_of_solved(
     kinds: Mapping[str, Settings], good: Callable[[Mapping[str, Any], int], bool], least: float
 ) -> Callable[[Rows], Outcome]:
-    """Measures which share of the nets of each kind that solved the task is good.
+    """Measures how many of the nets that solved the task are good.
 
-    It must be `least` or more.
+    kinds: by name. good: (row, number of the net) → whether the net is good. least: the share that each kind needs.
     """
 
     def measure(rows: Rows) -> Outcome:
@@ -391,12 +411,12 @@ COLOURS = ("#219ebc", "#e76f3c", "#2a9d4a")
 
 
 def draw_flip_flop(rows: Rows) -> Figure:
-    """By when the nets have learned it, how E falls, and the latch in one net of each version."""
+    """When the nets solve the task, how E falls, and the latch in one net of each version."""
     figure, axes = panels(("version 1", "version 2"))
     for (version, kind), published, colour in zip(FLIP_FLOP.items(), (300, 800), COLOURS):
         row, name = row_of_kind(rows, kind), f"version {version}"
         learning(axes["solved"], axes["curve"], row, TASKS["flip-flop"], published, colour, name)
-        first = next(t for t, seen in enumerate(row["trace"]["slow"]) if seen[0])  # what was before an A isn't known
+        first = next(t for t, seen in enumerate(row["trace"]["slow"]) if seen[0])  # from the first A on, armed is known
         part = {what: values[first : first + 60] for what, values in row["trace"].items()}
         fast_weights(axes[name], part, "ABC", ["#1c2126"])
         armed = False
@@ -412,7 +432,7 @@ def draw_flip_flop(rows: Rows) -> Figure:
 
 
 def draw_parking(rows: Rows) -> Figure:
-    """By when the nets have learned it, how E falls, and what one net of each steepness binds."""
+    """When the nets solve the task, how E falls, and what one net of each steepness binds."""
     figure, axes = panels(("T = 10", "T = 5"))
     for kind, colour in zip((PARKING, GENTLE), COLOURS):
         row, name = row_of_kind(rows, kind), f"T = {kind['steepness']:g}"
@@ -429,7 +449,7 @@ def draw_parking(rows: Rows) -> Figure:
 
 
 def panels(nets: Sequence[str]) -> tuple[Figure, dict[str, Axes]]:
-    """Two panels for learning, and below them a wide one for each net."""
+    """Two panels for learning, and below them one wide panel per net."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.5, 7), layout="constrained")
@@ -443,7 +463,7 @@ def panels(nets: Sequence[str]) -> tuple[Figure, dict[str, Axes]]:
 def learning(
     left: Axes, right: Axes, row: Mapping[str, Any], task: Task, published: int | None, colour: str, label: str
 ) -> None:
-    """Left the share of nets that have solved the task, right the quartiles of E over nets."""
+    """Draws, left, the share of nets that have solved the task and, right, the quartiles of E over nets."""
     done = sorted(step for step in row["solved"] if step is not None)
     shares = [n / row["nets"] for n in range(len(done) + 1)]
     left.step([0, *done, row["steps"]], [*shares, shares[-1]], where="post", color=colour, label=label)
@@ -460,13 +480,13 @@ def learning(
 
 
 def fast_weights(axes: Axes, trace: Mapping[str, Any], names: str, answers: Sequence[str]) -> None:
-    """Draws a net's fast weights over time, and its answers beside the targets where F is asked.
+    """Draws a net's fast weights over time and, where F is asked, its answers beside the targets.
 
-    answers: their colours.
+    answers: the colours of the answers.
     """
     steps = range(len(trace["w"]))
     for weights, name, colour in zip(zip(*trace["w"]), names, COLOURS):
-        # what is written at a step is read from the next one on
+        # a write at step t is read from step t + 1 on
         axes.step([t + 0.5 for t in steps], weights, where="post", color=colour, lw=1.5, label=f"w({name})")
     asked = [t for t in steps if any(trace["fast"][t])]
     for n, colour in enumerate(answers):
@@ -491,42 +511,42 @@ def summarise_run(row: Mapping[str, Any]) -> str:
 
 
 NETS = (
-    "F answers y(t) with the fast weights w(t − 1), then w(t) = σ(w(t − 1) + □w(t)), □w(t) from S, "
-    "σ(x) = 1 / (1 + exp(−T (x − 0.5))). Both nets are linear, without hidden units or biases; W_S starts uniform in "
-    "(−0.1, 0.1), w(0) = □w(0).",
-    "S learns online, W_S ← W_S − η ∂E(t)/∂W_S with E(t) = ½ Σ (d(t) − y(t))² and ∂w/∂W_S carried forward; nothing is "
+    "F answers y(t) with the fast weights w(t − 1). Then w(t) = σ(w(t − 1) + □w(t)), where □w(t) comes from S and "
+    "σ(x) = 1 / (1 + exp(−T (x − 0.5))). Both nets are linear, without hidden units or biases. W_S starts uniform in "
+    "(−0.1, 0.1), and w(0) = □w(0).",
+    "S learns online: W_S ← W_S − η ∂E(t)/∂W_S with E(t) = ½ Σ (d(t) − y(t))² and ∂w/∂W_S carried forward. Nothing is "
     "ever reset.",
 )
 AFTER = (
-    "A net that has solved its task learns no more. Then all nets are tested on 1,000 new steps, as they are.",
-    "The paper reports one net of each kind; here each run trains many side by side, with seeds of their own.",
+    "A net stops learning once it has solved its task. Then all nets are tested, as they are, on 1,000 new steps.",
+    "The paper reports one net of each kind. Here each run trains many side by side, each with its own seed.",
 )
 
 FLIP_FLOP_FAMILY = Family(
     id="schmidhuber1991-flip-flop",
     title="One net learns to switch another: the flip-flop of 1991",
     paper=PAPER,
-    question="A slow net writes the weights of a fast one, the first fast weight programmer. Can it learn, online and "
-    "without resets, to answer 1 the first time a B follows an A, after any number of steps?",
+    question="In the first fast weight programmer, a slow net writes the weights of a fast net. Can it learn, online "
+    "and without resets, to answer 1 the first time that a B follows an A, after any number of steps?",
     protocol=(
-        "At each step one of A, B, C is drawn; both nets see it as a one-hot vector. F has 3 inputs and 1 output.",
-        "Version 1: S has an output for each of F’s 3 weights, T = 10, η = 1. Version 2: S has outputs FROM (3) and TO "
-        "(1), □w_ab = FROM_a TO_b, T = 10, η = 0.5.",
+        "At each step A, B or C is drawn. Both nets see it as a one-hot vector. F has 3 inputs and 1 output.",
+        "Version 1: S has one output for each of F’s 3 weights; T = 10, η = 1. Version 2: S has 3 outputs FROM and 1 "
+        "output TO, and □w_ab = FROM_a TO_b; T = 10, η = 0.5.",
         *NETS,
-        "Solved: E(t) ≤ 0.05 for 100 steps in a row; whether the paper’s “error” was E or |d − y| is unknown and makes "
-        "hardly a difference at T = 10.",
+        "Solved: E(t) ≤ 0.05 for 100 steps in a row. It is unknown whether the paper’s “error” was E or |d − y|; at "
+        "T = 10 that makes hardly any difference.",
         *AFTER,
     ),
-    caption="Top: how many of the nets have solved the task by when, and the error while they learn. Below: the best "
-    "net of each version in the test. An A makes S write a large w(B), the weight from F’s input B, and a B makes it "
-    "small again: a single fast weight is the memory.",
+    caption="Top: the share of nets that have solved the task after so many steps, and the error while they learn. "
+    "Below: the best net of each version in the test. An A makes S write a large w(B), the weight from F’s input B. A "
+    "B makes it small again. So a single fast weight is the memory.",
     scales=FLIP_FLOP_SCALES,
     train=train,
     summarise=summarise_run,
     draw=draw_flip_flop,
     claims=(
-        speed(FLIP_FLOP[1], 300, ""),
-        speed(
+        claim_on_steps(FLIP_FLOP[1], 300, ""),
+        claim_on_steps(
             FLIP_FLOP[2],
             800,
             "only our fastest nets need so few; a smaller T or a larger η makes more of them as fast (scale “reduced”)",
@@ -557,27 +577,29 @@ PARKING_FAMILY = Family(
     title="Where is my car? Variables bound by fast weights",
     paper=PAPER,
     question="Can a net bind a value to a variable by a fast weight, and keep it among distractions? S sees for one "
-    "step in which of three slots a car is parked, and random bits all the time; F is asked later where the car is.",
+    "step in which of three slots a car is parked. It sees random bits all the time. Later F is asked where the car "
+    "is.",
     protocol=(
-        "A car owner drives, parks the car in a random slot, does business, drives again; before each step driving and "
-        "business end with probability ¼. S sees three slot detectors, on in the step of parking, and three random "
-        "bits.",
-        "F has one input, “where is my car?”, and three outputs, one a slot. It is asked at half of the steps of "
-        "business: how often the paper asked is unknown.",
-        "Version 1: S has an output for each of F’s 3 weights; T = 10, η = 0.02. The same at T = 5 is ours.",
+        "A car owner drives, parks the car in a random slot, does business, and drives again. Before each step, "
+        "driving ends with probability ¼, and so does business. S sees three slot detectors, which are on only in the "
+        "step of parking, and three random bits.",
+        "F has one input, “where is my car?”, and three outputs, one per slot. It is asked at half of the steps of "
+        "business. How often the paper asked is unknown.",
+        "Version 1: S has one output for each of F’s 3 weights; T = 10, η = 0.02. The runs at T = 5 are ours.",
         *NETS,
-        "Solved: E(t) ≤ 0.05 for 100 steps in a row, of those that ask; at the others F’s input and answer are 0.",
+        "Solved: E(t) ≤ 0.05 for 100 steps in a row, counting only steps that ask. At the others F’s input and answer "
+        "are 0.",
         *AFTER,
     ),
-    caption="Top: how many of the nets have solved the task by when, and the error of a question while they learn. "
-    "Below: the best net of each steepness in the test; the weight of the slot in which the car is parked is large, "
-    "the others are suppressed.",
+    caption="Top: the share of nets that have solved the task after so many steps, and the error per question while "
+    "they learn. Below: the best net of each steepness in the test. The weight of the slot in which the car is parked "
+    "is large, and the others are suppressed.",
     scales=PARKING_SCALES,
     train=train,
     summarise=summarise_run,
     draw=draw_parking,
     claims=(
-        speed(
+        claim_on_steps(
             PARKING,
             6000,
             "see the claim on steepness; if every step counts it depends on how often F is asked: with fewer questions "

@@ -1,28 +1,32 @@
 """What fast weights can hold, and how to write them: Settings 1 and 2 of Schlag et al. 2021.
 
 "Linear Transformers Are Secretly Fast Weight Programmers", ICML 2021, arXiv 2102.11174, section 6.1. A sequence writes
-keys with values into a memory, then asks for the value of a key. Setting 1: S keys, each once, for growing S; a memory
-of d_dot features has room for at most d_dot orthogonal keys. Setting 2: 2S pairs of S keys with replacement, and the
-last value counts, so that a rule has to overwrite.
+key-value pairs into a memory and then asks for the value of a key. Setting 1 writes S keys once each, for growing S: a
+memory of d_dot features has room for at most d_dot orthogonal keys. Setting 2 draws 2S pairs of S keys with
+replacement. The last value of a key is the right one, so a rule has to overwrite.
 
 Model. Keys have learned embeddings e of int(2.2 S) numbers. Values v are one-hot. The written key sees its value:
-k = W_k [v; e] + b, q = W_q e + b, both of d_key numbers, and β = σ(w [v; e] + b).
-Update rules. sum: W = Σ v ⊗ φ(k), y = W φ(q) / (z·φ(q) + 1e-6) with z = Σ φ(k). gated sum (Peng et al. 2021, arXiv
-2103.02143): W = (1 − β) W + β v ⊗ φ(k), z alike, y as sum. delta: W += β (v − W φ(k)) ⊗ φ(k), y = W φ(q), with φ
-divided by its sum. fwm (Schlag et al. 2021): delta on φ as it is, W divided by max(‖W‖, 1) after each step, y =
-LayerNorm(W φ(q)).
-Training. ½ ‖y − v‖², mean over a batch of 32 (0.5 is the loss of the answer 0); Adam at 1e-3 (tanh fwm: 128 and 1e-4).
-Every 100 steps the loss on all keys of 20 new sequences of S pairs; stop at 0.001, at the eleventh evaluation in a row
-without a new best, or after 100,000 steps. The result is the best of these losses. The paper words the evaluation of
-Setting 2 as over 2S pairs, the authors' code uses S: the result holds both.
+k = W_k [v; e] + b and q = W_q e + b have d_key numbers each, and β = σ(w [v; e] + b).
+Update rules.
+- sum: W = Σ v ⊗ φ(k), y = W φ(q) / (z·φ(q) + 1e-6) with z = Σ φ(k).
+- gated sum (Peng et al. 2021, arXiv 2103.02143): W = (1 − β) W + β v ⊗ φ(k), and z likewise. y is that of sum.
+- delta: W += β (v − W φ(k)) ⊗ φ(k), y = W φ(q), with φ divided by its sum.
+- fwm (Schlag et al. 2021): delta with φ not divided. After each step W is divided by max(‖W‖, 1).
+  y = LayerNorm(W φ(q)).
+Training. The loss is ½ ‖y − v‖², mean over a batch of 32. Answering 0 costs 0.5. Adam has the learning rate 1e-3. (tanh
+fwm: a batch of 128 and 1e-4.) Every 100 steps the loss is evaluated on all keys of 20 new sequences of S pairs. A run
+stops at 0.001, at the eleventh evaluation in a row without a new best, or after 100,000 steps. Its result is the best
+of these losses. The paper says that Setting 2 is evaluated on 2S pairs, but the authors' code uses S. The result holds
+both.
 
 `associative_retrieval_2021.csv` holds the best loss of every run in the authors' MIT-licensed logs at d_key 64
-(github.com/ischlag/fast-weight-transformers). They average over batches of 32 queries, the last one smaller, and over
-at most 200 queries a sequence; here every query counts once. Their delta adds 1e-6 to the sum of φ(q), their fwm
-doesn't divide W after the first step. No other difference is known.
+(github.com/ischlag/fast-weight-transformers). Known differences: they average over batches of 32 queries, the last of
+which is smaller, and over at most 200 queries per sequence, while here every query counts once. Their delta adds 1e-6
+to the sum of φ(q). Their fwm doesn't divide W after the first step.
 
-Reading W with q gives S answers of rank at most d_dot, the targets are a permutation of rank S; so by Eckart and Young
-no memory of d_dot features answers all queries of a sequence with less than ½ (1 − d_dot / S): the floor in the figure.
+The floor in the figure: reading W gives S answers of rank at most d_dot, while the right answers are a permutation,
+which has rank S. So, by Eckart and Young, no memory of d_dot features answers all queries of a sequence with a mean
+loss below ½ (1 − d_dot / S).
 """
 
 from __future__ import annotations
@@ -60,7 +64,7 @@ def gated_sum_step(S: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
 
 
 def gated_sum_lower(core: Core, beta: Tensor) -> Core:
-    """Decay 1 − β and keys β k, so that z = (1 − β) z + β k."""
+    """The decay is 1 − β and the keys are β k, so that z = (1 − β) z + β k."""
     return replace(lowering.decay(core, torch.log1p(-beta)), k=beta[..., None] * core.k)
 
 
@@ -77,7 +81,10 @@ FWM = Rule("fwm", step=fwm_step, gates={"beta": spec.beta()}, erases=True, linea
 
 @dataclass(frozen=True)
 class Update:
-    """How a memory is written: rule and options of `fwp.fast_weights`, and the name in the authors' logs."""
+    """How a memory is written.
+
+    rule, options: those of `fwp.fast_weights`. logs: its name in the authors' logs.
+    """
 
     rule: str | Rule
     logs: str = ""
@@ -94,7 +101,7 @@ NORMED = Update(FWM, "fwm")
 class Memory:
     """One line of a figure.
 
-    phi: its feature map; None: softmax attention. d_dot: features of φ for one number of the key.
+    phi: the feature map; None: softmax attention. d_dot: the number of features of φ, divided by d_key.
     logs: its name in the authors' logs, without the update rule.
     """
 
@@ -107,7 +114,7 @@ class Memory:
 
     @property
     def random(self) -> bool:
-        """Whether φ is drawn anew for each pass, training and evaluation."""
+        """Whether φ is drawn anew in each pass, in training and in evaluation."""
         return self.phi == "favor+"
 
     def features(self, d_key: int) -> str | FeatureMap:
@@ -143,11 +150,11 @@ MEMORIES_2 = {
     "tanh-fwm": Memory("tanh, fwm", "d64_tanh", "#2f2f2f", torch.tanh, 1, NORMED),
 }
 MEMORIES = MEMORIES_2 | MEMORIES_1
-MAPS = ("linear", "dpfp-1", "dpfp-2", "dpfp-3")  # the deterministic ones of Setting 1, by capacity
+MAPS = ("linear", "dpfp-1", "dpfp-2", "dpfp-3")  # the deterministic maps of Setting 1, by capacity
 
 
 class Retrieval(nn.Module):
-    """Writes pairs of S keys and S values and answers queries, see the top of this file."""
+    """The model at the top of this file: it writes pairs of S keys and S values, and answers queries."""
 
     def __init__(self, memory: Memory, S: int, d_key: int) -> None:
         super().__init__()
@@ -164,16 +171,16 @@ class Retrieval(nn.Module):
 
     @property
     def rule(self) -> Rule:
-        """The row of the memory's update rule."""
+        """The memory's update rule."""
         return rules.get(self.memory.update.rule)
 
     def written(self, W: nn.Linear, keys: Tensor, values: Tensor) -> Tensor:
-        """W [v; e] + b of pairs [B, L]. A matrix times a one-hot vector is one of its columns."""
+        """W [v; e] + b of pairs [B, L]. Since v is one-hot, its product with W is a column of W."""
         of_value, of_key = W.weight.split([self.S, self.embedding.shape[1]], 1)
         return F.embedding(keys, F.linear(self.embedding, of_key, W.bias)) + F.embedding(values, of_value.T)
 
     def forward(self, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
-        """keys, values [B, L] and queries [B, Q] as indices → answers [B, Q, S]."""
+        """Indices of keys and values [B, L] and of queries [B, Q] → answers [B, Q, S]."""
         k = self.written(self.W_k, keys, values)  # [B, L, d_key]
         few = queries.shape[1] == 1
         e = self.embedding
@@ -198,11 +205,11 @@ class Retrieval(nn.Module):
     def answer(
         self, phi: str | FeatureMap, q: Tensor, k: Tensor, values: Tensor, gates: Mapping[str, Tensor]
     ) -> Tensor:
-        """W φ(q) for one query [B, 1, d_key] per sequence, as y = Σ c_i v_i. Without W it is S times cheaper.
+        """W φ(q) for one query [B, 1, d_key] per sequence, as y = Σ c_i v_i. Not making W is S times cheaper.
 
-        A rule that erases multiplies W by I − e φ(k) φ(k)ᵀ at each later pair. The same factors can act on the query
-        instead: from the last block of pairs to the first, c solves the transpose of the chunk form's triangular
-        system. A rule that isn't linear steps through its equation.
+        A rule that erases multiplies W by I − e φ(k) φ(k)ᵀ at each later pair. Here these factors act on the query
+        instead, from the last block of pairs to the first. Per block, c solves the transpose of the chunk form's
+        triangular system. A rule without a lowering steps through its equation.
         """
         options = self.memory.update.options
         q, k = (feature_maps.norm(feature_maps.get(phi)(x), options.get("feature_norm")) for x in (q, k))
@@ -237,7 +244,7 @@ class Retrieval(nn.Module):
 
 @dataclass(frozen=True)
 class Training:
-    """The paper's settings of a training."""
+    """The paper's settings for training."""
 
     batch: int = 32
     learning_rate: float = 1e-3
@@ -249,7 +256,7 @@ class Training:
 
 
 def sequences(count: int, S: int, length: int, repeated: bool) -> tuple[Tensor, Tensor]:
-    """Keys and values [count, length] below S, drawn with replacement if `repeated`, else each once."""
+    """Keys and values [count, length] below S: drawn with replacement if `repeated`, else each once."""
     if repeated:
         return torch.randint(S, (count, length)), torch.randint(S, (count, length))
     return torch.rand(count, S).argsort(-1), torch.rand(count, S).argsort(-1)
@@ -268,7 +275,7 @@ def losses(answers: Tensor, values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: Retrieval, count: int, length: int, repeated: bool) -> float:
-    """The mean loss over all keys of new sequences. If φ is random, every sequence draws its own."""
+    """The mean loss over all keys of new sequences. If φ is random, each sequence draws its own φ."""
     keys, values = sequences(count, model.S, length, repeated)
     asked = torch.arange(model.S).expand(count, -1)
     targets, there = latest(keys, values, model.S)
@@ -278,9 +285,10 @@ def evaluate(model: Retrieval, count: int, length: int, repeated: bool) -> float
 
 
 def train(settings: Settings) -> dict[str, Any]:
-    """One run: its best evaluation loss and that step, the last step, and whether it diverged afterwards.
+    """Trains one run, and returns its best evaluation loss, the step of it, and the last step.
 
-    In Setting 2 also the loss on sequences of 2S pairs at the best step.
+    "diverged" says that a later evaluation was not finite. In Setting 2, "loss_2S" is the loss on sequences of 2S pairs
+    at the best step.
     """
     S, repeated = settings["keys"], settings["repeated"]
     how = Training(**{name: settings[name] for name in asdict(Training())})
@@ -317,9 +325,9 @@ def train(settings: Settings) -> dict[str, Any]:
 def runs(
     d_key: int, keys: Mapping[str, Iterable[int]], seeds: int, repeated: bool = False, **training: Any
 ) -> list[dict[str, Any]]:
-    """A run for each model, number of keys and seed.
+    """One run per model, number of keys and seed.
 
-    The longest come first, so that all cores end together.
+    The longest runs come first, so that all cores end at about the same time.
     """
     of_model = {"tanh-fwm": {"batch": 128, "learning_rate": 1e-4}}
     grid = [
@@ -346,20 +354,21 @@ def fullness(row: Mapping[str, Any]) -> float:
 
 
 def floor(row: Mapping[str, Any]) -> float:
-    """½ (1 − d_dot / S), the least loss of any memory of d_dot features; 0 within its capacity."""
+    """½ (1 − d_dot / S), the least loss that a memory of d_dot features can have; 0 within its capacity."""
     return 0.5 * (1 - 1 / fullness(row)) if fullness(row) > 1 else 0.0
 
 
 def solved(row: Mapping[str, Any]) -> bool:
-    """Whether the run reached the paper's 0.001."""
+    """Whether the run reached the paper's loss of 0.001."""
     return bool(row["best_loss"] <= 1e-3)
 
 
 def authors(memories: Mapping[str, Memory], repeated: bool) -> list[dict[str, Any]]:
-    """The authors' runs of a setting as rows like ours.
+    """The authors' runs of a setting, as rows like ours.
 
-    The file has the last finite evaluation: FAVOR+ with delta went on from there in NaN to the eleventh one without a
-    new best. One log is left out, as it ends while the loss still falls: DPFP-2 with delta at S = 100, at .085.
+    The file has the last finite evaluation. From there FAVOR+ with delta went on in NaN, until the eleventh evaluation
+    without a new best. One log is left out because it ends while the loss still falls: DPFP-2 with delta at S = 100,
+    at a loss of 0.085.
     """
     names = {f"{memory.logs}_{memory.update.logs}": name for name, memory in memories.items() if memory.update.logs}
     names["d64_softmax_cat"] = "softmax"
@@ -387,12 +396,12 @@ SOURCE = "the authors’ logs, d_key 64, one seed"
 
 
 def rows_of_model(rows: Rows, model: str) -> list[Mapping[str, Any]]:
-    """The runs of a model, by S."""
+    """The runs of a model, in the order of S."""
     return sorted((row for row in rows if row["model"] == model), key=lambda row: row["keys"])
 
 
 def best(rows: Rows, model: str, column: str = "best_loss") -> dict[int, float]:
-    """A model's loss at each S, the median over seeds."""
+    """A model's loss per S, the median over seeds."""
     found: dict[int, list[float]] = {}
     for row in rows_of_model(rows, model):
         found.setdefault(row["keys"], []).append(row[column])
@@ -400,9 +409,9 @@ def best(rows: Rows, model: str, column: str = "best_loss") -> dict[int, float]:
 
 
 def measure_deviation(published: Rows) -> Callable[[Rows], Outcome]:
-    """Measures |ours / theirs − 1| where both have a run and theirs is unsolved.
+    """Measures |ours / theirs − 1| at the points that both ran and that the authors left unsolved.
 
-    Ours is the median over seeds.
+    Our loss is the median over seeds.
     """
     theirs = {(row["model"], row["d_key"], row["keys"]): row for row in published}
 
@@ -427,7 +436,7 @@ def measure_deviation(published: Rows) -> Callable[[Rows], Outcome]:
 
 
 def over_seeds(rows: Rows, model: str, x: Callable[[Any], float]) -> tuple[list[float], ...]:
-    """A model's x in order, and the median, lowest and highest loss there."""
+    """A model's values of x in order, and per value the median, lowest and highest loss."""
     points: dict[float, list[float]] = {}
     for row in rows_of_model(rows, model):
         points.setdefault(x(row), []).append(row["best_loss"])
@@ -436,7 +445,7 @@ def over_seeds(rows: Rows, model: str, x: Callable[[Any], float]) -> tuple[list[
 
 
 def lines(axes: Axes, rows: Rows, memories: Mapping[str, Memory], theirs: Rows) -> None:
-    """Draws one line per model with the range over seeds, and dotted the authors' if d_key is the same."""
+    """Draws one line per model with its range over seeds, and the authors' dotted if they have this d_key."""
     d_key = rows[0]["d_key"]
     for name, memory in memories.items():
         xs, middle, low, high = over_seeds(rows, name, lambda row: row["keys"])
@@ -482,17 +491,18 @@ def summarise_run(row: Mapping[str, Any]) -> str:
 
 PAPER = "Schlag, Irie, Schmidhuber 2021, Linear Transformers Are Secretly Fast Weight Programmers, arXiv 2102.11174"
 STOPPING = (
-    "Loss ½ ‖y − v‖², where answering 0 costs 0.5; Adam at 0.001, batch 32; every 100 steps an evaluation on all keys "
-    "of 20 new sequences.",
+    "The loss is ½ ‖y − v‖²; answering 0 costs 0.5. Adam at 0.001, batches of 32. Every 100 steps the loss is "
+    "evaluated on all keys of 20 new sequences.",
     "A run ends at a loss of 0.001 (solved), at the eleventh evaluation in a row without a new best, or after 100,000 "
     "steps. Its result is the best loss.",
 )
 DUAL = (
-    "Training asks one key a sequence, evaluation all. The evaluated memory is the state of fwp.fast_weights, read by "
-    "fwp.read; for the one answer of a training sequence the same product is taken the other way round, without W."
+    "Training asks for one key per sequence, evaluation for all. The evaluated memory is the state of "
+    "fwp.fast_weights, read by fwp.read. The one answer of a training sequence is the same product, taken from the "
+    "query backwards, without making W."
 )
 DEVIATION = "On the points that the authors left unsolved, our loss deviates from theirs by at most 10 % in the median."
 EMBEDDING = (
-    "Keys have learned embeddings of int(2.2 S) numbers; k = W_k [v; e] + b sees its one-hot value, q = W_q e + b; "
-    "both of d_key numbers."
+    "Keys have learned embeddings e of int(2.2 S) numbers. k = W_k [v; e] + b sees its one-hot value v, and "
+    "q = W_q e + b; both have d_key numbers."
 )

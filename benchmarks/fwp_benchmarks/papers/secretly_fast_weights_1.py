@@ -36,7 +36,7 @@ from .secretly_fast_weights import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# At d_key 16, S is a quarter of the authors' S at d_key 64, so that S / d_dot is the same.
+# At d_key 16 S is a quarter of the authors' S at d_key 64, so that S / d_dot is the same.
 QUICK = {
     "linear": [10, 15, 20, 40],
     "dpfp-1": [20, 25, 30, 40],
@@ -70,7 +70,7 @@ AUTHORS = authors(MEMORIES_1, False)
 
 
 def first_unsolved(rows: Rows, model: str) -> list[Mapping[str, Any]]:
-    """For each seed the run with the smallest S that stayed above 0.001. Empty if a seed solved every S."""
+    """Per seed, the run with the smallest S that stayed above 0.001. Empty if a seed solved every S."""
     mine = rows_of_model(rows, model)
     failed = {row["seed"]: row for row in reversed(mine) if not solved(row)}
     seeds = sorted({row["seed"] for row in mine})
@@ -78,25 +78,25 @@ def first_unsolved(rows: Rows, model: str) -> list[Mapping[str, Any]]:
 
 
 def last_solved(rows: Rows, first: Mapping[str, Any]) -> float:
-    """The largest S below a seed's first unsolved one, over d_dot."""
+    """The largest S / d_dot below the first unsolved S of the same seed; 0 if there is none."""
     same = [row for row in rows_of_model(rows, first["model"]) if row["seed"] == first["seed"]]
     return max((fullness(row) for row in same if row["keys"] < first["keys"]), default=0.0)
 
 
 def spread(rows: Rows, values: Sequence[float]) -> list[float] | None:
-    """The values of the lowest and the highest seed. None if there is one seed only."""
+    """The lowest and the highest value over seeds. None if there is only one seed."""
     return [round(min(values), 3), round(max(values), 3)] if len({row["seed"] for row in rows}) > 1 else None
 
 
 def note(rows: Rows, why: str = "") -> str:
-    """How the rows' size differs from the paper's, and why a claim doesn't hold."""
+    """A claim's note: how the size differs from the paper's, and why the claim doesn't hold."""
     d_key = rows[0]["d_key"]
     size = "" if d_key == 64 else f"same law at another size: d_key {d_key}, not 64"
     return "; ".join(filter(None, (size, why)))
 
 
 def breaks(model: str) -> Claim:
-    """The claim about the first S that does not fit into a map's features."""
+    """The claim about the first S at which a map's features no longer suffice."""
     published = fullness(first_unsolved(AUTHORS, model)[0])
     step = 20 / capacity({"model": model, "d_key": 64})
 
@@ -140,9 +140,9 @@ def measure_break_softmax(rows: Rows) -> Outcome:
 
 
 def located(rows: Rows) -> dict[str, list[tuple[float, float]]] | None:
-    """For each map and seed the last S solved and the first unsolved.
+    """Per map and seed, the last S solved and the first unsolved.
 
-    None if a break isn't between two runs.
+    None if some seed solved all or none of the S that were run.
     """
     found = {
         model: [(last_solved(rows, row) * capacity(row), float(row["keys"])) for row in first_unsolved(rows, model)]
@@ -155,9 +155,10 @@ NOT_LOCATED = "a seed of some map solved all or none of the S that were run"
 
 
 def measure_law(rows: Rows) -> Outcome:
-    """log S = slope · log d_dot + …, least squares over the first unsolved S.
+    """Fits log S = slope · log d_dot + constant to the first unsolved S, by least squares.
 
-    The interval holds all slopes that are possible if each break lies between the last S solved and the first unsolved.
+    A map breaks somewhere between the last S solved and the first unsolved. The interval holds every slope that such
+    breaks could give.
     """
     cells = located(rows)
     if cells is None:
@@ -216,10 +217,7 @@ def measure_softmax(rows: Rows) -> Outcome:
 
 
 def draw(rows: Rows) -> Figure:
-    """Left: the best loss against S, as in the paper. Middle: against S / d_dot.
-
-    Right: where each map breaks.
-    """
+    """Draws the best loss against S, as in the paper, and against S / d_dot, and where each map breaks."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.6), layout="constrained")
@@ -260,21 +258,22 @@ SETTING_1 = Family(
     title="How many associations fit into fast weights?",
     paper=PAPER,
     question="Linear attention keeps the past in one matrix of d_dot features, so it can hold at most d_dot orthogonal "
-    "keys apart. Setting 1 of the paper writes S random key-value pairs and asks for one of them: where does each "
-    "feature map break, and where does softmax attention, which keeps every pair?",
+    "keys apart. Setting 1 of the paper writes S random key-value pairs and asks for one of them. At which S does each "
+    "feature map break, and at which softmax attention, which keeps every pair?",
     protocol=(
-        "A sequence writes each of S keys once, with a random value of S values, and is asked for one key.",
+        "A sequence writes S keys once each, in random order. The S values come once each, too. Then it is asked for "
+        "one key.",
         EMBEDDING,
         "Memory: W = Σ v ⊗ φ(k), z = Σ φ(k), y = W φ(q) / (z·φ(q) + 1e-6), rule “additive”. d_dot is the width of φ: "
-        "Linear d_key, DPFP-ν 2ν d_key, FAVOR+ 2m, drawn anew in each pass.",
+        "d_key for Linear, 2ν d_key for DPFP-ν, 2m for FAVOR+, which is drawn anew in each pass.",
         DEVIATION,
         DUAL,
         *STOPPING,
     ),
-    caption="Left: best evaluation loss against the number of keys, the paper’s figure; bands from the lowest to the "
-    "highest seed. Middle: the deterministic maps against S / d_dot, and the floor ½ (1 − d_dot / S): S answers read "
-    "from d_dot features have at most rank d_dot, and no matrix of that rank is nearer to a permutation of S (Eckart "
-    "and Young). Right: the first S that is not solved grows like d_dot.",
+    caption="Left: best evaluation loss against the number of keys, as in the paper’s figure. Bands reach from the "
+    "lowest to the highest seed. Middle: the deterministic maps against S / d_dot, and the floor ½ (1 − d_dot / S). S "
+    "answers read from d_dot features have at most rank d_dot, and no matrix of that rank is nearer to a permutation "
+    "of S than the floor (Eckart and Young). Right: the first S that is not solved grows like d_dot.",
     scales=SCALES,
     train=train,
     summarise=summarise_run,

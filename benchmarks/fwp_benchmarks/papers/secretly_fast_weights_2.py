@@ -29,7 +29,7 @@ from .secretly_fast_weights import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# S as far as the paper’s appendix goes. fwm has no form but token by token, and only loses more with S.
+# S goes to 200, as in the paper’s appendix. fwm stops earlier: it runs only token by token, and its loss grows with S.
 TO_200 = range(20, 201, 20)
 REDUCED = {
     "linear-delta": TO_200,
@@ -66,7 +66,7 @@ def measure_overwrite(rows: Rows) -> Outcome:
 
 
 def measure_rules(rows: Rows) -> Outcome:
-    """Where the delta rule is best of all rules with DPFP-1."""
+    """Measures at how many points the delta rule is best of all rules with DPFP-1."""
     rivals = ("dpfp-1", "dpfp-1-gated", "dpfp-1-fwm")
     delta = best(rows, "dpfp-1-delta")
     others = [(S, x) for model in rivals for S, x in best(rows, model).items() if S in delta]
@@ -79,7 +79,7 @@ def measure_rules(rows: Rows) -> Outcome:
 def breaks(model: str) -> Claim:
     """The claim about the first S that the delta rule leaves above 0.01.
 
-    It crosses 0.001 to and fro, also in the authors' logs.
+    Near 0.001 its loss crosses the threshold more than once, also in the authors' logs.
     """
 
     def first(rows: Rows) -> int | None:
@@ -129,7 +129,7 @@ def measure_length(rows: Rows) -> Outcome:
 
 
 def draw(rows: Rows) -> Figure:
-    """The best loss of each update rule against S. If there is one S only, one column per rule."""
+    """Draws the best loss of each update rule against S, or, with only one S, in one column per rule."""
     from matplotlib.figure import Figure
 
     sizes = {row["keys"] for row in rows}
@@ -163,23 +163,24 @@ SETTING_2 = Family(
     id="schlag2021-setting2",
     title="How should fast weights be written?",
     paper=PAPER,
-    question="When keys come back with new values, a sum of outer products mixes all of a key’s values. The delta rule "
-    "first asks what is stored under the key and writes the difference. Which update rule lets a memory follow?",
+    question="When keys come back with new values, a sum of outer products mixes all values of a key. The delta rule "
+    "first reads what is stored under the key and writes the difference. Which update rules let a memory replace a "
+    "value?",
     protocol=(
-        "A sequence has 2S pairs of S keys and S values, drawn with replacement, and is asked for the last value of "
-        "the key of one of its pairs.",
-        EMBEDDING + " The rules that have a β take σ(w [v; e] + b).",
-        "sum: as in Setting 1. gated sum (arXiv 2103.02143): W = (1 − β) W + β v ⊗ φ(k), z alike, y as sum. delta: "
-        "W += β (v − W φ(k)) ⊗ φ(k), y = W φ(q), with φ divided by its sum. fwm: delta on φ as it is, then "
-        "W / max(‖W‖, 1), y = LayerNorm(W φ(q)); tanh fwm: φ = tanh, batch 128, Adam at 0.0001.",
+        "A sequence has 2S pairs of S keys and S values, drawn with replacement. It is asked for the last value of the "
+        "key of one of its pairs.",
+        EMBEDDING + " In rules that have a β, β = σ(w [v; e] + b).",
+        "sum: as in Setting 1. gated sum (arXiv 2103.02143): W = (1 − β) W + β v ⊗ φ(k), z likewise, y as in sum. "
+        "delta: W += β (v − W φ(k)) ⊗ φ(k), y = W φ(q), with φ divided by its sum. fwm: delta with φ not divided, then "
+        "W / max(‖W‖, 1), y = LayerNorm(W φ(q)). tanh fwm: φ = tanh, batch 128, Adam at 0.0001.",
         DEVIATION,
         DUAL,
         *STOPPING,
-        "Evaluated on sequences of S pairs, as the authors’ code does; at the best step also on 2S pairs, as the paper "
-        "words it.",
+        "The loss is evaluated on sequences of S pairs, as in the authors’ code. At the best step it is also evaluated "
+        "on 2S pairs, as the paper says.",
     ),
-    caption="Best evaluation loss of each update rule. Horizontal line: 0.001, where a run ends, so how far below it a "
-    "point lies means nothing. Crosses: the authors’ logs, which have no gated sum.",
+    caption="Best evaluation loss of each update rule. The horizontal line is 0.001, where a run ends; how far below "
+    "it a point lies means nothing. Crosses are the authors’ logs, which have no gated sum.",
     scales=SCALES,
     train=train,
     summarise=summarise_run,
