@@ -1,4 +1,4 @@
-"""Every private name of torch that this package uses, each with its reason. No other file names one.
+"""Every private name of torch that this package uses, each with its reason. No other file uses one.
 
 When a version of torch changes one of them, this file is where to look.
 """
@@ -33,21 +33,18 @@ def constant_under_compile(fn: Function) -> Function:
 
 
 def inside_transform() -> bool:
-    """Whether vmap, grad or jvp of torch.func is at work. There is no public question for it."""
+    """Whether vmap, grad or jvp of torch.func is active. torch has no public function that tells."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def inside_derivative() -> bool:
-    """Whether grad or jvp of torch.func is at work, and not vmap alone.
-
-    There is no public question for it.
-    """
+    """Whether grad or jvp of torch.func is active, not vmap alone. torch has no public function that tells."""
     levels = torch._C._functorch.get_interpreter_stack() or []
     return any(level.key() != torch._C._functorch.TransformType.Vmap for level in levels)
 
 
 def inside_dual_level() -> bool:
-    """Whether a level of forward derivatives is open. `forward_ad` has no public question for it."""
+    """Whether a level of forward derivatives is open. `forward_ad` has no public function that tells."""
     return forward_ad._current_level >= 0
 
 

@@ -17,14 +17,14 @@ from fwp.feature_maps import applied
 from fwp.measure import rounded_products, row_error
 from fwp.trust import KernelCase
 
-# Tokens of a sequence: two chunks of 64 and a rest; of a sequence that is cut, two segments at least.
+# Sequence length: two chunks of 64 and a remainder, and at least two segments where sequences are cut.
 T = 131
 
 
 def fault_of_kernels(case: KernelCase) -> str | None:
-    """What is wrong with the kernels of this case, in one line. None: nothing.
+    """One line that says what is wrong with the kernels of this case, or None.
 
-    Each result may be off by 4 times what float32 with rounded products is, or by half the digits of the dtype.
+    Each result may be off by 4 times the error of float32 with rounded products, or by half the digits of the dtype.
     """
     from fwp.backends import chunked
     from fwp.backends import triton as kernels
@@ -46,7 +46,7 @@ def fault_of_kernels(case: KernelCase) -> str | None:
 
 
 def small_inputs(case: KernelCase) -> Core:
-    """Random inputs of a case: keys of unit length, and gates that let a state live through some chunks."""
+    """Random inputs of a case: keys of unit length, and gates under which a state survives several chunks."""
     H, N = max(case.Hk, case.Hv), 3 if case.packed else 1
     reads = T * (2 if case.cut and case.packed else 1)
     writes = reads * case.writes
@@ -85,7 +85,7 @@ def small_inputs(case: KernelCase) -> Core:
     if core.e is not None and not case.erase_key:
         return replace(core, e=core.e / longest)
     noise = F.normalize(torch.randn(keys.shape, generator=generator), dim=-1).to(keys)
-    near = keys + 0.5 * keys.norm(dim=-1, keepdim=True) * noise  # far from its key, an erase key removes nothing
+    near = keys + 0.5 * keys.norm(dim=-1, keepdim=True) * noise  # an erase key far from the key removes nothing
     return replace(core, a=(near / longest).to(case.dtype))
 
 
@@ -99,7 +99,7 @@ def _on_cpu(core: Core, dtype: torch.dtype) -> Core:
 
 
 def _results(run: Callable[[Core], tuple[Tensor, State]], core: Core, gradients: bool) -> dict[str, Tensor]:
-    """Output, state and, if wanted, the gradients of a weighed sum of both."""
+    """Output, state and, if wanted, the gradients of a weighted sum of both."""
     core = _each_tensor(core, lambda x: x.detach().requires_grad_(gradients and x.is_floating_point()))
     out, state = run(core)
     results = {"o": out, "S": state.S} | ({} if state.z is None else {"z": state.z})

@@ -37,7 +37,7 @@ app = typer.Typer(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status.
 
-    Bad arguments give 2 and one line, before any work.
+    Bad arguments print one line and return 2 before any work starts.
     """
     try:
         return app(arguments, prog_name="fwp", standalone_mode=False) or 0
@@ -54,13 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @app.callback(invoke_without_command=True)
 def start(context: typer.Context) -> None:
-    """Without a command: the help."""
+    """Prints the help if no command is given."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 
 
 def known(name: str, value: str, names: Iterable[str]) -> None:
-    """Bad arguments unless value is one of the names."""
+    """Raises BadParameter unless value is one of the names."""
     names = list(names)
     if value not in names:
         raise typer.BadParameter(f"{name}: expected one of {', '.join(names)}, got {value!r}{suggest(value, names)}")
@@ -94,7 +94,7 @@ COLUMNS = ("rule", "S becomes", "gates", "extends", "paper")
 
 
 def described(rule: Rule) -> tuple[str, ...]:
-    """The cells of a rule's line."""
+    """The cells of a rule's row in the table."""
     gates = ", ".join(f"{name} [{', '.join(gate.shape)}]" for name, gate in rule.gates.items())
     return rule.name, rule.equation, gates or "none", ", ".join(rule.extends) or "none", rule.paper
 
@@ -141,10 +141,12 @@ def check(
 
 @app.command(epilog="Examples: fwp bench · fwp bench --device cpu --peers · fwp bench --peers --json times.json")
 def bench(
-    device: Annotated[str | None, typer.Option(metavar="cpu|cuda", help="where; the GPU if there is one")] = None,
-    peers: Annotated[bool, typer.Option("--peers", help="beside the functions of others that are installed")] = False,
-    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="for the rows; plots beside it")] = None,
-    tune: Annotated[bool, typer.Option("--tune", help="instead: find this GPU's block sizes, for good")] = False,
+    device: Annotated[str | None, typer.Option(metavar="cpu|cuda", help="where it runs; a GPU if there is one")] = None,
+    peers: Annotated[bool, typer.Option("--peers", help="time other installed packages too")] = False,
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="file of rows; plots go beside it")
+    ] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="only find and keep this GPU's block sizes")] = False,
 ) -> None:
     """Times each rule beside softmax attention and the machine's limit, in ten minutes.
 
@@ -173,7 +175,7 @@ def bench(
 
 
 def writable(json: Path | None) -> None:
-    """Bad arguments unless the file can be written. It tries, since permissions alone do not tell."""
+    """Raises BadParameter unless the file can be written. It tries to, since permissions alone do not tell."""
     if json is None:
         return
     there = json.exists()
@@ -186,7 +188,7 @@ def writable(json: Path | None) -> None:
 
 
 def cannot_write(option: str, kind: str, path: Path, error: OSError) -> typer.BadParameter:
-    """The error for bad arguments that says that nothing can be written there, and why."""
+    """The error that says why nothing can be written to `path`."""
     return typer.BadParameter(f"{option}: expected a {kind} that can be written, got {str(path)!r}: {error.strerror}")
 
 
@@ -197,10 +199,10 @@ def cannot_write(option: str, kind: str, path: Path, error: OSError) -> typer.Ba
 def reproduce(
     ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="experiments; all if none")] = None,
     scale: Annotated[str, typer.Option(metavar="smoke|quick|reduced|paper", help="how much is run")] = "quick",
-    out: Annotated[Path, typer.Option(metavar="DIR", help="where results go, and a rerun resumes")] = Path(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="folder of results; a rerun resumes there")] = Path(
         "fwp-results"
     ),
-    list_only: Annotated[bool, typer.Option("--list", help="what there is, and what it costs")] = False,
+    list_only: Annotated[bool, typer.Option("--list", help="only list the experiments and their cost")] = False,
 ) -> None:
     """Trains what the papers trained, at a size to choose, and tests their claims.
 
@@ -222,7 +224,7 @@ def reproduce(
         tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise cannot_write("out", "folder", out, error) from None
-    # queues of jobs stop a job by SIGTERM, which must end the workers as Ctrl-C does
+    # batch queues stop a job with SIGTERM, which must end the workers as Ctrl-C does
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     again = shlex.join(["fwp", "reproduce", *(ids or ()), "--scale", scale, "--out", str(out)])
     try:
@@ -239,7 +241,7 @@ def reproduce(
 
 
 class Lines:
-    """Prints a line for each finished run. In a terminal a progress bar stands below."""
+    """Prints a line for each finished run. A terminal also shows a progress bar below."""
 
     def __enter__(self) -> Lines:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn

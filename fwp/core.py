@@ -65,9 +65,9 @@ class Core:
     n·t … n·t + n − 1, or before all of them.
     Heads: Hk and Hv divide H = max(Hk, Hv), and Hq is a multiple or a divisor of H. State head h uses key head
     h // (H / Hk) and value head h // (H / Hv). Where Hq ≥ H, query head i reads state head i // (Hq / H).
-    Features: q is scaled, and q and k have passed the feature map and its norm, unless `features` says what is left to
-    do.
-    Mask: masked tokens arrive with v = 0, neutral gates, and a k whose φ is 0. Their output is thrown away.
+    Features: q is already scaled, and q and k have passed the feature map and its norm. What is left to do stands in
+    `features`.
+    Mask: masked tokens arrive with v = 0, neutral gates, and a k whose φ is 0. Their output is discarded.
     Packed sequences: with cu_seqlens [N + 1], which counts tokens of q, B is 1 and there are N states. Else N = B.
     """
 
@@ -76,7 +76,7 @@ class Core:
     v: Tensor  # [B, n·T, Hv, V]
     g: Tensor | None = None  # decay in log space ≤ 0: [B, n·T, H] or [B, n·T, H, K]; None: no decay
     a: Tensor | None = None  # erase key, after any feature map: [B, n·T, H, K], in k's dtype; None: k
-    e: Tensor | None = None  # erase strength: [B, n·T, H]; None: 1 with an erase key of its own, else nothing is erased
+    e: Tensor | None = None  # erase strength: [B, n·T, H]; None: 1 if `a` is given, else nothing is erased
     w: Tensor | None = None  # write strength: [B, n·T, H]; None: 1
     S: Tensor | None = None  # initial state [N, H, K, V]; None: 0
     z: Tensor | None = None  # initial sum of keys [N, H, K]; None: 0
@@ -186,7 +186,7 @@ def opaque() -> bool:
 
 @constant_under_compile
 def _transformed() -> bool:
-    """A constant of each trace, since torch.compile guards on the transforms around a function."""
+    """Whether torch.func is active: a constant of each trace, since torch.compile guards on surrounding transforms."""
     return inside_transform()
 
 

@@ -1,4 +1,4 @@
-"""Errors in one line: which argument, what was expected, what was found. The checks that need no rule."""
+"""Checks that need no rule. Each error is one line: which argument, what was expected, what was found."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tensor(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> None:
-    """x is a tensor of that shape (None: any size), dtype (None: any of FLOATS) and device."""
+    """Checks that x is a tensor of that shape (None: any size), dtype (None: any of FLOATS) and device."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if dtype is None and x.dtype not in FLOATS:
@@ -42,7 +42,7 @@ def tensor(
 
 
 def number(name: str, x: Any, low: float = -math.inf) -> None:
-    """x is a finite number from `low` on."""
+    """Checks that x is a finite number ≥ low."""
     if isinstance(x, bool) or not isinstance(x, int | float):
         raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
     if not (low <= x and -math.inf < x < math.inf):
@@ -50,6 +50,6 @@ def number(name: str, x: Any, low: float = -math.inf) -> None:
 
 
 def size(name: str, x: Any, low: int = 1) -> None:
-    """x is a whole number from `low` on."""
+    """Checks that x is a whole number ≥ low."""
     if isinstance(x, bool) or not isinstance(x, Integral) or x < low:
         raise ValueError(f"{name}: expected a whole number ≥ {low}, got {x!r}")

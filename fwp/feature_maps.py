@@ -1,4 +1,4 @@
-"""Feature maps φ, which keys and queries pass before they meet the fast weights.
+"""Feature maps φ, applied to keys and queries before they meet the fast weights.
 
 A map is any callable [..., d] → [..., K']. `FEATURE_MAPS` names those of the field. `norm` holds the two norms.
 """
@@ -100,7 +100,7 @@ def favor_plus(x: Tensor) -> Tensor:
     return positive_features(x, _fixed_directions(index(x.shape[-1]), x.dtype, x.device))
 
 
-@constant_under_compile  # which takes the tensor as it is
+@constant_under_compile  # torch.compile takes the tensor as a constant
 def _fixed_directions(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return _drawn_once(d, dtype, device)
 
@@ -159,7 +159,7 @@ def get(feature_map: str | FeatureMap | None) -> FeatureMap:
 
 
 def apply(phi: FeatureMap, x: Tensor) -> Tensor:
-    """φ(x), checked: a tensor of x's shape but for the last axis, on x's device."""
+    """φ(x). Checks that it has x's shape except for the last axis, and x's device."""
     y = phi(x)
     errors.tensor("feature_map", y, (*x.shape[:-1], None), device=x.device)
     if y.shape[-1] == 0:
@@ -190,14 +190,14 @@ def transform(x: Tensor, feature_map: str | FeatureMap | None, kind: str | None,
 
 
 def applied(core: Core) -> Core:
-    """The same core with q and k as they have passed its features."""
+    """The core with its feature map, norm and scale applied to q and k."""
     phi, norm, scale = core.features.phi, core.features.norm, core.features.scale
     q, k = transform(core.q, phi, norm, scale), transform(core.k, phi, norm)
     return replace(core, q=q, k=k, features=Features())
 
 
 def kernel_features(feature_map: str | FeatureMap | None, kind: str | None, scale: float) -> Features | None:
-    """What `transform` would do, in the form that a backend can do it itself, or None if no backend can."""
+    """The features that a backend can apply instead of `transform`, or None if no backend can."""
     phi: str | None = None
     if feature_map is not None:
         fn = get(feature_map)

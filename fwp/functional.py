@@ -1,7 +1,6 @@
 """The op: `fast_weights` runs any rule, `read` asks a given state.
 
-Whatever can be wrong in the arguments is found in `fwp.validate`; then the rule is lowered onto the recurrence of
-`fwp.core` and a backend runs it.
+`fwp.validate` checks the arguments. Then the rule is lowered onto the recurrence of `fwp.core`, and a backend runs it.
 """
 
 from __future__ import annotations
@@ -49,8 +48,8 @@ def fast_weights(
 
     Per state head S ← decay(S) + write(k_t, v_t) and o_t = Sᵀ q_t, after q ← scale · norm(φ(q)) and k ← norm(φ(k)).
 
-    Letters: B batch, T time, K and V features, K' the width of φ(k). State heads H = max(Hk, Hv); Hk and Hv divide H,
-    and Hq is a multiple or a divisor of H, so that grouped queries keep the state at the key and value heads.
+    Letters: B batch, T time, K and V features, K' the width of φ(k). There are H = max(Hk, Hv) state heads. Hk and Hv
+    divide H, and Hq is a multiple or a divisor of H. More query heads than H share states, as in grouped queries.
 
     Several writes per read: where k, v and the gates have n·T tokens, query t reads after writes n·t … n·t + n − 1, or
     with read="before" ahead of them (DeltaProduct, arXiv 2502.10297).
@@ -72,16 +71,16 @@ def fast_weights(
         state: what an earlier call returned; for rules on one matrix `State(S [N, H, K', V], z [N, H, K'] or None)`.
         cu_seqlens: [N + 1] int32 or int64 on v's device, in tokens of q; B = 1 and N sequences lie end to end, the i-th
             from cu_seqlens[i] on.
-        backend: "auto" takes the fastest that serves; an explicit one that can't raises.
+        backend: "auto" takes the fastest backend that can serve the call. An explicit one that can't raises an error.
         form: "recurrent" token by token, "chunk" by matrix products; "auto" is recurrent for one token.
-        check: look at values too (synchronises a GPU): q, k (after φ), v and state finite, gates in range, and unit
-            keys for rules that erase.
+        check: check values too, which synchronises a GPU: q, k (after φ), v and state are finite, gates in range, and
+            keys of unit length for rules that erase.
         gates: what the rule asks for (`fwp list`), [B, n·T, H] or [B, n·T, H, K'] or [B, n·T, H, V], computed in the
             state's dtype. Decays g are in log space.
 
     Returns:
-        out [B, T, max(Hq, H), V] in v's dtype, and the final state, float32 (float64 for float64 inputs), of tensors of
-        its own.
+        out [B, T, max(Hq, H), V] in v's dtype, and the final state in float32 (float64 for float64 inputs). The state
+        shares no memory with other tensors.
 
     Raises:
         TypeError: a missing or unknown gate, or a wrong dtype.
@@ -130,7 +129,7 @@ def fast_weights(
         validate.values(row, seen.q, seen.k, seen.v, given, state)
 
     lowered = None
-    if row.lower is not None and (backend != "reference" or not causal):  # the equation needs no lowering
+    if row.lower is not None and (backend != "reference" or not causal):  # the reference runs the equation itself
         with without_autocast(v):
             lowered = row.lower(core, **given)
     if not causal and (lowered is None or lowered.g is not None or lowered.erases):
@@ -181,13 +180,13 @@ def _prepared(
     if written is None:
         return core, given
     for name, gate in given.items():
-        hidden = ~written.view(*written.shape, *[1] * (gate.dim() - 2))
-        given[name] = gate.masked_fill(hidden, row.gates[name].neutral)
+        masked = ~written.view(*written.shape, *[1] * (gate.dim() - 2))
+        given[name] = gate.masked_fill(masked, row.gates[name].neutral)
     return replace(core, k=k.masked_fill(~written[:, :, None, None], zero)), given  # φ(0) need not be 0
 
 
 def _owned(end: Any, given: Any) -> Any:
-    """The final state in memory of its own: not what was given (T = 0), nor a view that keeps a larger buffer alive."""
+    """The final state in its own memory: neither the given state (T = 0) nor a view that keeps a larger buffer alive."""
     before = tree_leaves(given)
 
     def own(x: Any) -> Any:
@@ -265,7 +264,7 @@ def choose(core: Core | None, backend: str, form: str, q: Tensor) -> tuple[str, 
 
 
 class _Backend(Protocol):
-    """What the op asks of the modules of `fwp.backends` that serve a lowered core."""
+    """The functions of each module of `fwp.backends` that serves a lowered core."""
 
     def refuses(self, core: Core, form: Form) -> str | None: ...
 

@@ -31,9 +31,9 @@ from fwp.rules import Rule
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# ---- the state, and what it amounts to ----
+# ---- the state and its spectrum ----
 
-PER_READ = ("q", "mask")  # what has T tokens where the rest has `writes` times as many
+PER_READ = ("q", "mask")  # these have T tokens, all others writes · T
 
 
 def states(
@@ -148,7 +148,7 @@ def attention(rule: str | Rule, q: Tensor, k: Tensor, v: Tensor, *, state: Any =
       causal=False none need be.
     - Rows and columns of masked tokens are 0; packed sequences (cu_seqlens) are blocks along the diagonal.
     - Feature map, norms, scale and denominator are in A. With a denominator the rows of `additive` sum to almost 1.
-    - Of a given state only z counts: what its S adds to the output is no part of A.
+    - Only z of a given state counts: what its S adds to the output is not part of A.
 
     ValueError for a rule that isn't linear in v, and for a given state of a rule's own kind.
     """

@@ -1,6 +1,6 @@
-"""How far results are off, by row and by element, and how far off low precision may be.
+"""Errors of results by row and by element, and error budgets for low precision.
 
-It knows tensors only.
+This module works on tensors and knows no rule.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ def deviation(x: Tensor, ref: Tensor) -> float:
 def error_budgets(rough: Mapping[str, Tensor], truth: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, float]:
     """The row error that each result may have when its inputs are of `dtype`.
 
-    Twice (gradients, whose names start with "d": three times) the error of `rough` once its results are rounded as
-    the op rounds them, plus one rounding of the result itself. rough: results in float32 under `rounded_products`.
-    truth: the same results in float64. "out", "dq", "dk" and "dv" are kept in `dtype`, all else in float32.
+    It is twice a sum: the error of `rough` after its results are rounded as the op rounds them, plus one rounding of
+    the result. For gradients, whose names start with "d", it is three times that sum.
+    rough: results in float32 under `rounded_products`. truth: the same results in float64.
+    "out", "dq", "dk" and "dv" are kept in `dtype`, all else in float32.
     """
     allowed = {}
     for name, x in rough.items():
@@ -61,7 +62,7 @@ def error_budgets(rough: Mapping[str, Tensor], truth: Mapping[str, Tensor], dtyp
 class rounded_products(TorchDispatchMode):
     """A context in which matrix products round their operands to `dtype`, but not their sums.
 
-    The products of a backward pass do so too.
+    Products in a backward pass do the same.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:

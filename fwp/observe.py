@@ -1,4 +1,4 @@
-"""Watching what the op is asked and what it chooses: for `fwp.inspect.recording`, and for benchmarks."""
+"""Observing the op's arguments and its choice of backend, for `fwp.inspect.recording` and for benchmarks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fwp.core import Form
 class ObservedCall(NamedTuple):
     """One call of `fwp.fast_weights`.
 
-    arguments: all of them by name, gates too, as the caller gave them; what was not given is at its default.
-    backend, form: what runs.
+    arguments: all of them by name, gates too, as the caller gave them, else their defaults.
+    backend, form: those that run.
     """
 
     arguments: Mapping[str, Any]
@@ -43,7 +43,7 @@ def observing(observer: Observer) -> Iterator[None]:
 
 @contextmanager
 def unobserved() -> Iterator[None]:
-    """A context whose calls no observer hears of."""
+    """A context in which no observer hears of any call."""
     token = _observers.set(())
     try:
         yield
@@ -52,9 +52,9 @@ def unobserved() -> Iterator[None]:
 
 
 def observed() -> bool:
-    """Whether anybody listens.
+    """Whether there is an observer.
 
-    Never while torch.compile traces, so that observers change no compiled function.
+    Always False while torch.compile traces, so that observers change no compiled function.
     """
     return not torch.compiler.is_compiling() and bool(_observers.get())
 

@@ -1,4 +1,4 @@
-"""What tests and benchmarks of any rule share: inputs, results with gradients, errors by row, budgets of error.
+"""What tests and benchmarks of any rule share: inputs, results with gradients, errors by row, error budgets.
 
 inputs = fwp.testing.sample("kda", B=2, T=70, H=2, K=16, V=8, dtype=torch.bfloat16)
 found = fwp.testing.evaluate("kda", inputs, backend="torch", form="chunk")
@@ -49,14 +49,13 @@ def sample(
     state: bool = False,
     sequences: int | None = None,
 ) -> dict[str, Any]:
-    """Random arguments of `fwp.fast_weights` for a rule, every number of them different: q, k, v and its gates.
+    """Random arguments of `fwp.fast_weights` for a rule: q, k, v and its gates, without equal numbers.
 
-    q [B, T, Hq, K], k [B, n·T, Hk, K], v [B, n·T, Hv, V] with n = `writes` and Hq, Hk, Hv = H unless given, all of
-    `dtype`; gates by `Gate.sample` for max(Hk, Hv) heads and the width of the feature map, in the state's dtype. Keys
-    have unit length if the rule erases along them, since longer ones make it diverge; with `denominator` q and k are
-    positive, so that no zᵀq is near 0. state=True adds the "state" before the first token, of `sequences` sequences
-    (default B): S and z > 0, or what the rule's `init` makes, plus noise. One seed draws the same float64 numbers for
-    every dtype and device.
+    q [B, T, Hq, K], k [B, n·T, Hk, K] and v [B, n·T, Hv, V] are of `dtype`, with n = `writes`. Hq, Hk and Hv are H
+    unless given. `Gate.sample` makes the gates in the state's dtype, for max(Hk, Hv) heads and the feature map's width.
+    Keys have unit length if longer ones can make the rule diverge. With `denominator` q and k are positive, so that no
+    zᵀq is near 0. state=True adds the "state" before the first token of `sequences` sequences (default B): S and z > 0,
+    or what the rule's `init` makes, plus noise. One seed draws the same float64 numbers for every dtype and device.
     """
     row = rules.get(rule)
     generator = torch.Generator().manual_seed(seed)
@@ -104,8 +103,9 @@ def evaluate(
 ) -> dict[str, Tensor]:
     """Every result of `call(rule, **inputs, **options)` by name.
 
-    "out"; the tensors of the final state, "state.S" and "state.z" or "state[0]" …; and the gradient of each input,
-    "dq" … "dstate.S", of the sum of all results weighed by fixed random numbers, which every dtype represents exactly.
+    These are "out", the tensors of the final state ("state.S" and "state.z", or "state[0]" …) and the gradient of each
+    input ("dq" … "dstate.S"). The gradients are of the sum of all results, weighted by fixed random numbers that every
+    dtype represents exactly.
     """
     leaves = {name: _tensors(lambda x: x.detach().requires_grad_(gradients), x) for name, x in inputs.items()}
     out, end = call(rule, **leaves, **options)
@@ -126,8 +126,8 @@ def evaluate(
 def budgets(rule: str | Rule, inputs: Mapping[str, Any], *, seed: int = 0, **options: Any) -> dict[str, float]:
     """The row error that each result of `evaluate` may have on low-precision inputs, against float64.
 
-    Twice (gradients: three times) the error of the chunk form in float32 whose matrix products take operands rounded to
-    the dtype of v and whose results are rounded as the op's are, plus one rounding of the result itself.
+    See `fwp.measure.error_budgets`. The rough results come from the chunk form in float32, with the operands of matrix
+    products rounded to the dtype of v.
     """
     dtype = inputs["v"].dtype
     truth = evaluate(rule, cast(inputs, torch.float64), seed=seed, backend="reference", **options)
@@ -137,5 +137,5 @@ def budgets(rule: str | Rule, inputs: Mapping[str, Any], *, seed: int = 0, **opt
 
 
 def _tensors(fn: Callable[[Tensor], Tensor], x: Any) -> Any:
-    """fn over the tensors of x; what isn't one stays."""
+    """Applies fn to the tensors of x and leaves all else as it is."""
     return tree_map(lambda leaf: fn(leaf) if isinstance(leaf, Tensor) else leaf, x)

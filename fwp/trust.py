@@ -1,4 +1,4 @@
-"""Whether the Triton kernels are right on this GPU, by tests or by a canary before the first use.
+"""Whether to trust the Triton kernels on this GPU: by tests, or by a canary before the first use.
 
 Triton has compiled correct kernels into wrong code on one GPU and not on another. On a pair of GPU and Triton that is
 not known to be good, each configuration of the kernels is therefore run once on a small input (`fwp.canary`) before
@@ -40,7 +40,7 @@ class KernelCase(NamedTuple):
     form: Form
     decay: int  # 0: none, 1: one per head, 2: one per key channel
     erase_strength: bool
-    erase_key: bool  # one of its own
+    erase_key: bool  # whether `a` is given
     erase_before_decay: bool
     write_strength: bool
     writes: int  # per read
@@ -56,13 +56,13 @@ class KernelCase(NamedTuple):
     Hq: int
     Hk: int
     Hv: int
-    cut: bool = False  # into segments of the fewest chunks
+    cut: bool = False  # whether sequences are cut into segments, each of the fewest chunks
 
     @property
     def name(self) -> str:
-        """The name of a file. The folder says the device.
+        """A file name for the case. It leaves out the device, which the folder names.
 
-        The numbers of heads change no code and are left out.
+        It leaves out the numbers of heads as well, since they change no code.
         """
         switches = [self.form, f"decay{self.decay}", *(name for name in SWITCHES if getattr(self, name)), self.read]
         switches += [f"writes{self.writes}"] if self.writes != 1 else []
@@ -82,7 +82,7 @@ _canary: Canary | None = None
 def use_canary(canary: Canary) -> None:
     """Sets the function that runs the kernels of a case on a small input.
 
-    It returns what is wrong with them, or None. `fwp.functional` sets it, as it may know the backends.
+    The function returns what is wrong with them, or None. `fwp.functional` sets it, since it may import the backends.
     """
     global _canary
     _canary = canary
@@ -91,8 +91,8 @@ def use_canary(canary: Canary) -> None:
 def reason_to_distrust(core: Core, form: Form) -> str | None:
     """Why the Triton kernels are not to be trusted with these inputs, in one line. None: they are.
 
-    It can be asked under tracing, vmap and torch.func too, since the canary runs outside of them. While a CUDA graph
-    is being captured no canary can run; what is not known by then is not trusted.
+    It works under tracing, vmap and torch.func too, since the canary runs outside of them. No canary can run while a
+    CUDA graph is being captured: a case that is not yet known is not trusted then.
     """
     if not runs_on_gpu(core.v):
         return None
@@ -102,20 +102,21 @@ def reason_to_distrust(core: Core, form: Form) -> str | None:
 def may_cut(core: Core) -> bool:
     """Whether long sequences may be cut into segments.
 
-    It always checks both passes, as a backward cuts like its forward.
+    It always checks both passes, since a backward cuts as its forward did.
     """
     if not runs_on_gpu(core.v):
         return True
     reason = _verdict(*KernelCase(*case_fields(core, "chunk"))._replace(gradients=True, cut=True))
     if reason is not None:
-        warnings.warn(f"long sequences are not cut into segments, slower: {reason}", RuntimeWarning, stacklevel=2)
+        message = f"long sequences are not cut into segments, which is slower: {reason}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
     return reason is None
 
 
 @constant_under_compile
 def warn_of_torch(reason: str) -> None:
     """Warns that `backend="auto"` takes torch although there is a GPU."""
-    warnings.warn(f"backend: 'auto' takes 'torch', many times slower: {reason}", RuntimeWarning, stacklevel=4)
+    warnings.warn(f"backend: 'auto' takes 'torch', which is many times slower: {reason}", RuntimeWarning, stacklevel=4)
 
 
 def runs_on_gpu(x: Tensor) -> bool:
@@ -126,7 +127,7 @@ def runs_on_gpu(x: Tensor) -> bool:
 def case_fields(core: Core, form: Form) -> tuple[Any, ...]:
     """The fields of the `KernelCase` of these inputs, as a plain tuple, which torch.compile can trace."""
     scaled = False
-    if core.features.scale != 1.0:  # a branch makes a constant of what is traced
+    if core.features.scale != 1.0:  # the branch makes it a constant under torch.compile
         scaled = True
     return (
         core.v.device,
@@ -170,7 +171,7 @@ _asked: set[KernelCase] = set()
 def _ask(case: KernelCase) -> str | None:
     """Asks the cache directory, then the canary.
 
-    A failure is remembered in this process only: its cause may go.
+    A failure is remembered in this process only, since its cause may be temporary.
     """
     import triton
 
@@ -185,7 +186,7 @@ def _ask(case: KernelCase) -> str | None:
     except OSError:
         pass
     if _canary is None:
-        return "nothing is there to check the kernels with; import fwp.functional"
+        return "the function that checks the kernels is not set; import fwp.functional"
     fault = _run_outside(_canary, case)
     if fault is not None:
         with_ = f"Triton {triton.__version__} and torch {torch.__version__} on {gpu} ({architecture})"
@@ -200,7 +201,7 @@ def _ask(case: KernelCase) -> str | None:
 
 def _run_outside(canary: Canary, case: KernelCase) -> str | None:
     """Runs the canary where no trace, vmap, autocast or mode of the caller is active."""
-    if inside_backward():  # a thread of its own would wait for this one's backward to end
+    if inside_backward():  # a new thread would wait for this thread's backward to end
         with torch.enable_grad(), without_autocast(torch.empty(0, device=case.device)):
             return canary(case)
     with ThreadPoolExecutor(1) as thread:

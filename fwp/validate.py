@@ -20,7 +20,7 @@ FORMS = ("auto", "recurrent", "chunk")
 
 
 def tensors(rule: Rule, q: Tensor, k: Tensor, v: Tensor) -> int:
-    """q, k and v fit each other and the rule. Returns the writes per read: k has n·T tokens where q has T."""
+    """Checks that q, k and v fit each other and the rule. Returns n, the writes per read: k has n·T tokens, q has T."""
     tensor("q", q, (None, None, None, None))
     B, T, Hq, K = q.shape
     n = writes(k, T)
@@ -59,7 +59,7 @@ def options(
     form: str = "auto",
     check: bool = False,
 ) -> None:
-    """Names are known, numbers are such, and the rule has what is asked."""
+    """Checks that names are known, that numbers are numbers, and that the rule has what is asked for."""
     for name, flag in (("causal", causal), ("denominator", denominator), ("check", check)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: expected True or False, got {flag!r}")
@@ -79,7 +79,7 @@ def options(
 
 
 def packing(cu_seqlens: Tensor, B: int, T: int, check: bool = False, *, device: torch.device | None = None) -> None:
-    """cu_seqlens [N + 1] are the borders of N sequences in one row. check: look at values on a GPU too."""
+    """Checks that cu_seqlens [N + 1] are the borders of N sequences in one row. check: look at values on a GPU too."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         kind = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"cu_seqlens: expected an int32 or int64 tensor, got {kind}")
@@ -130,7 +130,7 @@ def with_state(core: Core, state: Any) -> Core:
 
 
 def own_state(rule: Rule, core: Core, state: Any) -> None:
-    """A given state is built like what the rule's `init` makes."""
+    """Checks that a given state has the structure, shapes and dtypes of what the rule's `init` makes."""
     if state is None:
         return
     batch, like = (core.sequences, core.heads), core.v.new_zeros((), dtype=core.dtype)
@@ -148,7 +148,7 @@ def named_tensors(name: str, tree: Any) -> dict[str, Tensor]:
 
 
 def readable(state: Any, q: Tensor, cu_seqlens: Tensor | None) -> None:
-    """The state can be asked by q [B, T, Hq, K']."""
+    """Checks that queries q [B, T, Hq, K'] can read the state."""
     if not isinstance(state, State):
         raise TypeError(f"state: expected fwp.State, got {type(state).__name__}")
     B, T, Hq, K = q.shape
@@ -167,7 +167,7 @@ def readable(state: Any, q: Tensor, cu_seqlens: Tensor | None) -> None:
 
 
 def values(rule: Rule, q: Tensor, k: Tensor, v: Tensor, given: Mapping[str, Tensor], state: Any) -> None:
-    """Numbers are finite, gates lie in their range, and keys are short enough. Names the first offender's index."""
+    """Checks that numbers are finite, gates in range and keys short enough. The error names the first wrong index."""
     for name, x in ({"q": q, "k": k, "v": v} | named_tensors("state", state)).items():
         _first(name, x, ~x.isfinite(), "a finite number")
     for name, x in given.items():
@@ -179,7 +179,7 @@ def values(rule: Rule, q: Tensor, k: Tensor, v: Tensor, given: Mapping[str, Tens
         _first("k", length, (length > 1 + 1e-2), "keys of at most unit length for a rule that erases")
 
 
-def _first(name: str, x: Tensor, wrong: Tensor, expected: str) -> None:
-    if wrong.any():
-        at = tuple(wrong.nonzero()[0].tolist())
+def _first(name: str, x: Tensor, invalid: Tensor, expected: str) -> None:
+    if invalid.any():
+        at = tuple(invalid.nonzero()[0].tolist())
         raise ValueError(f"{name}{list(at)}: expected {expected}, got {x[at].item():g}")

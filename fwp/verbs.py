@@ -16,7 +16,7 @@ from fwp.functional import Backend, fast_weights
 
 
 class Options(TypedDict, total=False):
-    """The keyword arguments of `fwp.fast_weights` that are no gates."""
+    """The keyword arguments of `fwp.fast_weights` that are not gates."""
 
     mask: Tensor | None
     causal: bool

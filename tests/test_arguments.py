@@ -399,8 +399,8 @@ def test_a_gate_that_could_not_be_given_makes_no_rule(name, gate, error, message
 def test_a_rule_with_a_state_or_read_of_its_own_has_no_lowered_form(own):
     row = fwp.RULES["additive"]
     function = (lambda *args: row.init(*args) + 1) if own == "init" else (lambda S, q: (row.read(S, q)[0] * 2, S))
-    with pytest.raises(ValueError, match=f"lower: expected None with an own {own}"):
+    with pytest.raises(ValueError, match=f"lower: expected None beside a custom {own}"):
         dataclasses.replace(row, **{own: function})
     if own == "read":
-        with pytest.raises(ValueError, match="read: an own one needs an own init"):
+        with pytest.raises(ValueError, match="read: a custom one needs a custom init"):
             dataclasses.replace(row, lower=None, read=function)

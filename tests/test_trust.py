@@ -258,7 +258,7 @@ def test_sequences_stay_whole_where_cutting_them_fails(monkeypatch, segments, ba
     right, wrong = launch.Kernels.join, back
     monkeypatch.setattr(launch.Kernels, "join", join)
     inputs = arguments()
-    with pytest.warns(RuntimeWarning, match="^long sequences are not cut into segments, slower: .* off by "):
+    with pytest.warns(RuntimeWarning, match="^long sequences are not cut into segments, which is slower: .* off by "):
         out, _ = fast_weights("kda", **inputs, backend="triton", form="chunk")
         grads = torch.autograd.grad(out.sum(), list(inputs.values()))
     assert segments[-2:] == [0, 0]
@@ -314,7 +314,7 @@ def test_auto_warns_and_takes_torch(monkeypatch):
         for file in folder.iterdir():
             file.unlink()
     spoil(monkeypatch, "backward", halve_a_row(2))
-    with pytest.warns(RuntimeWarning, match="^backend: 'auto' takes 'torch', many times slower: ") as warned:
+    with pytest.warns(RuntimeWarning, match="^backend: 'auto' takes 'torch', which is many times slower: ") as warned:
         assert functional.choose(core, "auto", "auto", seen) == ("torch", "chunk")
     assert PAIR in str(warned[0].message)
 

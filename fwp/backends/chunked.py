@@ -1,7 +1,7 @@
-"""The recurrence as chunked matrix products in plain torch, on any device, differentiable as often as you like.
+"""The recurrence as chunked matrix products in plain torch, on any device, differentiable any number of times.
 
-Within a chunk of C writes, with G the running sum of g. G^q is the reader's: G after its last write, or for read
-"before" G ahead of its first. G^a is the eraser's: G, or G of the write before it where it reads before the decay::
+G is the running sum of g within a chunk of C writes. G^q is the reader's sum: G after its token's last write, or with
+read "before" G ahead of the first. G^a is the eraser's sum: G, or with erase_before_decay G of the write before::
 
     A_ij = e_i a_iᵀ exp(G^a_i − G_j) k_j  for j < i        P_ij = q_iᵀ exp(G^q_i − G_j) k_j  for each j that i sees
     (I + A) X = w V − (e a ⊙ exp G^a) S₀
@@ -9,7 +9,7 @@ Within a chunk of C writes, with G the running sum of g. G^q is the reader's: G 
 
 No exponent is ever positive, since the mask comes before the exponential. In eager mode autograd differentiates the
 forward. Under torch.compile forward and backward are two opaque ops: a Python loop over chunks would be unrolled
-and recompiled for every length. For them the gradient of a chunk is written out as well.
+and recompiled for every length. The gradient of a chunk is written out for these ops.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def run(core: Core, form: Form, chunk: int = CHUNK) -> tuple[Tensor, State]:
 
 
 def read(core: Core) -> Tensor:
-    """o [B, T, max(Hq, H), V]: the queries read the initial state. k and v don't matter. In the state's dtype."""
+    """o [B, T, max(Hq, H), V] in the state's dtype: the queries read the initial state. k and v don't matter."""
     if core.cu_seqlens is not None and opaque():
         return run(core, "chunk")[0]
     core = _with_z(core)
@@ -73,7 +73,7 @@ def read(core: Core) -> Tensor:
 
 
 def _with_z(core: Core) -> Core:
-    """k and v with one head per state head, and the initial state. z is one more column, of value 1, never erased."""
+    """The core with k and v repeated to the state heads, and with S. z becomes one more column of S, never erased."""
     H = core.heads
     S, z = core.initial()
     if z is not None:
@@ -87,11 +87,11 @@ def _normalised(out: Tensor, eps: float) -> Tensor:
     return ratio(out, torch.where(found == 0, 0, found + eps))
 
 
-# What a step of the walk sees. Dimensions [N, H, r, C, ·]: sequences, state heads, query heads per state head, tokens.
+# What a step of the walk gets. Dimensions [N, H, r, C, ·]: sequences, state heads, query heads per state head, tokens.
 
 
 class Inputs(NamedTuple):
-    """What has a T axis, of a whole call or of a piece of it. None as in `fwp.core.Core`."""
+    """The tensors with a T axis, of a whole call or of a piece of it. None means what it means in `fwp.core.Core`."""
 
     q: Tensor
     k: Tensor
@@ -103,7 +103,7 @@ class Inputs(NamedTuple):
 
 
 class Options(NamedTuple):
-    """How the recurrence runs, as `fwp.core.Core` has it."""
+    """How the recurrence runs: fields of `fwp.core.Core`."""
 
     read: Read
     causal: bool
@@ -146,10 +146,10 @@ def _tokens(x: Tensor) -> Tensor:
 class Layout:
     """Cuts a T axis into pieces of at most `chunk` tokens of one sequence, and puts results together again.
 
-    tokens: how many there are on this axis for each token of q: 1 for q itself, `writes` for k, v and the gates.
+    tokens: the number of tokens on this axis per token of q: 1 for q itself, `writes` for k, v and the gates.
 
-    Packed sequences are walked side by side, longest first, so that those that go on are always a prefix. Everything is
-    gathered once and then split. Indexing inside the loop would cost the backward a pass over all of T per piece.
+    Packed sequences are walked side by side, longest first, so that those not yet ended are always a prefix. All tokens
+    are gathered once and then split. Indexing inside the loop would cost the backward a pass over all of T per piece.
     """
 
     def __init__(self, core: Core, chunk: int, tokens: int) -> None:
@@ -161,7 +161,7 @@ class Layout:
         lengths = bounds.diff()
         order = lengths.argsort(descending=True, stable=True)
         starts, lengths = bounds[:-1][order], lengths[order]
-        steps = []  # [N, C] each: where the tokens lie. T, the index of a row of zeros, stands for no token
+        steps = []  # [N, C] each: indices of tokens. T, the index of a row of zeros, stands for no token
         for t in range(0, int(lengths.max()) if len(lengths) else 0, chunk):
             left = lengths[lengths > t] - t
             at = torch.arange(min(chunk, int(left[0])))
@@ -203,7 +203,7 @@ class Layout:
 
 
 def _cut(core: Core, chunk: int) -> tuple[Layout, Layout, list[Piece]]:
-    """The layouts of reads and writes, and what every step sees: at most `chunk` writes, but all of one read."""
+    """The layouts of reads and writes, and the pieces: at most `chunk` writes each, but at least those of one read."""
     reads = max(1, chunk // core.writes)
     reading, writing = Layout(core, reads, 1), Layout(core, reads * core.writes, core.writes)
     columns = [None if x is None else (writing if i else reading).split(x) for i, x in enumerate(_inputs(core))]
@@ -226,7 +226,7 @@ def _walk(core: Core, chunk: int) -> tuple[Tensor, Tensor]:
 
 
 def _at_once(core: Core, chunk: int) -> tuple[Tensor, Tensor]:
-    """`_walk` where every query reads the final state. Two products do it, whatever the chunk."""
+    """`_walk` where every query reads the final state: two products, without chunks."""
     assert core.S is not None
     q, k, v = (_rows(x, core.heads, core.dtype) for x in (core.q, core.k, core.v))
     x = v if core.w is None else _rows(core.w, core.heads, core.dtype) * v
@@ -237,7 +237,7 @@ def _at_once(core: Core, chunk: int) -> tuple[Tensor, Tensor]:
 def _forward(
     pieces: list[Piece], S: Tensor, core: Core, chunk: int, starts: list[Tensor] | None = None
 ) -> tuple[list[Tensor], Tensor]:
-    """Outputs [N, H, r, C, V] of each piece and the final state, sequences sorted. `starts` gets the states between."""
+    """Outputs [N, H, r, C, V] of each piece and the final state, sequences sorted. `starts` gets the initial states."""
     step, options = _tokens_of_one_read if chunk == 1 else _chunk, _options(core)
     outs, ended = [], []
     for piece in pieces:
@@ -261,7 +261,7 @@ def _options(core: Core) -> Options:
 
 
 def _tokens_of_one_read(p: Piece, S: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """The writes of one read: the recurrence as it stands in `fwp.core`."""
+    """The writes of one read, by the recurrence as `fwp.core` states it."""
     before = S = S.unsqueeze(2)
     values = p.v if p.w is None else p.w * p.v
     V, erasers = values.shape[-1], p.eraser
@@ -278,7 +278,7 @@ def _tokens_of_one_read(p: Piece, S: Tensor, options: Options) -> tuple[Tensor, 
 
 
 def _with_one(x: Tensor, S: Tensor) -> Tensor:
-    """x with one more column of ones, if S has the column z that they make."""
+    """x with one more column of ones, if S has the column of z, which those ones make."""
     return x if x.shape[-1] == S.shape[-1] else torch.cat([x, torch.ones_like(x[..., :1])], -1)
 
 
@@ -286,10 +286,10 @@ class Pairs:
     """M_ij = Σ_d a_id b_jd exp(Ga_i − Gb_j)_d where visible, else 0, and the two gradients of that product.
 
     A decay per channel can't be taken out of the sum over d, and exp(Ga_i) exp(−Gb_j) overflows. But let i lie in the
-    later half of a block of tokens and j in the earlier half. Then the decay is i's since the middle times j's until
-    the middle. Every pair lies so in one block of some size 2, 4, 8, …, so log₂ C masked products make all pairs.
+    later half of a block of tokens and j in the earlier half. Then the decay is that from j to the middle times that
+    from the middle to i. Each pair lies so in one block of size 2, 4, 8, …, so log₂ C masked products make all pairs.
 
-    a has R rows and b has C. Row i of a stands at write at_i [R] and sees b's rows j < at_i, with `own` also j = at_i.
+    a has R rows and b has C. Row i of a stands at write at_i [R] and sees b's rows j < at_i, with `own` also row at_i.
     Ga [N, H, 1, R, 1 or K] and Gb [N, H, 1, C, 1 or K] are the summed log decays of the rows, None without decay.
     """
 
@@ -298,7 +298,7 @@ class Pairs:
         self.at, self.own, self.C = at, own, C
         self.visible = j <= at[:, None] if own else j < at[:, None]  # [R, C]
         self.factor: Tensor | None = None  # [N, H, 1, R, C]
-        # for each size of block: which pairs it makes [R, C], and the decays of a [.., R, K] and b [.., C, K]
+        # for each block size: the pairs that it makes [R, C], and the decays of a [.., R, K] and b [.., C, K]
         self.levels: list[tuple[Tensor, Tensor, Tensor]] | None = None
         if Ga is None or Gb is None:
             return
@@ -311,10 +311,10 @@ class Pairs:
             late, early = at // half % 2 == 1, j // half % 2 == 0
             pairs = late[:, None] & early & ((at // (2 * half))[:, None] == j // (2 * half))
             start, end = (at // half * half - 1).clamp(min=0), (j // half * half + half - 1).clamp(max=C - 1)
-            if len(at) == C:  # a row stands in one of the halves, and needs one of the two exponentials
+            if len(at) == C:  # a row lies in one of the halves and needs only one of the two exponentials
                 middle = Gb[..., torch.where(late, start, end), :]
                 decay_a = decay_b = torch.where(late[:, None], Ga - middle, middle - Gb).to(dtype).exp()
-            else:  # rows of the other half get the exponent 0; their pairs are masked
+            else:  # rows of the other half get the exponent 0, and their pairs are masked
                 decay_a = (Ga - Gb[..., start, :]).masked_fill(~late[:, None], 0).to(dtype).exp()
                 decay_b = (Gb[..., end, :] - Gb).masked_fill(~early[:, None], 0).to(dtype).exp()
             self.levels.append((pairs, decay_a, decay_b))
@@ -357,23 +357,23 @@ class Pairs:
         return b.sum(2, keepdim=True)
 
     def _at(self, M: Tensor) -> Tensor:
-        """The own write of every row, as an index into M [N, H, r, R, C]."""
+        """Each row's own write, as an index into M [N, H, r, R, C]."""
         return self.at[:, None].expand(*M.shape[:-1], 1)
 
 
 @dataclass(frozen=True)
 class Decays:
-    """The decays of a piece: exponentials [N, H, 1, C or 1, 1 or K], 1 where nothing decays, and the products."""
+    """The decays of a piece: exponentials [N, H, 1, C or 1, 1 or K], 1 without decay, and the decayed products."""
 
-    A: Pairs  # eraser with writer
-    P: Pairs  # reader with writer
-    eraser: Tensor | float = 1.0  # exp G^a: from before the piece to an eraser
-    reader: Tensor | float = 1.0  # exp G^q: to a reader
-    end: Tensor | float = 1.0  # exp(G_C − G): from a token to the end
-    whole: Tensor | float = 1.0  # exp G_C, as [N, H, 1, 1 or K, 1]: for S
+    A: Pairs  # erasers with writers
+    P: Pairs  # readers with writers
+    eraser: Tensor | float = 1.0  # exp G^a: from the start of the piece to an eraser
+    reader: Tensor | float = 1.0  # exp G^q: from the start of the piece to a reader
+    end: Tensor | float = 1.0  # exp(G_C − G): from a write to the end of the piece
+    whole: Tensor | float = 1.0  # exp G_C, as [N, H, 1, 1 or K, 1]: over the whole piece, for S
 
     @staticmethod
-    def of(p: Piece, options: Options) -> Decays:
+    def of_piece(p: Piece, options: Options) -> Decays:
         C, dtype, n, after = p.k.shape[-2], p.k.dtype, options.writes, options.read == "after"
         i = torch.arange(C, device=p.k.device)
         at = i[n - 1 :: n] if after else i[::n]
@@ -399,7 +399,7 @@ class Decays:
 
 def _chunk(p: Piece, S: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """One piece by the equations at the top of this file: S [N, H, K, V] → outputs [N, H, r, C, V] and S."""
-    d, S = Decays.of(p, options), S.unsqueeze(2)
+    d, S = Decays.of_piece(p, options), S.unsqueeze(2)
     X, _ = _solve(p, S, d)
     out = (p.q * d.reader) @ S + d.P.product(p.q, p.k) @ X
     return out, (d.whole * S + (p.k * d.end).mT @ X).squeeze(2)
@@ -418,9 +418,9 @@ def _solve(p: Piece, S: Tensor, d: Decays) -> tuple[Tensor, Tensor | None]:
 def _chunk_backward(p: Piece, S: Tensor, options: Options, d_out: Tensor, d_S: Tensor) -> tuple[Inputs, Tensor]:
     """Gradients of a piece's inputs and of the state before it.
 
-    Each feature of q, k and e a stands beside its exp G. So dG is the feature times its gradient.
+    Each feature of q, k and e a is multiplied by exp(±G), so dG is plus or minus the feature times its gradient.
     """
-    d, S, d_S = Decays.of(p, options), S.unsqueeze(2), d_S.unsqueeze(2)
+    d, S, d_S = Decays.of_piece(p, options), S.unsqueeze(2), d_S.unsqueeze(2)
     X, A = _solve(p, S, d)
     V = p.v.shape[-1]
     P = d.P.product(p.q, p.k)
@@ -446,7 +446,7 @@ def _chunk_backward(p: Piece, S: Tensor, options: Options, d_out: Tensor, d_S: T
             (earlier if options.erase_before_decay else d_G).add_(eraser * d_eraser)
         readers = earlier if options.read == "before" else d_G
         readers.index_add_(-2, d.P.at, (p.q * d_q).sum(2, keepdim=True))
-        d_G += pad(earlier[..., 1:, :], (0, 0, 0, 1))  # those that see one gate less
+        d_G += pad(earlier[..., 1:, :], (0, 0, 0, 1))  # a reader or eraser before the decay misses its own gate
         d_G[..., -1, :] += (S_end * d_S).sum(-1)
         if p.g.shape[-1] == 1:
             d_G = d_G.sum(-1, keepdim=True)
@@ -526,7 +526,7 @@ def _walk_backward_op(
 
 
 def _walk_backward(core: Core, d_out: Tensor, d_S: Tensor) -> tuple[list[Tensor | None], Tensor]:
-    """Gradients of the inputs and of the initial state: the walk once more, then back through its pieces."""
+    """Gradients of the inputs and of the initial state: repeats the walk, then goes back through its pieces."""
     assert core.S is not None
     options, inputs = _options(core), _inputs(core)
     reading, writing, pieces = _cut(core, CHUNK)

@@ -1,4 +1,4 @@
-"""The specification at work: one generic loop over a rule's equation, token by token. Slow, differentiable, exact."""
+"""The specification, run by one generic loop over a rule's equation, token by token. Slow, differentiable, exact."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fwp.rules.spec import Rule
 
 
 def tree_map(fn: Callable[..., Tensor], *states: Any) -> Any:
-    """fn over the tensors of states of one structure. None, which torch counts as a leaf, stays None."""
+    """Applies fn to the tensors of states of the same structure. None, a leaf in torch, stays None."""
     return _tree_map(lambda *x: None if x[0] is None else fn(*x), *states)
 
 
 def run(rule: Rule, core: Core, gates: Mapping[str, Tensor], mask: Tensor | None, state: Any) -> tuple[Tensor, Any]:
-    """Runs `rule` over q, k and v of `core`. mask [B, T] leaves tokens out. state is the rule's, of N sequences.
+    """Runs `rule` over q, k and v of `core`. mask [B, T]: False skips a token. state: the rule's, of N sequences.
 
     Returns o [B, T, max(Hq, H), V] in the state's dtype and the final state.
     """
@@ -97,7 +97,7 @@ def _step(rule: Rule, core: Core, state: Any, k: Tensor, v: Tensor, gates: Mappi
 
 
 def _read(rule: Rule, core: Core, state: Any, q: Tensor) -> tuple[Tensor, Any]:
-    """What the queries q [B, max(Hq, H), K] of one token find."""
+    """What the queries q [B, max(Hq, H), K] of one token read."""
     if not rule.plain:
         return rule.read(state, q)
     group = q.shape[1] // state.S.shape[1]
@@ -110,5 +110,5 @@ def _read(rule: Rule, core: Core, state: Any, q: Tensor) -> tuple[Tensor, Any]:
 
 
 def _where(keep: Tensor, new: Any, old: Any) -> Any:
-    """The new state where keep [B], else the old one."""
+    """The new state where keep [B] is True, else the old one."""
     return tree_map(lambda a, b: torch.where(keep.view(-1, *[1] * (a.dim() - 1)), a, b), new, old)

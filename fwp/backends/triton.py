@@ -1,7 +1,7 @@
 """The recurrence on the Triton kernels of `fwp_kernels`, forward and backward as opaque ops of torch.
 
-They serve every core: no decay, one per head or one per key channel, with or without erasing.
-Triton is imported when the first kernel runs, so that the ops and their shapes are known wherever torch is.
+They serve every core: without decay, with one per head or with one per key channel, with or without erasing.
+Triton is imported when the first kernel runs. So the ops and their shapes are known without Triton.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def refuses(core: Core, form: Form) -> str | None:
 
 
 def widest(itemsize: int, channels: bool, tiles: int, memory: int) -> int:
-    """K up to which the chunk form's tiles [16, K] fit into a program's shared memory.
+    """The largest K with which the chunk form's tiles [16, K] fit into a program's shared memory.
 
-    There are two, of inputs or of a decay per channel, three if a state has several readers or q and k pass features,
-    and four with erase keys.
+    There are two tiles, of inputs or of a decay per channel. There are three if several query heads read a state or if
+    q and k pass a feature map, and four with erase keys.
     """
     tile = 16 * max(itemsize, 4 if channels else 0)
     return next((K for K in (1024, 512, 256) if tiles * tile * K + 3072 <= memory), 128)
@@ -66,7 +66,7 @@ def widest(itemsize: int, channels: bool, tiles: int, memory: int) -> int:
 
 @constant_under_compile
 def _shared_memory(device: torch.device) -> int:
-    """Bytes that a program may have. On AMD, where tiles pass through it one by one, as if it were twice as many."""
+    """Bytes of shared memory per program. On AMD, where tiles pass through it one by one, they count twice."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return 2**20
     from triton.compiler import max_shared_mem
@@ -84,7 +84,7 @@ def _interpreted() -> bool:
 
 @constant_under_compile
 def _derives() -> bool:
-    """Whether torch.func.grad or jvp is at work, asked while torch.compile traces."""
+    """Whether torch.func.grad or jvp is active while torch.compile traces."""
     return inside_derivative()
 
 
@@ -112,8 +112,8 @@ class _Inputs(NamedTuple):
     segment: int | None
 
     @classmethod
-    def of(cls, core: Core, chunk: int | None = None, segment: int | None = None) -> _Inputs:
-        """Those of a causal core, or of one whose queries are read later."""
+    def from_core(cls, core: Core, chunk: int | None = None, segment: int | None = None) -> _Inputs:
+        """The inputs of a causal core."""
         return cls(
             core.q,
             core.k,
@@ -137,7 +137,7 @@ class _Inputs(NamedTuple):
         )
 
     def core(self) -> Core:
-        """The core that they are of."""
+        """The core of these inputs."""
         return Core(
             **{name: getattr(self, name) for name in (*TOKENS, *STATES, "cu_seqlens", "writes", "erase_before_decay")},
             read="before" if self.read_before else "after",
@@ -146,7 +146,7 @@ class _Inputs(NamedTuple):
         )
 
     def problem(self, form: str) -> Problem:
-        """What the launch layer takes, with sequences whole where the kernels that cut them are in doubt."""
+        """The launch layer's `Problem`. Sequences stay whole if the kernels that cut them are not trusted."""
         from fwp_kernels.packing import segment_chunks
         from fwp_kernels.problem import Problem
 
@@ -161,9 +161,9 @@ DIFFERENTIABLE = len(TOKENS) + len(STATES)  # the first fields of the inputs
 
 
 class _Upstream(NamedTuple):
-    """What a backward takes beside the inputs."""
+    """The arguments of a backward beside the inputs."""
 
-    o: Tensor | None  # the outputs and their denominators, only with a denominator
+    o: Tensor | None  # outputs and their denominators, only with attention normalisation
     den: Tensor | None
     d_o: Tensor | None
     d_S: Tensor | None
@@ -173,18 +173,19 @@ class _Upstream(NamedTuple):
 def run(core: Core, form: Form, chunk: int | None = None, segment: int | None = None) -> tuple[Tensor, State]:
     """o [B, T, max(Hq, H), V], and the final state.
 
-    chunk: tokens at a time, a power of 2 up to 64 (on a GPU from 16); None chooses by K and dtype.
-    segment: chunks that one walk takes, beside other walks over the same sequence, 0: all; None chooses by the GPU.
+    chunk: chunk size, a power of 2 up to 64 (on a GPU from 16); None chooses by K and dtype.
+    segment: chunks per segment, where the segments of a sequence run in parallel; 0: no segments; None chooses by the
+        GPU.
     RuntimeError for a second derivative and a forward derivative, which the kernels don't have.
     """
     if not core.causal:
         return _read_the_end(applied(core), form, chunk, segment)
-    inputs = _Inputs.of(core, chunk, segment)
+    inputs = _Inputs.from_core(core, chunk, segment)
     over = overwrites() and form == "recurrent"
     if torch.compiler.is_compiling():
         o, S, z, _ = _forward(*inputs, form)
     elif over or (_plain(inputs) and not core.wants_gradients):
-        # the shortest way: an op takes longer to call than all that it does before its kernels run
+        # called directly: going through an op takes longer than all that is done before the kernels run
         from fwp_kernels.launch import forward
 
         o, S, z, _ = forward(inputs.problem(form), form, over)
@@ -194,7 +195,7 @@ def run(core: Core, form: Form, chunk: int | None = None, segment: int | None = 
 
 
 def _read_the_end(core: Core, form: Form, chunk: int | None, segment: int | None) -> tuple[Tensor, State]:
-    """Every query reads the final state: a second walk writes nothing."""
+    """Every query reads the final state: a first walk writes, a second one reads and writes nothing."""
     _, end = run(replace(core, causal=True, read="after"), form, chunk, segment)
     k, v = (x.new_zeros(()).expand(*core.q.shape[:2], *x.shape[2:]) for x in (core.k, core.v))
     queries = replace(
@@ -204,7 +205,7 @@ def _read_the_end(core: Core, form: Form, chunk: int | None, segment: int | None
 
 
 def _plain(inputs: Sequence[Any]) -> bool:
-    """Whether all tensors are ordinary ones, and no mode or transform of torch sees what is done to them."""
+    """Whether all tensors are ordinary ones, and no mode or transform of torch is active."""
     return (
         dispatch_modes() == 0
         and not inside_transform()
@@ -225,7 +226,7 @@ _SCHEMA = """Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? a, Tensor? e, Tens
 )
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o, S, z and the denominators; empty tensors stand for None."""
-    if inside_dual_level() and forward_derivatives_enabled():  # off where an autograd.Function called this
+    if inside_dual_level() and forward_derivatives_enabled():  # they are disabled inside an autograd.Function
         _no_forward_derivative(None)
     return _launch_forward(*inputs)
 
@@ -314,7 +315,7 @@ def _no_forward_derivative(ctx: Any, *_: Any) -> Any:
 
 
 class _Axis:
-    """A new axis of vmap as more sequences: of size X it joins B, or T where sequences are packed, B being 1."""
+    """Turns a vmap axis of size X into more sequences: it joins B, or T where sequences are packed and B is 1."""
 
     def __init__(self, size: int, cu_seqlens: Tensor | None) -> None:
         self.size, self.packed = size, cu_seqlens is not None
@@ -337,7 +338,7 @@ class _Axis:
         return torch.cat([starts.flatten(), starts.new_full((1,), T * self.size)])
 
     def inputs(self, given: _Inputs, at: Any) -> _Inputs:
-        """The inputs without the axis. at: where each has it."""
+        """The inputs with the axis merged. at: each input's vmap axis, or None."""
         moved: dict[str, Any] = {name: self.tokens(getattr(given, name), getattr(at, name)) for name in TOKENS}
         moved |= {name: self.states(getattr(given, name), getattr(at, name)) for name in STATES}
         moved["cu_seqlens"] = self.bounds(given.cu_seqlens, at.cu_seqlens, moved["q"].shape[1] // self.size)
@@ -379,7 +380,7 @@ def _vmap_backward(call: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-# Traced graphs see the ops. In eager mode torch.func needs functions: an op's own gradient stands in its way.
+# Traced graphs contain the ops. In eager mode torch.func needs functions, since it can't see through an op's gradient.
 _forward.register_autograd(_gradients, setup_context=_save)
 _backward.register_autograd(_no_second_derivative)
 _forward.register_vmap(_vmap_forward(_forward))

@@ -18,15 +18,15 @@ from fwp.nn.block import NORMS, Norm, Placement, pick
 class DecoderConfig:
     """Everything a `Decoder` is made from.
 
-    vocab_size: number of token ids. embed_dim: E. num_layers, num_heads: of blocks, and of heads in each.
+    vocab_size: number of token ids. embed_dim: E. num_layers: number of blocks. num_heads: heads per block.
     preset: a name of `fwp.nn.PRESETS`; None: `FastWeightAttention`.
     attention: its further options, such as {"rule": "delta", "feature_map": "dpfp-1"}.
     ff_dim: width of the feed-forward nets; None: 4 E. ff_activation: "gelu", "relu", "swiglu", …
     norm: "rms" or "layer". placement: "pre" or "post", see `fwp.nn.Block`. dropout: after the embedding and in blocks.
     tied: whether the head's weights are the embedding's.
 
-    There is no encoding of positions: a causal recurrence knows the order. With preset "rwkv7" every block has a first
-    layer, which keeps its own values: no values are passed from block to block.
+    There is no positional encoding: a causal recurrence knows the order. With preset "rwkv7" every block is built as a
+    first layer: it uses its own values, and no values are passed from block to block.
     """
 
     vocab_size: int
@@ -110,11 +110,11 @@ class Decoder(nn.Module):
         generator: torch.Generator | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """tokens [B, T], T ≥ 1 → [B, T + max_new_tokens]: continues each row, in constant memory per new token.
+        """tokens [B, T], T ≥ 1 → [B, T + max_new_tokens]: continues each row with constant memory per new token.
 
-        temperature: divides the logits; 0 takes the likeliest token. top_k: only the k likeliest are drawn from.
-        generator: of the draws. mask: [B, T] bool, False for padding; each row needs a True.
-        Dropout is active in training mode, as anywhere. ValueError and TypeError for invalid options.
+        temperature: divides the logits; 0 takes the likeliest token. top_k: draws from the k likeliest tokens only.
+        generator: makes the draws. mask: [B, T] bool, False for padding; each row needs a True.
+        Dropout is active in training mode. ValueError and TypeError for invalid options.
         """
         errors.tensor("tokens", tokens, (None, None), torch.int64)
         B, T = tokens.shape

@@ -24,7 +24,7 @@ from fwp.rules import Gate, Rule
 class GateProjection(nn.Module):
     """activation(W x + b): x [B, T, E] → a gate [B, T, H], or [B, T, H, D] with features D.
 
-    activation: of the projection in float32 (float64 for float64 inputs), under autocast too.
+    activation: computed in float32 (float64 for float64 inputs), under autocast too.
     rank: W = W_2 W_1 through that many features; None: one full matrix.
     shared: number of neighbouring heads that share one gate; a divisor of H.
     """
@@ -140,7 +140,7 @@ class FastWeightAttention(Layer):
         scale: of the queries; None: 1/√head_dim.
         bias: of the projections of q, k, v and the output.
         short_conv: width W of a causal convolution of q, k and v along T; 0: none.
-        activation: after it, of q, k and v: "silu", "relu", … or a function; None: none.
+        activation: of q, k and v, after the convolution: "silu", "relu", … or a function; None: none.
         gates: name of a gate → what makes it, called with (embed_dim, H, D or None), the gate being [B, T, H, D] or
             [B, T, H]; a module [B, T, E] → gate. By default `GateProjection` with the activation of the rule's row.
             With n writes per read it is called with n·H heads, except for gates with one value per token.
@@ -248,9 +248,9 @@ class FastWeightAttention(Layer):
     ) -> tuple[Tensor, LayerState]:
         """x [B, T, E] → y [B, T, E] and the state after it.
 
-        state: what an earlier call returned, of N sequences; None: nothing was seen yet.
+        state: what an earlier call returned, of N sequences; None: the sequences begin here.
         mask: [B, T] bool; a False token changes nothing, neither the fast weights nor what the convolution sees, and
-            its output is 0. Left, right and interior padding equal none.
+            its output is 0. Padding on the left, on the right or in between changes nothing else.
         cu_seqlens: [N + 1] int32 or int64; B = 1 and sequence n lies at cu_seqlens[n] : cu_seqlens[n + 1]. Without it
             N = B.
         """
@@ -259,7 +259,7 @@ class FastWeightAttention(Layer):
         if state is None and isinstance(self.feature_map, FavorPlusFeatures):
             self.feature_map.begin()
         if mask is not None:
-            x = x.masked_fill(~mask.unsqueeze(-1), 0)  # whatever stands there, NaN too
+            x = x.masked_fill(~mask.unsqueeze(-1), 0)  # masked inputs may be anything, even NaN
 
         q, k, v, tail = self._project(x, tail, mask, cu_seqlens)
         q, gates = self._ask(x, q, k)
@@ -286,7 +286,7 @@ class FastWeightAttention(Layer):
             o = o * self.out_activation(self.out_gate(x).to(o.dtype))
         y = self.o_proj(o.to(v.dtype))
         if mask is not None:
-            y = y.masked_fill(~mask.unsqueeze(-1), 0)  # a bias would show there
+            y = y.masked_fill(~mask.unsqueeze(-1), 0)  # with a bias it would not be 0
         return y, LayerState(memory, tail, position + lengths(x, mask, cu_seqlens))
 
     def _project(
@@ -331,7 +331,7 @@ def _once_per_token(gate: Gate) -> bool:
 
 
 def _width(phi: FeatureMap, heads: int, K: int) -> int:
-    """K', how many features φ makes of K."""
+    """K', the number of features that φ makes of K."""
     like = next(phi.parameters(), torch.zeros(())) if isinstance(phi, nn.Module) else torch.zeros(())
     with torch.no_grad():
         return feature_maps.apply(phi, like.new_zeros(1, 1, heads, K)).shape[-1]

@@ -24,7 +24,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def pick(argument: str, name: Any, table: Mapping[str, Option]) -> Option:
-    """table[name]; ValueError with the known names for another."""
+    """table[name]. ValueError with the known names if it is none of them."""
     if not isinstance(name, str) or name not in table:
         known = f"one of {', '.join(table)}" if table else "none"
         raise ValueError(f"{argument}: expected {known}, got {name!r}{suggest(str(name), table)}")

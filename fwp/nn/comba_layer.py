@@ -1,4 +1,4 @@
-"""Comba's layer: fast weight attention of which the queries are corrected by the keys."""
+"""Comba's layer: fast weight attention in which keys correct the queries."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fwp.nn.attention import FastWeightAttention
 class CombaAttention(FastWeightAttention):
     """`FastWeightAttention` on the rule "comba", with p = norm(φ(σ(decay) k)) and q ← q − D σ(decay) k before φ.
 
-    q, k as they come from the convolution and its activation. Parameters beside those of `FastWeightAttention`: decay
-    and D [Hq], at first 1 and `correction`. Options as there, but for the rule, several writes per read, and another
-    number of key heads than of queries: ValueError.
+    q and k here have passed the convolution and its activation. Parameters beside those of `FastWeightAttention`: decay
+    and D [Hq], at first 1 and `correction`. Options as there, except for the rule. ValueError for several writes per
+    read, and for numbers of key heads and query heads that differ.
 
-    With feature_norm="l2" p is k made unit again, so that decay acts on the queries alone. That is what the published
-    kernels compute, in training and in their recurrent form.
+    With feature_norm="l2" p is normalised again and equals k, so that decay acts on the queries alone. The published
+    kernels compute the same, in training and in their recurrent form.
     """
 
     made_of_keys = ("p",)

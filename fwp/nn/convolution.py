@@ -1,4 +1,4 @@
-"""What mixes each token with the few before it: the short convolution and the token shift.
+"""Mixing each token with the few before it: the short convolution and the token shift.
 
 Neither looks across padding or across the border of two sequences.
 """

@@ -20,8 +20,8 @@ class LayerState(NamedTuple):
     """All that a layer remembers of N sequences. Its size doesn't depend on how many tokens they had.
 
     memory: `fwp.State(S [N, H, K', V], z [N, H, K'] or None)`, or the state of a rule that has its own.
-    conv: [N, W − 1, C], the last inputs of the short convolution, oldest first; None without one. A token shift is one
-        of width W = 2.
+    conv: [N, W − 1, C], the last inputs of the short convolution, oldest first; None without one. A token shift
+        counts as a convolution of width W = 2.
     position: [N] int64, the tokens seen, masked ones not counted.
     """
 
@@ -45,7 +45,7 @@ class Layer(nn.Module):
         """One token: x [B, E] or [B, 1, E] → y of that shape and the state after it.
 
         in_place: the new state is written into the tensors of `state`, which is returned. ValueError without a state,
-        or where gradients are on. options: what else `forward` takes and returns, as it takes and returns it.
+        or where gradients are on. options: further arguments of `forward`, whose further results are returned too.
         """
         E = self.embed_dim
         if isinstance(x, Tensor) and tuple(x.shape[1:]) not in ((E,), (1, E)):
@@ -72,7 +72,7 @@ class Layer(nn.Module):
     def _check(
         self, x: Tensor, state: Any, mask: Tensor | None, cu_seqlens: Tensor | None, projection: nn.Module
     ) -> None:
-        """The arguments that the op doesn't see, or sees too late. projection: the first that x passes."""
+        """Checks the arguments that the op doesn't see, or sees too late. projection: the first module applied to x."""
         errors.tensor("x", x, (None, None, self.embed_dim))
         weights = next((p.dtype for p in projection.parameters() if p.dtype in errors.FLOATS), x.dtype)
         cast = not x.is_meta and torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weights)

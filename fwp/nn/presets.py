@@ -1,7 +1,7 @@
 """The published layers, one function per layer, all in `PRESETS`. Published weights load unless a docstring says no.
 
-Options are those of `FastWeightAttention` and replace a preset's own. Each docstring says which published parameter is
-which of ours where the names differ; `conv.weight` is q's, k's and v's convolution one after the other.
+Options are those of `FastWeightAttention` and replace a preset's own. Where names of parameters differ, each docstring
+gives ours for the published ones. `conv.weight` is q's, k's and v's convolution one after the other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fwp.nn.comba_layer import CombaAttention
 from fwp.nn.layer import Layer
 from fwp.nn.rwkv7_layer import RWKV7Attention
 
-# Published with A uniform in (0, 16), of which the logarithm may be −∞; transformers starts at 0.01.
+# Published with A uniform in (0, 16), where log A may be −∞; transformers starts at 0.01.
 _wide_decay = partial(SoftplusDecay, A_min=0.01)
 
 
@@ -225,7 +225,7 @@ def comba(embed_dim: int, num_heads: int, *, correction: float = 1.0, **options:
     trained models have p = k in the state and σ(decay) in the queries only; this preset does too.
     The authors' and flash-linear-attention's Comba: a_proj is gates.g.proj, b_proj gates.beta.proj, A_log and dt_bias
     are gates.g's, g_proj out_gate, o_norm out_norm, q_conv1d, k_conv1d, v_conv1d conv; decay and D have our names.
-    With more value heads than key heads p is repeated as k is, which flash-linear-attention's layer misses.
+    With more value heads than key heads p is repeated as k is; flash-linear-attention's layer does not repeat it.
     correction: D at first; the authors say 0.02 for models of 340M parameters, 1 for 1.3B.
     """
     own = {
@@ -313,7 +313,7 @@ def gated_delta_product(
 
 
 def rwkv7(embed_dim: int, num_heads: int, **options: Any) -> RWKV7Attention:
-    """RWKV-7 "Goose", Peng et al. 2025 (arXiv 2503.14456): its time mixing, `RWKV7Attention`, of which options are.
+    """RWKV-7 "Goose", Peng et al. 2025 (arXiv 2503.14456): its time mixing. Options: see `RWKV7Attention`.
 
     By default it is a first layer. In a stack, give layer=l and num_layers=L and pass v_first on from the first layer:
     `y, state, v_first = layer(x, state, v_first=v_first, return_v_first=True)`. The published heads have 64 features.

@@ -17,7 +17,7 @@ from fwp.nn.convolution import token_shift
 from fwp.nn.layer import Layer, LayerState, lengths
 from fwp.rules import RULES
 
-FASTEST_DECAY = -math.exp(-0.5)  # of a log decay, so that a token keeps at least 54.5 %
+FASTEST_DECAY = -math.exp(-0.5)  # the lowest log decay: a token keeps at least 54.5 %
 
 
 class LowRank(nn.Module):
@@ -66,7 +66,7 @@ class RWKV7Attention(Layer):
             Layer 0 makes v_first, its own v; a later one has `value_mix` and needs v_first, unless mix_values is False.
         mix_values: whether v is mixed with v_first; None: in every layer but the first.
         decay_rank, rate_rank, value_rank, gate_rank: of the low-rank maps; None: the published choice for E and N.
-        norm_eps: eps of the norm is N times that.
+        norm_eps: the norm's eps is N times this.
         backend: as in `fwp.fast_weights`.
 
     Parameters: q_proj, k_proj, v_proj, o_proj; mix [6, E] for r, w, k, v, a, g; decay, rate, value_mix and out_gate,
@@ -149,7 +149,7 @@ class RWKV7Attention(Layer):
             errors.tensor("v_first", v_first, tuple(x.shape), device=x.device)
         memory, tail, position = (None, None, 0) if state is None else state
         if mask is not None:
-            x = x.masked_fill(~mask.unsqueeze(-1), 0)  # whatever stands there, NaN too
+            x = x.masked_fill(~mask.unsqueeze(-1), 0)  # masked inputs may be anything, even NaN
         q, k, v, gates, out_gate, tail = self._project(x, tail, mask, cu_seqlens)
         if v_first is None:
             v_first = v
@@ -173,7 +173,7 @@ class RWKV7Attention(Layer):
     def _project(
         self, x: Tensor, tail: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any], Tensor, Tensor]:
-        """q, k, v [B, T, E], the rule's gates with that of the values, the output gate, and the token shift's tail."""
+        """q, k, v [B, T, E], the rule's gates and that of value mixing, the output gate, and the token shift's tail."""
         before, tail = token_shift(x, tail, mask, cu_seqlens)
         x_r, x_w, x_k, x_v, x_a, x_g = (x + (before - x) * mix for mix in self.mix)
         q, k, v = self.q_proj(x_r), self.k_proj(x_k), self.v_proj(x_v)

@@ -33,7 +33,7 @@ class SlowFastNet(nn.Module):
 
     For t = 1 … T: y(t) = F(x(t)) with the weights w(t − 1), then w(t) = σ(w(t − 1) + □w(t)), where S makes □w(t) from
     x(t) and σ(x) = 1 / (1 + exp(−steepness · (x − 0.5))). The weights W_S of S are trained. The fast weights w are
-    nobody's parameters: they hold what S wrote.
+    not parameters: they hold what S wrote.
 
     Args:
         slow: S, any module [N, …] → [N, outputs], of one step at a time.
@@ -42,8 +42,8 @@ class SlowFastNet(nn.Module):
         version: 1: S has one output for each fast weight, in the order of `fast.named_parameters()` (eq. 4).
             2: for each layer of F, S has an output FROM_a per input of the layer and an output TO_b per output, and
             □w_ab = FROM_a · TO_b (eq. 5). A layer is a parameter "weight" of shape [out, in], with or without a "bias"
-            of shape [out]. A bias is the weight from a unit that is always on, which has a FROM of its own. Layer after
-            layer, S's outputs are FROM [in], or [in + 1] with the bias's last, then TO [out].
+            of shape [out]. A bias is the weight from a unit that is always on, which has a FROM of its own. For each
+            layer in turn, S's outputs are FROM [in] (with a bias [in + 1], its own last), then TO [out].
         update: "bounded" is σ (eq. 7); "additive" leaves it out, w(t) = w(t − 1) + □w(t).
         steepness: T of eq. 7. With 10, a weight to which nothing is written stays at 0.007 or 0.993, as in a latch.
         read: "before" the update, as above, or "after" it: y(t) = F(x(t)) with w(t).
@@ -88,7 +88,7 @@ class SlowFastNet(nn.Module):
         """x [B, T, …] → y [B, T, …] and the fast weights after it, {name: [B, *its shape]}.
 
         state: w(0), what an earlier call returned; None: zeros. The paper starts from `begin(x_0)`.
-        fast_input: [B, T, …], F's input where it isn't S's, x.
+        fast_input: [B, T, …], F's input if it differs from S's input x.
 
         Autograd through it is the paper's unfolding in time.
         """
@@ -204,7 +204,7 @@ class SlowFastNet(nn.Module):
         return squash(w, self.steepness) if self.update == "bounded" else w
 
     def _slope(self, w: Tensor) -> Tensor:
-        """σ' where σ is w."""
+        """σ' at the point where σ equals w."""
         return self.steepness * w * (1 - w) if self.update == "bounded" else torch.ones_like(w)
 
     def _checked(self, state: Weights, B: int) -> Weights:
@@ -233,7 +233,7 @@ class FastWeightRNN(nn.Module):
     W(t + 1) = σ(W(t) + h(y(t + 1)) ⊗ g(l(t))), that is w_ij(t + 1) = σ(w_ij(t) + g(j(t)) h(i(t + 1))) from unit j to i.
 
     Args:
-        inputs, units: their numbers. The parameter `weight` is W(1), at first uniform in (−0.1, 0.1).
+        inputs, units: numbers of inputs and of units. The parameter `weight` is W(1), at first uniform in (−0.1, 0.1).
         g, h: functions of activations in (0, 1). By default (2y − 1)³: −1 at 0, 1 at 1, and near 0 in between.
         activation: f.
         update, steepness: σ, as in `SlowFastNet`.

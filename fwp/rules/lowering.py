@@ -1,4 +1,4 @@
-"""How each rule becomes the recurrence of `fwp.core`: by its decay g, erase key a, strengths e and w, or by k and v."""
+"""How each rule lowers onto the recurrence of `fwp.core`: it sets g, a, e and w, or changes k and v."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def delta(core: Core, beta: Tensor, g: Tensor | None = None) -> Core:
 
 
 def gdn2(core: Core, b: Tensor, w: Tensor, g: Tensor) -> Core:
-    """a = b ⊙ k with strength 1, and w ⊙ v for v. b, g [B, T, H, K], w [B, T, H, V]."""
+    """a = b ⊙ k with erase strength 1, and w ⊙ v in place of v. b, g [B, T, H, K], w [B, T, H, V]."""
     k, v = (to_heads(x, core.heads).to(core.dtype) for x in (core.k, core.v))
     return replace(core, g=g, a=(b * k).to(core.k.dtype), v=(w * v).to(core.v.dtype))
 
@@ -53,7 +53,7 @@ def comba(core: Core, p: Tensor, beta: Tensor, g: Tensor) -> Core:
 
 
 def rwkv7(core: Core, kappa: Tensor, a: Tensor, g: Tensor) -> Core:
-    """Two writes per token: −(κ ⊙ a)(Sᵀκ)ᵀ with the decay, then k vᵀ with neither. kappa, a, g [B, T, H, K]."""
+    """Two writes per token: −(κ ⊙ a)(Sᵀκ)ᵀ with the decay, then k vᵀ alone. kappa, a, g [B, T, H, K]."""
     dtype = core.k.dtype
     k, zero = to_heads(core.k, core.heads), torch.zeros_like(kappa)
     return replace(
@@ -68,7 +68,7 @@ def rwkv7(core: Core, kappa: Tensor, a: Tensor, g: Tensor) -> Core:
 
 
 def _interleaved(first: Tensor, second: Tensor) -> Tensor:
-    """[B, T, …] twice → [B, 2T, …], the two of a token side by side."""
+    """Two tensors [B, T, …] → [B, 2T, …], with both entries of a token side by side."""
     return torch.stack([first, second], 2).flatten(1, 2)
 
 
@@ -90,7 +90,7 @@ def keys_before(core: Core, k: Tensor) -> Tensor:
         starts = bounds[:-1]
         nonempty = starts < bounds[1:]
         T = k.shape[1]
-        slot = torch.where(nonempty, starts, T)  # the slot of empty sequences is thrown away
+        slot = torch.where(nonempty, starts, T)  # the slot of empty sequences is discarded
         first = torch.zeros(T + 1, dtype=torch.bool, device=k.device).index_fill(0, slot, True)[:T]
         sequence = torch.searchsorted(bounds[1:], torch.arange(T, device=k.device), right=True)
         shifted = torch.cat([torch.zeros_like(k[:, :1]), k], 1)[:, :-1]
@@ -102,8 +102,8 @@ def keys_before(core: Core, k: Tensor) -> Tensor:
 def _scan(a: Tensor, b: Tensor) -> Tensor:
     """z_t = a_t z_{t−1} + b_t along dim 1, with z = 0 before the first.
 
-    It doubles its reach: after step s, (a, b) is the composition of the last 2^s maps z ← a z + b. Every a is a product
-    of α ≤ 1, so nothing overflows. It takes O(T log T) elementwise work.
+    Each pass doubles the reach: after pass s, (a, b) is the composition of the last 2^s maps z ← a z + b. Every a is
+    a product of α ≤ 1, so nothing overflows. It takes O(T log T) elementwise work.
     """
     shift = 1
     while shift < b.shape[1]:

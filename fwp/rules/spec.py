@@ -69,7 +69,7 @@ def decay(shape: Shape = "BTH") -> Gate:
 
 
 def unit_key() -> Gate:
-    """A key of unit length of the rule's own, with K' features."""
+    """A second key of unit length beside k, with K' features."""
 
     def sample(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return F.normalize(torch.randn(size, generator=generator, dtype=torch.float64), dim=-1)
@@ -92,7 +92,7 @@ class Rule:
     """A fast weight update rule.
 
     step: (state, k [..., K], v [..., V], **gates) → state, the paper's equation for one token. The specification.
-    gates: name → `Gate`, in the order of the typed function's arguments; none called like an option of the op.
+    gates: name → `Gate`, in the order of the typed function's arguments; no name may be an option of the op.
     lower: (core, **gates) → core: sets g, a, e and w (or k, v) of the recurrence in `fwp.core`, by plain differentiable
         torch on [B, T, H, …]. A gate that wasn't given arrives at its default, as in `step`. None: the rule has no such
         form and runs token by token through `step`.
@@ -133,9 +133,9 @@ class Rule:
         own_init, own_read = self.init is not init_zero, self.read is not read_linear
         if self.lower is not None and (own_init or own_read):
             # the recurrence starts from S = 0 and reads Sᵀq
-            raise ValueError(f"lower: expected None with an own {'init' if own_init else 'read'}, got {self.lower}")
+            raise ValueError(f"lower: expected None beside a custom {'init' if own_init else 'read'}, got {self.lower}")
         if own_read and not own_init:
-            raise ValueError("read: an own one needs an own init, got none")
+            raise ValueError("read: a custom one needs a custom init, got none")
 
     @property
     def equation(self) -> str:
