@@ -186,7 +186,7 @@ def _prepared(
 
 
 def _owned(end: Any, given: Any) -> Any:
-    """The final state in its own memory: neither the given state (T = 0) nor a view that keeps a larger buffer alive."""
+    """The final state in its own memory: not the given state (T = 0), nor a view that keeps a larger buffer alive."""
     before = tree_leaves(given)
 
     def own(x: Any) -> Any:
