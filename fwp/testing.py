@@ -4,7 +4,7 @@ inputs = fwp.testing.sample("kda", B=2, T=70, H=2, K=16, V=8, dtype=torch.bfloat
 found = fwp.testing.evaluate("kda", inputs, backend="torch", form="chunk")
 truth = fwp.testing.evaluate("kda", fwp.testing.cast(inputs, torch.float64), backend="reference")
 allowed = fwp.testing.budgets("kda", inputs)
-assert all(fwp.testing.row_error(found[name], truth[name]) <= allowed[name] for name in truth)
+assert all(fwp.testing.result_error(name, found[name], truth[name]) <= allowed[name] for name in truth)
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fwp.feature_maps import FeatureMap
 from fwp.functional import fast_weights
 from fwp.measure import deviation as deviation
 from fwp.measure import error_budgets
+from fwp.measure import result_error as result_error
 from fwp.measure import rounded_products as rounded_products
 from fwp.measure import row_error as row_error
 from fwp.rules import Rule

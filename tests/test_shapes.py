@@ -31,7 +31,7 @@ from laws import (
 from fwp.core import state_dtype
 from fwp.functional import fast_weights, read
 from fwp.rules import Rule
-from fwp.testing import budgets, cast, deviation, evaluate, row_error, sample
+from fwp.testing import budgets, cast, deviation, evaluate, result_error, row_error, sample
 
 # ---- masks and packed sequences ----
 
@@ -302,7 +302,7 @@ def test_low_precision(rule, form, dtype):
         allowed = budgets(rule, inputs, **way.options)
         truth = evaluate(rule, cast(inputs, torch.float64), **way.options, **REFERENCE)
         for key, x in evaluate(rule, inputs, **way.options, **form).items():
-            assert row_error(x, truth[key]) <= allowed[key], key
+            assert result_error(key, x, truth[key]) <= allowed[key], key
 
 
 @each_form

@@ -13,7 +13,7 @@ from laws import CHUNKS, RULES, each_rule
 from poison import poisoned_empties
 
 import fwp
-from fwp.testing import budgets, cast, deviation, evaluate, rounded_products, row_error, sample
+from fwp.testing import budgets, cast, deviation, evaluate, result_error, rounded_products, row_error, sample
 
 
 def test_row_error_by_hand():
@@ -59,7 +59,7 @@ def test_budgets_allow_one_rounding_and_no_more(rule, dtype):
     found = evaluate(rule, inputs, call=coarse)
     assert row_error(found["out"], truth["out"]) > allowed["out"]
     fine = evaluate(rule, inputs, **CHUNKS)
-    assert all(row_error(fine[key], truth[key]) <= allowed[key] for key in truth)
+    assert all(result_error(key, fine[key], truth[key]) <= allowed[key] for key in truth)
 
 
 def test_rounded_products_round_operands_forward_and_backward():
@@ -137,3 +137,13 @@ def test_the_tests_for_a_gpu_say_that_there_is_none():
     assert run.returncode != 0
     assert run.stderr.splitlines()[0] == "test-gpu: PyTorch finds no GPU here"
     assert run.stdout == ""
+
+
+def test_a_per_head_gate_has_a_row_per_head():
+    """The rows of its gradient [B, T, H] are sequences; those of keys and states stay rows of features."""
+    ref = torch.ones(1, 4, 2)
+    x = ref.clone()
+    x[0, 3, 1] += 1
+    assert result_error("dbeta", x, ref) == pytest.approx(1 / (2 + 0.02))  # one of four tokens of a head
+    assert result_error("dstate.z", x, ref) == row_error(x, ref) == pytest.approx(1 / (2**0.5 * 1.01))
+    assert result_error("dk", x[None], ref[None]) == row_error(x[None], ref[None])

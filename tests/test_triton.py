@@ -35,7 +35,7 @@ from fwp.backends import triton as backend
 from fwp.core import Core, Features, State, overwriting
 from fwp.feature_maps import applied
 from fwp.nn import FastWeightAttention
-from fwp.testing import budgets, deviation, evaluate, row_error, sample
+from fwp.testing import budgets, deviation, evaluate, result_error, row_error, sample
 from fwp_kernels import packing, tiling
 
 pytestmark = MARKS
@@ -595,7 +595,7 @@ def test_low_precision(rule, dtype):
     found = evaluate(rule, inputs, backend="triton", form="chunk")
     truth = evaluate(rule, {name: _double(x) for name, x in inputs.items()}, backend="reference")
     allowed = budgets(rule, inputs)
-    errors = {name: (row_error(found[name], truth[name]), allowed[name]) for name in truth}
+    errors = {name: (result_error(name, found[name], truth[name]), allowed[name]) for name in truth}
     assert all(error <= bound for error, bound in errors.values()), errors
 
 

@@ -162,7 +162,10 @@ def in_case(case: Case, rule: Rule, backend: str, device: str, interpreted: bool
                 yield skipped(rule.name, case.name, backend, str(refusal))  # the backend says that it can't
                 return
             for name, x in found.items():
-                error, bound = testing.row_error(x.cpu(), expected[name]), BOUNDS.get(dtype, budgets.get(name, 0.0))
+                error, bound = (
+                    testing.result_error(name, x.cpu(), expected[name]),
+                    BOUNDS.get(dtype, budgets.get(name, 0.0)),
+                )
                 yield row(rule.name, case.name, backend, form, dtype, name, error, bound) | {
                     "device": device,
                     "interpreted": interpreted,

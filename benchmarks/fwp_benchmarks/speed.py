@@ -28,7 +28,7 @@ import fwp
 from fwp import testing
 from fwp._torch_private import tree_leaves
 from fwp.core import state_dtype
-from fwp.measure import row_error
+from fwp.measure import result_error, row_error
 from fwp.observe import ObservedCall, observing
 from fwp.rules import RULES
 
@@ -117,7 +117,7 @@ def worst_violation(point: Point) -> float | None:
     exact = point.dtype == torch.float32
     bounds = dict.fromkeys(truth, 3e-4) if exact else testing.budgets(point.rule, draw(), **point.options)
     found = testing.evaluate(point.rule, draw(device=point.device), **how)
-    errors = {name: row_error(found[name].cpu(), x) for name, x in truth.items()}
+    errors = {name: result_error(name, found[name].cpu(), x) for name, x in truth.items()}
     return max((error for name, error in errors.items() if error > bounds[name]), default=None)
 
 

@@ -87,7 +87,7 @@ def works(rule: str, D: int, device: str, tiles: tiling.Tiles) -> bool:
             found = testing.evaluate(rule, there, backend="triton", form="chunk")
         except Exception:  # whatever the compiler or the driver thinks of it
             return False
-    return all(testing.row_error(found[name].cpu(), y) <= allowed[name] for name, y in truth.items())
+    return all(testing.result_error(name, found[name].cpu(), y) <= allowed[name] for name, y in truth.items())
 
 
 def times(rule: str, D: int, device: str, candidates: list[tiling.Tiles]) -> list[float]:
