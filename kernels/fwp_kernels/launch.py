@@ -54,13 +54,11 @@ class Kernels:
         """Where chunks and segments lie."""
         return layout(self.p, self.cut)
 
-    @cached_property
     def inputs(self) -> Inputs:
         """The inputs without gates and norms."""
         p = self.p
-        q, k = self.strided(p.q), self.strided(p.k)
-        v, a, e, w = (self.optional(x) for x in (p.v, p.a, p.e, p.w))
-        return Inputs(q, k, v, None, a, e, w)
+        a, e, w = self.optional(p.a), self.optional(p.e), self.optional(p.w)
+        return Inputs(self.strided(p.q), self.strided(p.k), self.strided(p.v), None, a, e, w)
 
     @cached_property
     def q_and_k_norms(self) -> tuple[Strided | None, Strided | None]:
@@ -123,7 +121,7 @@ class Kernels:
         p = self.p
         BK, BV = power_of_2(p.K), power_of_2(p.V, 32 if p.K <= 256 else 16)
         token_kernel[(p.N * p.H * cdiv(p.V, BV),)](
-            p=self.inputs,
+            p=self.inputs(),
             p_g=self.optional(p.g),
             p_o=self.strided(o),
             p_den=self.optional(den),
@@ -131,7 +129,7 @@ class Kernels:
             p_after=after,
             p_borders=p.borders,
             T=p.tokens,
-            s=self.switches._replace(C=0, CHECKPOINT_EVERY=0),
+            s=self.switches,
             BK=BK,
             BV=BV,
             num_warps=max(1, BK * BV // 1024) if BK * BV < 8192 else 8,
@@ -174,7 +172,7 @@ class Kernels:
 
     def prepare(self) -> Prepared:
         """The gates' sums, P and (I + A)⁻¹."""
-        p, inputs = self.p, self.inputs
+        p, inputs = self.p, self.inputs()
         block, P, A_inv = power_of_2(p.K, p.tiles.block), None, None
         if p.g is not None:
             G = self.strided(self.buffer(p.tokens, p.H, p.gate_width, p.accumulator))
@@ -324,7 +322,7 @@ class Kernels:
 
 def contiguous(S: Tensor | None, z: Tensor | None) -> States:
     """States as the kernels take them."""
-    return States(None if S is None else S.contiguous(), None if z is None else z.contiguous())
+    return States(S if S is None else S.contiguous(), z if z is None else z.contiguous())
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:

@@ -79,7 +79,7 @@ class Problem:
         """Key features of the state."""
         return 2 * self.nu * self.k.shape[3] if self.nu else self.k.shape[3]
 
-    @cached_property
+    @property
     def nu(self) -> int:
         """ν of DPFP, 0 for other feature maps."""
         return 0 if self.feature_map in MAPS else int(str(self.feature_map).removeprefix("dpfp-"))
@@ -94,7 +94,7 @@ class Problem:
         """Heads of the output."""
         return max(self.q.shape[2], self.H)
 
-    @cached_property
+    @property
     def N(self) -> int:
         """Sequences."""
         return self.B if self.cu_seqlens is None else len(self.cu_seqlens) - 1
@@ -124,12 +124,12 @@ class Problem:
         """Whether each feature is mapped alone, so that `gradients` can take its slope."""
         return not self.nu and self.norm is None
 
-    @cached_property
+    @property
     def accumulator(self) -> torch.dtype:
         """The dtype of states, sums and all that isn't an operand of a matrix product."""
         return torch.float64 if self.v.dtype == torch.float64 else torch.float32
 
-    @cached_property
+    @property
     def operand(self) -> torch.dtype:
         """The dtype of operands. The interpreter's bfloat16 arithmetic is wrong, its loads and stores are right."""
         return torch.float32 if INTERPRETED and self.v.dtype == torch.bfloat16 else self.v.dtype
@@ -147,12 +147,12 @@ class Problem:
         gpu, denominator = tiling.architecture(self.v.device), self.eps is not None
         return tiling.tiles(self.K, self.V, self.operand, self.decay, self.erases, gpu, denominator)
 
-    @cached_property
+    @property
     def C(self) -> int:
         """Tokens of a chunk."""
         return self.chunk or self.tiles.chunk
 
-    @cached_property
+    @property
     def chunks(self) -> int:
         """Chunks of a batch row."""
         return cdiv(self.tokens, self.C)
@@ -163,30 +163,34 @@ class Problem:
         number = 4 if self.nu else MAPS.index(self.feature_map)
         return Phi(self.K, self.k.shape[3], number, NORMS.index(self.norm), 1.0)
 
-    @cached_property
+    @property
     def q_phi(self) -> Phi:
         """What q passes."""
-        return self.k_phi._replace(SCALE=self.scale)
+        k_phi = self.k_phi
+        return k_phi if self.scale == 1.0 else k_phi._replace(SCALE=self.scale)
 
-    @cached_property
+    @property
     def switches(self) -> Switches:
         """The constants that kernels are compiled for."""
+        K, Hq, Hk, Hv = self.K, self.q.shape[2], self.k.shape[2], self.v.shape[2]
+        H, decay = max(Hk, Hv), self.decay
+        readers = max(Hq, H)
         return Switches(
-            H=self.H,
-            HEADS_PER_K=self.H // self.k.shape[2],
-            HEADS_PER_V=self.H // self.v.shape[2],
-            HEADS_PER_Q=self.readers // self.q.shape[2],
-            READERS=self.readers // self.H,
-            K=self.K,
-            V=self.V,
+            H=H,
+            HEADS_PER_K=H // Hk,
+            HEADS_PER_V=H // Hv,
+            HEADS_PER_Q=readers // Hq,
+            READERS=readers // H,
+            K=K,
+            V=self.v.shape[3],
             Q_PHI=self.q_phi,
             K_PHI=self.k_phi,
             C=self.C,
             CHECKPOINT_EVERY=self.tiles.checkpoint_every,
-            DECAY=self.decay,
-            GATE_WIDTH=self.gate_width,
+            DECAY=decay,
+            GATE_WIDTH=K if decay == 2 else 1,
             READ_BEFORE=self.read_before,
-            ERASE_BEFORE_DECAY=self.erase_before_decay and self.erases and self.decay > 0,
+            ERASE_BEFORE_DECAY=self.erase_before_decay and decay > 0 and self.erases,
             WRITES=self.writes,
             EPS=self.eps,
             DOT=TYPES[self.operand],
