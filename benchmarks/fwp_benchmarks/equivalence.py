@@ -377,8 +377,8 @@ def against_1991(rule: Rule) -> Iterator[Row]:
     """The additive slow and fast nets of 1991 against linear attention.
 
     FROM is the key, TO the value, and F's input the query. Version 2 with a linear slow net is the layer with the same
-    weights, without normalisation. Read "before" is the same with each query one token later. A fast net of two layers
-    is two ops.
+    weights, without normalisation. With read "before", each query reads what it would read "after" the previous token.
+    A fast net of two layers is two ops.
     """
     if rule is not rules.RULES.get("additive"):
         return
