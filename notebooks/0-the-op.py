@@ -1,9 +1,9 @@
 # %% [markdown]
 # # The op: a matrix that is written and read
 #
-# A fast weight matrix $S$ is a memory. Writing the value $v$ under the key $k$ adds the outer product $k v^\top$;
-# reading with a query $q$ gives $S^\top q$. Nothing else happens in a linear Transformer, and in the network of 1991,
-# where a slow net chose the patterns.
+# A fast weight matrix $S$ is a memory. Writing the value $v$ under the key $k$ adds the outer product $k v^\top$ to
+# it. Reading with a query $q$ gives $S^\top q$. A linear Transformer does nothing else, and neither did the network of
+# 1991, in which a slow net chose the keys and values.
 
 # %%
 import matplotlib.pyplot as plt
@@ -16,7 +16,7 @@ _ = torch.manual_seed(0)
 # %% [markdown]
 # ## Write two pairs, read one
 #
-# With orthonormal keys $S^\top k_i = \sum_j v_j (k_j^\top k_i) = v_i$: what was written comes back exactly.
+# With orthonormal keys, $S^\top k_i = \sum_j v_j (k_j^\top k_i) = v_i$: the written value comes back exactly.
 
 # %%
 k = torch.eye(4, dtype=torch.float64)[:2]  # two orthonormal keys [T, K]
@@ -28,8 +28,8 @@ for t in range(2):
 S.T @ k[0]
 
 # %% [markdown]
-# The op does this for whole sequences, batches and heads: `q, k, v` are `[B, T, H, features]`. It returns what each
-# query finds right after its own token was written, and the final state, which `fwp.read` asks later.
+# The op does this for whole sequences, batches and heads: `q, k, v` are `[B, T, H, features]`. It returns the output of
+# each query, read right after its own token was written, and the final state. `fwp.read` reads from that state later.
 
 
 # %%
@@ -46,9 +46,9 @@ out[0, :, 0]
 # %% [markdown]
 # ## When keys overlap
 #
-# More keys than dimensions can't be orthogonal, so the sum mixes values up. The delta rule of 2021 first reads what is
-# stored under the key, and writes only the difference: $S + \beta k (v - S^\top k)^\top$. With $\beta = 1$ and unit
-# keys the newest pair is always recalled exactly, at the cost of older ones.
+# More keys than dimensions can't all be orthogonal, so the sum mixes their values. The delta rule of 2021 first reads
+# the value stored under the key, and writes only the difference: $S + \beta k (v - S^\top k)^\top$. With $\beta = 1$
+# and unit keys the newest pair is always recalled exactly, at the cost of older ones.
 
 # %%
 K, V, T = 16, 16, 48
@@ -78,7 +78,7 @@ figure.tight_layout()
 # %% [markdown]
 # ## The state is all that is remembered
 #
-# A sequence can be cut anywhere: the state of the first part is where the second part starts. Its size never grows.
+# A sequence can be cut anywhere: the second part starts from the state of the first part. The state never grows.
 
 # %%
 whole, _ = fwp.fast_weights("delta", sequence(keys), sequence(keys), sequence(values), beta=beta)
@@ -92,9 +92,9 @@ torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=1e-10, ato
 state.S.shape
 
 # %% [markdown]
-# ## What a rule asks for
+# ## The rules and their gates
 #
-# One table holds the rules. Each says which gates it needs beside `q, k, v`; `fwp list` prints it.
+# One table holds the rules. Each row says which gates the rule needs beside `q, k, v`. `fwp list` prints the table.
 
 # %%
 for name, rule in fwp.RULES.items():

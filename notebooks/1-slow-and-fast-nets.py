@@ -1,18 +1,18 @@
 # %% [markdown]
 # # Slow and fast nets
 #
-# A recurrent net remembers in its activations, $n$ numbers for $n$ units. Its weights are many more, some $n^2$, but
-# they stay as training left them. In 1991 Schmidhuber turned that round (FKI-147-91, and *Learning to control
-# fast-weight memories*, Neural Computation 4(1), 1992): two feed-forward nets, and the memory is in the weights of one
-# of them.
+# A recurrent net remembers in its activations: $n$ numbers for $n$ units. It has many more weights, about $n^2$, but
+# they stay as training left them. In 1991 Schmidhuber turned this round (FKI-147-91, and *Learning to control
+# fast-weight memories*, Neural Computation 4(1), 1992). He took two feed-forward nets, and put the memory into the
+# weights of one of them.
 #
-# - The **slow net** $S$ sees the input and says how the weights of the other are to change. Its own weights $W_S$ are
+# - The **slow net** $S$ sees the input and decides how the weights of the other net change. Its own weights $W_S$ are
 #   trained by gradient descent.
-# - The **fast net** $F$ sees an input and gives the output. Its weights $w$ are what is remembered: they change at
-#   every step, as $S$ says.
+# - The **fast net** $F$ sees an input and gives the output. Its weights $w$ are the memory: $S$ changes them at every
+#   step.
 #
-# This notebook builds that net, looks at how it holds on to a bit, trains it on the paper's first task, and shows that
-# one variant of it is today's linear attention, number for number.
+# This notebook builds that pair of nets, shows how it holds a bit, and trains it on the paper's first task. Then it
+# shows that one variant of it is today's linear attention, number for number.
 
 # %%
 import matplotlib.pyplot as plt
@@ -28,23 +28,23 @@ _ = torch.manual_seed(0)
 # %% [markdown]
 # ## The equations
 #
-# At step $t$ the fast net answers with the weights it has, then $S$ changes them:
+# At step $t$ the fast net answers with its present weights. Then $S$ changes them:
 #
 # $$y(t) = F_{w(t-1)}\big(x(t)\big), \qquad w(t) = \sigma\big(w(t-1) + \square w(t)\big), \qquad
 # \sigma(a) = \frac{1}{1 + e^{-T (a - 1/2)}}$$
 #
 # The change $\square w(t)$ comes from $S$ in one of two ways:
 #
-# - **Version 1.** $S$ has one output for each fast weight.
-# - **Version 2.** $S$ has an output $\text{FROM}_a$ for each input of $F$ and an output $\text{TO}_b$ for each output
-#   of $F$, and $\square w_{ab} = \text{FROM}_a \cdot \text{TO}_b$: an outer product. With $n$ inputs and $n$ outputs
-#   $S$ needs $2n$ outputs and not $n^2$.
+# - **Version 1.** $S$ has one output per fast weight.
+# - **Version 2.** $S$ has an output $\text{FROM}_a$ per input of $F$ and an output $\text{TO}_b$ per output of $F$. The
+#   change is their outer product, $\square w_{ab} = \text{FROM}_a \cdot \text{TO}_b$. If $F$ has $n$ inputs and $n$
+#   outputs, $S$ needs $2n$ outputs instead of $n^2$.
 #
 # ## The bound is a latch
 #
 # $\sigma$ keeps each weight between 0 and 1. If nothing is written, $w(t) = \sigma(w(t-1))$. The slope of $\sigma$ at
-# ½ is $T/4$, so for $T > 4$ the middle is unstable, and a weight moves to one of two fixed points and stays there. The
-# paper takes $T = 10$: a weight is a bit.
+# ½ is $T/4$, so for $T > 4$ the fixed point ½ is unstable. A weight moves to one of two other fixed points and stays
+# there. The paper takes $T = 10$, so a weight stores a bit.
 
 # %%
 a = torch.linspace(-0.5, 1.5, 200, dtype=torch.float64)
@@ -71,15 +71,15 @@ for _ in range(100):
 print("after 108 steps:", ", ".join(f"{w:.4f}" for w in path[-1].unique()))
 
 # %% [markdown]
-# Only a start at exactly ½ would stay there. All others end at 0.0072 or 0.9928.
+# Only a weight that starts at exactly ½ would stay there. All others end at 0.0072 or 0.9928.
 #
 # ## A flip-flop by hand
 #
-# The paper's first task: an endless stream of A, B and C. Answer 1 the first time that a B follows an A, after
-# any number of steps, else 0. There are no resets. So one bit has to be kept: "an A waits for its B".
+# The paper's first task is an endless stream of A, B and C. The right answer is 1 the first time that a B follows an A,
+# after any number of steps, else 0. There are no resets. So the net has to keep one bit: "an A waits for its B".
 #
-# Let $F$ have the three one-hot inputs and one output, so that $y(t)$ is the fast weight of the present event. We can
-# program the solution by hand, in version 1: an A pushes the weight of B up, a B pushes it down, a C writes nothing.
+# Let $F$ have the three one-hot inputs and one output. Then $y(t)$ is the fast weight of the present event. In version
+# 1 we can program the solution by hand: an A pushes the weight of B up, a B pushes it down, and a C writes nothing.
 
 # %%
 net = SlowFastNet(nn.Linear(3, 3, bias=False), nn.Linear(3, 1, bias=False), version=1).double()
@@ -91,7 +91,7 @@ events = "CBCACCCBCBAACBBCCCACB"
 x = nn.functional.one_hot(torch.tensor(["ABC".index(event) for event in events]), 3).double().unsqueeze(0)  # [1, L, 3]
 answers, weights = [], []
 with torch.no_grad():
-    w = net.begin(x[:, 0])  # step 0: w(0) = □w(0)
+    w = net.begin(x[:, 0])  # w(0) = □w(0)
     for t in range(1, len(events)):
         y, w = net(x[:, t : t + 1], w)
         answers.append(y.item())
@@ -108,7 +108,7 @@ axes.set(xlabel="step t, its event above", ylabel="w(t), y(t)", ylim=(-0.08, 1.2
 _ = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 # %%
-waits, targets = False, []  # the task as a rule
+waits, targets = False, []  # the right answers
 for event in events[1:]:
     targets.append(float(waits and event == "B"))
     waits = event == "A" or (waits and event != "B")
@@ -117,21 +117,21 @@ assert worst < 0.01
 print(f"largest error of the programmed net: {worst:.4f}")
 
 # %% [markdown]
-# The fast weight of B is the memory. It goes up with an A, waits through any number of Cs, and the B that reads it also
+# The fast weight of B is the memory. An A raises it, and it stays up through any number of Cs. The B that reads it also
 # clears it.
 #
 # ## Learning to program
 #
-# Nobody writes $W_S$ by hand. The error of $y(t)$ reaches $W_S$ only through the fast weights, which depend on all that
-# $S$ wrote before. There are two ways to that gradient:
+# Now $W_S$ is learned. The error of $y(t)$ reaches $W_S$ only through the fast weights, and these depend on everything
+# that $S$ wrote before. There are two ways to compute this gradient:
 #
-# - **Unfolding in time**: keep all steps, and go back through them. That is autograd through `net(x)`.
+# - **Unfolding in time**: keep all steps, and go back through them. This is autograd through `net(x)`.
 # - **Online**: carry $p(t) = \partial w(t) / \partial W_S$ forward. Then
 #   $\partial E(t) / \partial W_S = \partial E(t) / \partial w(t-1) \cdot p(t-1)$ and
-#   $p(t) = \sigma'(\cdot)\,\big(p(t-1) + \partial \square w(t) / \partial W_S\big)$. Nothing of the past is kept, so it
-#   works on an endless stream, at $|w|\,|W_S|$ numbers of memory.
+#   $p(t) = \sigma'(\cdot)\,\big(p(t-1) + \partial \square w(t) / \partial W_S\big)$. No past step is kept, so this
+#   works on an endless stream. It takes $|w|\,|W_S|$ numbers of memory.
 #
-# As long as $W_S$ stays the same, and from the same $w(0)$, they are one gradient.
+# Both give the same gradient if they start from the same $w(0)$ and $W_S$ stays the same.
 
 # %%
 net = SlowFastNet(nn.Linear(3, 4, bias=False), nn.Linear(3, 1, bias=False), version=2).double()
@@ -153,11 +153,11 @@ assert difference < 1e-12 * max(1, unfolded.abs().max().item())
 print(f"largest entry of the gradient {unfolded.abs().max():.3f}, largest difference of the two {difference:.1e}")
 
 # %% [markdown]
-# Now the experiment, online as in the paper: $T = 10$, $\eta = 1$ for version 1 and $\eta = 0.5$ for version 2, $W_S$
-# at first uniform in $(-0.1, 0.1)$. A net has solved the task after 100 steps in a row with
-# $E(t) = \tfrac12 (d(t) - y(t))^2 \le 0.05$, $d$ being the right answer. The paper reports one net of each version,
-# which took 300 and 800 steps (dashed). Here are 20 nets of each for 3,000 steps, trained when this notebook ran;
-# `fwp reproduce schmidhuber1991-flip-flop` trains more of them, for longer.
+# Now the experiment, online as in the paper. $T = 10$, $\eta = 1$ for version 1 and $\eta = 0.5$ for version 2, and
+# $W_S$ starts uniform in $(-0.1, 0.1)$. A net has solved the task after 100 steps in a row with
+# $E(t) = \tfrac12 (d(t) - y(t))^2 \le 0.05$, where $d$ is the right answer. The paper reports one net of each version,
+# which took 300 and 800 steps (dashed). Here 20 nets of each version train for 3,000 steps, in this notebook.
+# `fwp reproduce schmidhuber1991-flip-flop` trains more nets, for longer.
 
 # %%
 settings = experiment.runs([*experiment.FLIP_FLOP.values()], nets=20, steps=3000)
@@ -173,20 +173,20 @@ for row in rows:
 experiment.draw_flip_flop(rows)
 
 # %% [markdown]
-# Not every net gets there in these steps, and they are worth counting: a median over the solved ones alone would hide
-# them. "By a latch" means, at 99 % of 1,000 new steps: the fast weight of B is above ½ while an A waits for its B and
-# below else, and those of A and C stay below. It is what we wrote by hand. A net that errs at many new steps had passed
-# its 100 steps before it had learned the task.
+# Some nets do not solve the task in these steps. We count them, because a median over the solved ones alone would hide
+# them. "By a latch" means that at 99 % of 1,000 new steps the fast weight of B is above ½ while an A waits for its B
+# and below ½ otherwise, and those of A and C stay below ½. This is the solution that we wrote by hand. A net that errs
+# at many new steps passed its 100 steps by luck, before it had learned the task.
 #
 # ## From 1991 to linear attention
 #
-# Take version 2, leave the bound out, and read after the write. Call FROM the key, TO the value, and give $F$ an input
-# of its own, the query:
+# Take version 2, leave out the bound $\sigma$, and read after the write. Call FROM the key and TO the value, and give
+# $F$ an input of its own, the query:
 #
 # $$W(t) = W(t-1) + \text{TO}(t)\, \text{FROM}(t)^\top, \qquad y(t) = W(t)\, q(t)
 # = \sum_{s \le t} \text{TO}(s)\; \text{FROM}(s)^\top q(t)$$
 #
-# The sum on the right is attention without a softmax: values weighed by products of keys and queries.
+# The sum on the right is attention without a softmax: values weighted by products of keys and queries.
 #
 # | 1991 | linear attention |
 # | --- | --- |
@@ -197,7 +197,7 @@ experiment.draw_flip_flop(rows)
 # | bound $\sigma$ | none, or normalisation |
 # | reads before the write | reads after it |
 #
-# So one layer of a linear Transformer *is* a slow net that programs a fast net. Here is the layer of this package, and
+# So one layer of a linear Transformer *is* a slow net that programs a fast net. Here are the layer of this package and
 # the net of 1991 with the same weights.
 
 # %%
@@ -220,8 +220,8 @@ for name, one, other in (
     print(f"{name}: largest difference {difference:.1e}")
 
 # %% [markdown]
-# The order of reading and writing is an option of both, and the bound is what the two don't share: a bounded update is
-# not linear in the values, so no attention matrix stands for it.
+# Both have an option for the order of reading and writing. The bound is the one difference: a bounded update is not
+# linear in the values, so no attention matrix can express it.
 
 # %%
 q, k, v = (proj(x).unsqueeze(2) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))  # [B, T, one head, ·]
@@ -236,4 +236,4 @@ print(f"read before: largest difference {(out.squeeze(2) - before).abs().max():.
 print(f"bounded: largest difference {(out.squeeze(2) - bounded).abs().max():.1f}")
 
 # %% [markdown]
-# What the view gains, and how the write was improved thirty years later, is the next notebook.
+# The next notebook shows what this view gains, and how the write was improved thirty years later.

@@ -3,12 +3,11 @@
 #
 # In 2021 Schlag, Irie and Schmidhuber ([arXiv 2102.11174](https://arxiv.org/abs/2102.11174)) looked at linear
 # attention and found the network of 1991 in it: a slow net that programs a matrix of fast weights by outer products.
-# That view asks two questions which attention does not: *how much fits into the matrix*, and *how should it be
+# This view raises two questions that attention does not: *how much fits into the matrix*, and *how should it be
 # written*?
 #
-# Symbols: keys and queries $k_t, q_t$ with $K$ numbers, values $v_t$ with $V$ numbers, a feature map $\phi$ with
-# $d_\text{dot}$ features, and the fast weights $S$, here of shape $d_\text{dot} \times V$ (the paper's $W$ is
-# $S^\top$).
+# Symbols: keys and queries $k_t, q_t$ have $K$ numbers and values $v_t$ have $V$. A feature map $\phi$ has
+# $d_\text{dot}$ features. The fast weights $S$ have the shape $d_\text{dot} \times V$ (the paper's $W$ is $S^\top$).
 
 # %%
 import matplotlib.pyplot as plt
@@ -29,17 +28,17 @@ def sequence(x):
 # %% [markdown]
 # ## Attention without its softmax is a memory
 #
-# Softmax attention weighs a value by $\exp(q_t^\top k_s)$. Take a product of features instead:
+# Softmax attention weights a value by $\exp(q_t^\top k_s)$. Take a product of features instead:
 #
 # $$o_t = \frac{\sum_{s \le t} \phi(q_t)^\top \phi(k_s)\, v_s}{\sum_{s \le t} \phi(q_t)^\top \phi(k_s)}$$
 #
-# Now $\phi(q_t)$ can leave the sums, and what remains does not depend on the query. It can be kept and updated:
+# Now $\phi(q_t)$ can be taken out of the sums. The rest does not depend on the query, so it can be kept and updated:
 #
 # $$S_t = S_{t-1} + \phi(k_t)\, v_t^\top, \qquad z_t = z_{t-1} + \phi(k_t), \qquad
 # o_t = \frac{S_t^\top \phi(q_t)}{z_t^\top \phi(q_t)}$$
 #
-# That is all: a write by an outer product, and a read. Attention compares every pair of tokens, $T \times T$ of them;
-# the memory is one matrix whose size never grows. Here are both, and the op of this package, on the same numbers.
+# So each token makes one write, by an outer product, and one read. Attention compares all $T \times T$ pairs of tokens.
+# The memory is one matrix that never grows. Here are both, and the op of this package, on the same numbers.
 
 # %%
 T, K, V = 12, 8, 6
@@ -71,16 +70,16 @@ for name, found in (("memory", by_memory), ("op", out[0, :, 0])):
 # %% [markdown]
 # ## How much fits?
 #
-# Store $n$ pairs, then ask for each (the paper calls this number $S$). Reading is linear: the $n$ answers are the $n$
-# queries' features times one matrix of $d_\text{dot}$ rows, so they have at most rank $d_\text{dot}$. If the values are
-# $n$ different one-hot vectors, the right answers have rank $n$. With $n \le d_\text{dot}$ orthogonal keys nothing is
-# lost. Beyond that a matrix of rank $d_\text{dot}$ can't be closer to the answers than its missing $n - d_\text{dot}$
-# directions (Eckart and Young), so the loss $\tfrac12 \lVert o - v \rVert^2$, mean over keys, is at least
+# Store $n$ pairs, then ask for each. (The paper calls this number $S$.) Reading is linear: the $n$ answers are the
+# features of the $n$ queries times one matrix of $d_\text{dot}$ rows. So the answers have at most rank $d_\text{dot}$.
+# If the values are $n$ different one-hot vectors, the right answers have rank $n$. With $n \le d_\text{dot}$ orthogonal
+# keys nothing is lost. With more keys, a matrix of rank $d_\text{dot}$ lacks $n - d_\text{dot}$ directions of the right
+# answers (Eckart and Young). So the loss $\tfrac12 \lVert o - v \rVert^2$, mean over keys, is at least
 #
 # $$\tfrac12 \left(1 - \frac{d_\text{dot}}{n}\right).$$
 #
-# No learning is needed to see it. Keys that share the room evenly (a tight frame) lie exactly on this floor; random
-# directions, which are not orthogonal, are far above it.
+# No learning is needed to see this. Keys that share the space evenly (a tight frame) lie exactly on this floor. Random
+# directions, which are not orthogonal, lie far above it.
 
 # %%
 d_dot = 16
@@ -114,10 +113,10 @@ axes.set(xlabel=f"pairs stored n, at d_dot = {d_dot}", ylabel="loss ½‖o − v
 _ = axes.legend(frameon=False)
 
 # %% [markdown]
-# Can a slow net *learn* keys that good? That is Setting 1 of the paper: embeddings, $W_k$ and $W_q$ are trained so that
-# a random one of $n$ pairs is answered. Three short runs at a small size (key width 16, 1,000 steps at most) are
-# trained right here. Behind them stand the authors' own runs at key width 64, read from the file with their logs that
-# comes with this package; `fwp reproduce schlag2021-setting1` trains all of them and draws the full figure.
+# Can a slow net *learn* keys that are as good? This is Setting 1 of the paper. The embeddings, $W_k$ and $W_q$ are
+# trained so that a query for any of the $n$ pairs is answered. This notebook trains three short runs at a small size:
+# key width 16, at most 1,000 steps. The crosses are the authors' own runs at key width 64, from the logs that come with
+# this package. `fwp reproduce schlag2021-setting1` trains all sizes and draws the full figure.
 
 # %%
 settings = experiment.runs(16, {"linear": (32,), "dpfp-1": (16, 48)}, seeds=1, max_steps=1000)
@@ -149,20 +148,21 @@ for row in here:
     print(f"{name:7} n = {row['keys']}: n / d_dot = {share:g}, loss {row['best_loss']:.4f}, step {row['best_step']}")
 
 # %% [markdown]
-# Learned memories follow the floor: four feature maps, two key widths, one curve. The number of features is the
-# capacity. (Single crosses lie a little below the floor: the authors' average does not count every query of a sequence
-# once, as the bound does.)
+# The learned memories follow the floor: four feature maps and two key widths lie on one curve. The number of features
+# is the capacity. (A few crosses lie slightly below the floor. The bound counts every query of a sequence once, and the
+# authors' average does not.)
 #
 # ## DPFP: more features, and orthogonal ones
 #
-# So the paper widens the features without any parameter or randomness. With $r = \text{relu}([x, -x])$, of length $2K$,
+# So the paper makes more features, without any parameter or randomness. With $r = \text{relu}([x, -x])$, of length
+# $2K$,
 #
 # $$\phi_\nu(x) = \big[\, r \odot \text{roll}(r, 1),\; \dots,\; r \odot \text{roll}(r, \nu) \,\big], \qquad
 # d_\text{dot} = 2 K \nu .$$
 #
-# A feature lives only where two entries of $r$ do. In two dimensions, with $\nu = 1$, there are four features, one for
-# each quadrant: keys in different quadrants are orthogonal, exactly. With elu + 1, whose features are all positive, no
-# two keys ever are.
+# A feature is nonzero only where both of its entries of $r$ are. In two dimensions, with $\nu = 1$, there are four
+# features, one per quadrant, so keys in different quadrants are exactly orthogonal. All features of elu + 1 are
+# positive, so no two keys are ever orthogonal.
 
 # %%
 degrees = torch.arange(0, 361, dtype=torch.float64)
@@ -186,14 +186,15 @@ _ = figure.colorbar(shown, ax=right)
 # %% [markdown]
 # ## How to write: the delta rule
 #
-# A sum never forgets. Write a second value under the same key and both come back, mixed. The paper's rule first reads
-# what is stored under the key, and writes the difference with a learning rate $\beta_t$ that the slow net chooses:
+# A sum never forgets. If a second value is written under the same key, both come back, mixed. The paper's rule first
+# reads the value stored under the key. Then it writes the difference, with a learning rate $\beta_t$ that the slow net
+# chooses:
 #
 # $$S_t = S_{t-1} + \beta_t\, k_t \left(v_t - S_{t-1}^\top k_t\right)^\top$$
 #
-# This is the delta rule of Widrow and Hoff, one step of gradient descent on
-# $\tfrac12 \lVert S^\top k_t - v_t \rVert^2$. Below, key 0 gets value 0, key 1 gets value 1, then key 0 gets value 2,
-# $\beta = 1$. `fwp.inspect.states` gives $S$ after each token.
+# This is the delta rule of Widrow and Hoff: one step of gradient descent on
+# $\tfrac12 \lVert S^\top k_t - v_t \rVert^2$. Below, with $\beta = 1$, key 0 gets value 0, key 1 gets value 1, and then
+# key 0 gets value 2. `fwp.inspect.states` gives $S$ after each token.
 
 # %%
 keys, values = torch.eye(3)[[0, 1, 0]], torch.eye(3)
@@ -210,9 +211,9 @@ print("delta: key 0 holds value 2")
 fwp.inspect.plot_state(replaced[:, 0, 0])
 
 # %% [markdown]
-# Setting 2 of the paper asks for exactly this: $2n$ pairs of $n$ keys, drawn with replacement, and the *last* value of
-# a key is right. Two runs with $n = 20$ keys at the paper's key width of 64, DPFP-1, at most 700 steps, one seed: the
-# rule is all that differs. `fwp reproduce schlag2021-setting2` has all rules and sizes.
+# Setting 2 of the paper tests exactly this: $2n$ pairs of $n$ keys are drawn with replacement, and the *last* value of
+# a key is right. Here are two runs with $n = 20$ keys, the paper's key width of 64, DPFP-1, one seed and at most 700
+# steps. They differ only in the rule. `fwp reproduce schlag2021-setting2` has all rules and sizes.
 
 # %%
 settings = experiment.runs(64, {"dpfp-1": (20,), "dpfp-1-delta": (20,)}, seeds=1, repeated=True, max_steps=700)
@@ -225,12 +226,12 @@ assert runs["dpfp-1-delta"]["best_loss"] < 0.1 * runs["dpfp-1"]["best_loss"]
 # ## The attention that a rule implies
 #
 # Any rule that is linear in the values is still attention: $o_t = \sum_s A_{ts} v_s$ with some $T \times T$ matrix $A$.
-# It is what the op gives for the identity as values, and `fwp.inspect.attention` does that. For `additive` $A$ is
-# $QK^\top$ below the diagonal. What is it for the others?
+# The op returns $A$ if the values are the identity matrix. `fwp.inspect.attention` does this. For `additive`, $A$ is
+# $QK^\top$ below the diagonal. How does $A$ look for the other rules?
 #
-# Four orthonormal keys come in random order, and each token asks for its own key *before* it writes. The sum attends to
-# every earlier token with that key. The delta rule with $\beta = 1$ attends to the last one alone: erasing is a
-# selection. `gated_delta` of 2024 also decays, here by $\alpha = 0.8$ a token.
+# Four orthonormal keys come in random order, and each token asks for its own key *before* it writes. The sum attends
+# to every earlier token with that key. The delta rule with $\beta = 1$ attends only to the last of them, so erasing
+# acts as a selection. `gated_delta` of 2024 also decays, here by $\alpha = 0.8$ per token.
 
 # %%
 T = 20
@@ -262,17 +263,16 @@ for t in range(T):
 fwp.inspect.plot_attention(A)
 
 # %% [markdown]
-# Random unit keys overlap, and every rule attends to every earlier token, with weights of both signs.
+# Random unit keys overlap. So every rule attends to every earlier token, with weights of both signs.
 
 # %%
 keys = F.normalize(torch.randn(1, T, 1, 8, dtype=torch.float64), dim=-1)
 fwp.inspect.plot_attention(attentions(keys))
 
 # %% [markdown]
-# Yet the delta rule's old tokens fade, without any decay. A write with $\beta = 1$ multiplies $S$ by
-# $I - k_t k_t^\top$ first, which takes $1/K$ of the energy of what is there if $k_t$ is random. So with
-# $a = t - s$ the mean of $A_{ts}^2$ is $1/K$ for the sum, whatever the age $a$, and $\frac1K (1 - \frac1K)^{a - 1}$ for
-# delta.
+# Yet with the delta rule old tokens fade, even without any decay. A write with $\beta = 1$ first multiplies $S$ by
+# $I - k_t k_t^\top$. If $k_t$ is random, this takes $1/K$ of the energy in $S$. Let $a = t - s$ be the age of a token.
+# For the sum the mean of $A_{ts}^2$ is $1/K$ at any age. For the delta rule it is $\frac1K (1 - \frac1K)^{a - 1}$.
 
 # %%
 B = 2000
@@ -289,9 +289,10 @@ for rule, law in expected.items():
 # %% [markdown]
 # ## The rank of the memory over time
 #
-# A write adds at most one to the rank of $S$, and the rank can't exceed $d_\text{dot}$ or $V$. Rank says what *can* be
-# told apart. The stable rank $\sum_i \sigma_i^2 / \sigma_1^2$ of the singular values $\sigma$ says how evenly, and the
-# norm how much there is. 64 random pairs are written under unit keys of dimension 16.
+# A write adds at most one to the rank of $S$, and the rank can't exceed $d_\text{dot}$ or $V$. The rank says how many
+# directions *can* be told apart. The stable rank $\sum_i \sigma_i^2 / \sigma_1^2$, with the singular values $\sigma_i$,
+# says how evenly $S$ uses them. The norm says how much $S$ holds. Here 64 random values are written under random unit
+# keys of dimension 16.
 
 # %%
 T, K, V = 64, 16, 16
@@ -314,15 +315,17 @@ for rule, states in S.items():
 fwp.inspect.plot_rank(S)
 
 # %% [markdown]
-# All three are full after 16 pairs: from there on, whatever is new costs something old. Each random value adds $V$ to
-# the mean of $\lVert S \rVert^2$. The sum takes nothing away, so its norm is near $\sqrt{T V} = 32$ and grows on. The
-# delta rule takes $1/K$ of what is there, and settles where both balance, near $\sqrt{K V} = 16$. Decay takes more, and
-# the memory is fresher and smaller.
+# All three memories have full rank after 16 pairs. From there on, each new pair costs something old. Each random value
+# adds $V$ to the mean of $\lVert S \rVert^2$. The sum takes nothing away, so after $T$ pairs its norm is near
+# $\sqrt{T V} = 32$, and it keeps growing. The delta rule also takes away $1/K$ of $\lVert S \rVert^2$ per write, so its
+# norm settles where the two balance, near $\sqrt{K V} = 16$. Decay takes away more: the memory is smaller, and what it
+# holds is newer.
 #
 # ## Looking into a layer
 #
-# The layers of `fwp.nn` make $q$, $k$, $v$ and the gates from their inputs. `fwp.inspect.recording` keeps what they ask
-# of the op, so that all of the above can be asked of a model. Here is an untrained Gated DeltaNet layer with two heads.
+# The layers of `fwp.nn` make $q$, $k$, $v$ and the gates from their inputs. `fwp.inspect.recording` keeps the arguments
+# with which they call the op, so all of the above can be applied to a model. Here is an untrained Gated DeltaNet layer
+# with two heads.
 
 # %%
 layer = fwp.nn.gated_delta_net(32, 2).double()

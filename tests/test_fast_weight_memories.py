@@ -171,13 +171,13 @@ def test_some_nets_of_version_1_learn_the_flip_flop_within_300_steps() -> None:
 def test_every_scale_has_the_papers_nets_and_smoke_draws(family: Any) -> None:
     for scale in family.scales.values():
         kinds = paper.FLIP_FLOP.values() if family is paper.FLIP_FLOP_FAMILY else (paper.PARKING, paper.GENTLE)
-        assert all(paper.of(scale.settings, kind) for kind in kinds)
+        assert all(paper.row_of_kind(scale.settings, kind) for kind in kinds)
         keys = [json.dumps(run, sort_keys=True) for run in scale.settings]
         assert len(set(keys)) == len(keys)
     rows = [{**run, **family.train(run), "seconds": 1.0} for run in family.scales["smoke"].settings]
     rows = json.loads(json.dumps(rows, allow_nan=False))
     for row in rows:
-        assert f"of {row['nets']} nets" in family.describe(row)
+        assert f"of {row['nets']} nets" in family.summarise(row)
     for axes in family.draw(rows).axes:
         assert axes.has_data()
 

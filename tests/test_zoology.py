@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fwp_benchmarks import reproduce
+from fwp_benchmarks import reproduce, results
 from fwp_benchmarks.claims import Claim
 from fwp_benchmarks.papers import zoology as paper
 
@@ -138,7 +138,7 @@ def test_training_gives_up() -> None:
 def test_every_scale_has_runs_of_its_own() -> None:
     assert tuple(paper.MQAR.scales) == reproduce.SCALES
     for scale in paper.MQAR.scales.values():
-        assert len({reproduce.key(run) for run in scale.settings}) == len(scale.settings)
+        assert len({results.run_key(run) for run in scale.settings}) == len(scale.settings)
 
 
 # ---- the claims ----

@@ -1,14 +1,14 @@
-"""Is every fast form the paper's equation? `fwp check`: each rule, backend, form and dtype against the reference.
+"""`fwp check`: compares each rule in every backend, form and dtype with the paper's equation.
 
-The truth is the rule's equation, one token after the other in float64: no softmax, no kernel, no chunk. Measured are
-the output, the final state and the gradient of every input, by the worst row (`fwp.testing.row_error`). The bound is
-1e-10 in float64 and 3e-4 in float32; in 16 bits it is twice (gradients: three times) the error that rounding inputs and
-results to that dtype makes on its own.
+The truth is the rule's equation, one token after the other, in float64. The output, the final state and the gradient of
+every input are compared. Their error is that of the worst row (`fwp.testing.row_error`). The bound is 1e-10 in float64
+and 3e-4 in float32. In 16 bits it is twice (for gradients three times) the error that comes from rounding alone.
 
-The rule can be a row of the table or a `Rule` in a file of your own. What a rule raises is a comparison that failed.
+The rule can be a row of the table, or a `Rule` in a file of your own. If a rule raises, that comparison has failed.
 
-Kernels run on the GPU if there is one, else in Triton's interpreter, marked so. The interpreter is slow, so it gets
-small sizes and fewer cases, and 16 bits in the first case alone. Its bfloat16 is broken, so float16 stands in for it.
+Kernels run on the GPU if there is one. Otherwise they run in Triton's interpreter, and their rows are marked so. The
+interpreter is slow, so it gets small sizes and fewer cases, and 16 bits only in the first case. Its bfloat16 arithmetic
+is broken, so float16 stands in for it.
 """
 
 from __future__ import annotations
@@ -42,15 +42,18 @@ from .workers import cores, for_workers, start_worker
 
 Row = dict[str, Any]
 BOUNDS = {torch.float64: 1e-10, torch.float32: 3e-4}
-ANY = "any"  # the backend of a comparison of several that raised
+ANY = "any"  # stands for the backend where a comparison of several backends raised
 FORMS: tuple[tuple[Any, Any], ...] = (("reference", "recurrent"), ("torch", "recurrent"), ("torch", "chunk"))
 
 
 @dataclass(frozen=True)
-class Case:
-    """One way to call the op: arguments of `testing.sample`, options of the op, lengths of packed sequences.
+class CallCase:
+    """One way to call the op.
 
-    interpreted: whether the interpreter runs it too. The last case masks, reads before and writes several times.
+    shape: arguments of `testing.sample`. options: those of the op. lengths: of packed sequences; empty: not packed.
+    masked: whether a mask leaves out some tokens.
+    interpreted: whether Triton's interpreter runs the case, too. The last case already covers a mask, read "before" and
+    several writes.
     """
 
     name: str
@@ -61,7 +64,7 @@ class Case:
     interpreted: bool = True
 
     def inputs(self, rule: Rule, **shape: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Float64 arguments with an initial state, and options."""
+        """The arguments of the op in float64, with an initial state, and its options."""
         options = dict(self.options)
         normalised = {name: options[name] for name in ("feature_map", "denominator") if name in options}
         shape |= self.shape
@@ -74,21 +77,21 @@ class Case:
 
 
 CASES = (
-    Case("equation"),
-    Case("read before", options={"read": "before"}, interpreted=False),
-    Case("normalised", options={"denominator": True, "feature_map": "elu+1", "feature_norm": "sum"}),
-    Case("grouped heads", {"Hq": 4, "Hk": 1, "Hv": 2}),
-    Case("packed", lengths=(0, 1, 66, 0, 3)),
-    Case("masked", masked=True, interpreted=False),
-    Case("several writes", {"writes": 2}, interpreted=False),
-    Case("writes, packed", {"writes": 3}, {"read": "before"}, (0, 1, 20, 0, 3), True),
+    CallCase("equation"),
+    CallCase("read before", options={"read": "before"}, interpreted=False),
+    CallCase("normalised", options={"denominator": True, "feature_map": "elu+1", "feature_norm": "sum"}),
+    CallCase("grouped heads", {"Hq": 4, "Hk": 1, "Hv": 2}),
+    CallCase("packed", lengths=(0, 1, 66, 0, 3)),
+    CallCase("masked", masked=True, interpreted=False),
+    CallCase("several writes", {"writes": 2}, interpreted=False),
+    CallCase("writes, packed", {"writes": 3}, {"read": "before"}, (0, 1, 20, 0, 3), True),
 )
 
 
 def row(
     rule: str, case: str, backend: str, form: str, dtype: torch.dtype, quantity: str, error: float, bound: float
 ) -> Row:
-    """One comparison. An error that isn't a number fails."""
+    """The row of one comparison. An error that isn't a number fails."""
     return {
         "rule": rule,
         "case": case,
@@ -105,13 +108,13 @@ def row(
 
 
 def skipped(rule: str, case: str, backend: str, note: str) -> Row:
-    """What did not run, and why."""
+    """The row of a comparison that did not run. note: the reason."""
     empty = dict.fromkeys(("form", "dtype", "device", "interpreted", "quantity", "error", "bound", "ok"))
     return {"rule": rule, "case": case, "backend": backend, **empty, "note": note}
 
 
 def guarded(rule: Rule, case: str, backend: str, comparison: Iterator[Row]) -> Iterator[Row]:
-    """The rows of a comparison. What it raises becomes a row that failed, and says where."""
+    """The rows of a comparison. If it raises, a failed row says what it raised, and where."""
     try:
         yield from comparison
     except Exception as error:
@@ -124,7 +127,7 @@ def guarded(rule: Rule, case: str, backend: str, comparison: Iterator[Row]) -> I
 
 
 def against_reference(rule: Rule, backend: str, device: str, interpreted: bool) -> Iterator[Row]:
-    """All cases × forms × dtypes of the rule: output, state and gradients."""
+    """Compares output, state and gradients in every case, form and dtype."""
     if rule.lower is None:
         yield skipped(rule.name, "equation", backend, "no lowered form: the equation is what runs")
         return
@@ -133,8 +136,8 @@ def against_reference(rule: Rule, backend: str, device: str, interpreted: bool) 
             yield from guarded(rule, case.name, backend, in_case(case, rule, backend, device, interpreted))
 
 
-def in_case(case: Case, rule: Rule, backend: str, device: str, interpreted: bool) -> Iterator[Row]:
-    """One case in every form and dtype."""
+def in_case(case: CallCase, rule: Rule, backend: str, device: str, interpreted: bool) -> Iterator[Row]:
+    """Compares one case in every form and dtype."""
     first = case is CASES[0]
     shape = {"B": 2, "T": 70, "K": 16, "V": 8}
     dtypes = [torch.float64, torch.float32, torch.bfloat16]
@@ -159,7 +162,7 @@ def in_case(case: Case, rule: Rule, backend: str, device: str, interpreted: bool
             except ValueError as refusal:
                 if not str(refusal).startswith("backend:"):
                     raise
-                yield skipped(rule.name, case.name, backend, str(refusal))  # the backend says that it can't
+                yield skipped(rule.name, case.name, backend, str(refusal))  # the backend doesn't serve this case
                 return
             for name, x in found.items():
                 error, bound = (
@@ -177,8 +180,11 @@ def moved(inputs: dict[str, Any], device: str) -> dict[str, Any]:
     return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
 
 
-def applies(rule: Rule, case: Case) -> bool:
-    """Whether the rule can be called so: a state of its own has no attention normalisation and no grouped queries."""
+def applies(rule: Rule, case: CallCase) -> bool:
+    """Whether the rule is compared in this case.
+
+    A rule with a state of its own has no attention normalisation, and it is compared in the default shape only.
+    """
     if case.options.get("denominator"):
         return rule.plain and (not rule.erases or rule.normalised is not None)
     return rule.plain or not case.shape
@@ -188,10 +194,12 @@ def applies(rule: Rule, case: Case) -> bool:
 
 
 def quadratic(core: Core) -> Tensor:
-    """(QKᵀ ⊙ M) X for every head at once, T × nT: M_ij = exp(G_i − G_j) for the writes j ≤ i, and X = w ⊙ V.
+    """The op as one masked matrix product for all heads: (QKᵀ ⊙ M) X, where QKᵀ ⊙ M has T × nT entries.
 
-    With erasing X solves (I + tril(e ⊙ AKᵀ ⊙ M, −1)) X = w ⊙ V, where A holds the erase keys, and M_ij is
-    exp(G_{i−1} − G_j) for those that read before the decay. With a denominator each row is divided by its sum + eps.
+    M_ij = exp(G_i − G_j) if query i sees write j, else 0, where G is the running sum of g. Without erasing, X = w ⊙ V.
+    With erasing, X solves (I + tril(e ⊙ AKᵀ ⊙ M, −1)) X = w ⊙ V, where A holds the erase keys. There, M_ij is
+    exp(G_{i−1} − G_j) if the erase keys read before the decay. With a denominator, each output is divided by the sum of
+    its row of QKᵀ ⊙ M, plus eps.
     """
     H, n = core.heads, core.writes
 
@@ -222,13 +230,13 @@ def quadratic(core: Core) -> Tensor:
 
 
 def against_quadratic(rule: Rule) -> Iterator[Row]:
-    """Recurrent = chunk = quadratic masked, with and without denominator, and with several writes per read."""
+    """Both forms against `quadratic`, also with a denominator and with several writes per read."""
     if rule.lower is None:
         return
     for case in (
-        Case("quadratic masked"),
-        Case("quadratic, normalised", options={"denominator": True, "feature_map": "elu+1"}),
-        Case("quadratic, writes", {"writes": 2}),
+        CallCase("quadratic masked"),
+        CallCase("quadratic, normalised", options={"denominator": True, "feature_map": "elu+1"}),
+        CallCase("quadratic, writes", {"writes": 2}),
     ):
         if not applies(rule, case):
             continue
@@ -243,7 +251,7 @@ def against_quadratic(rule: Rule) -> Iterator[Row]:
 
 
 def against_simpler(rule: Rule) -> Iterator[Row]:
-    """Every `extends` edge: fed with the simpler rule's inputs, the rule is the simpler rule."""
+    """The rule against each simpler rule that it extends, with the gates that make the two equal."""
     for name, mapping in rule.extends.items():
         x = testing.sample(name, T=70, K=16, seed=2)
         q, k, v = x.pop("q"), x.pop("k"), x.pop("v")
@@ -258,7 +266,7 @@ def against_simpler(rule: Rule) -> Iterator[Row]:
 
 
 def carried(rule: Rule) -> Iterator[Row]:
-    """A sequence in two parts with the state carried over is the sequence."""
+    """A sequence cut in two, with the state carried over, against the whole sequence."""
     inputs = testing.sample(rule, T=70, K=16, seed=6, state=True)
     state = inputs.pop("state")
     for backend, form in FORMS:
@@ -274,12 +282,12 @@ def carried(rule: Rule) -> Iterator[Row]:
         yield row(rule.name, "split and carry", backend, form, torch.float64, "out", error, 1e-10)
 
 
-# The rules that all others extend, and the gates with which they recall what was written under orthonormal keys.
+# The rules that all others extend, and the gates with which they recall exactly, under orthonormal keys.
 ROOTS: dict[str, dict[str, float]] = {"additive": {}, "delta": {"beta": 1.0}}
 
 
 def as_root(rule: Rule, k: Tensor, v: Tensor) -> tuple[Rule, dict[str, Tensor]] | None:
-    """The root that the rule extends, and the gates that make it this root. None: it extends none."""
+    """The root that the rule extends, and the gates with which the rule equals this root. None: it extends none."""
     if rules.RULES.get(rule.name) is rule and rule.name in ROOTS:
         return rule, {name: k.new_full(k.shape[:3], value) for name, value in ROOTS[rule.name].items()}
     for name, mapping in rule.extends.items():
@@ -289,7 +297,10 @@ def as_root(rule: Rule, k: Tensor, v: Tensor) -> tuple[Rule, dict[str, Tensor]] 
 
 
 def recall(rule: Rule) -> Iterator[Row]:
-    """Orthonormal keys, no decay, full strength: what was written is read, and after a root that erases the latest."""
+    """With orthonormal keys, no decay and full strength, a read returns what was written.
+
+    If the root erases, every key is written twice, and a read returns the latest value.
+    """
     K, V, case = 16, 8, "orthonormal recall"
     generator = torch.Generator().manual_seed(3)
     keys = torch.linalg.qr(torch.randn(K, K, generator=generator, dtype=torch.float64))[0]
@@ -302,7 +313,7 @@ def recall(rule: Rule) -> Iterator[Row]:
     if not all(x.isfinite().all() for x in gates.values()):
         yield skipped(rule.name, case, "reference", f"no finite gates make it {root.name!r} at full strength")
         return
-    if not root.erases:  # a key that comes again would add to its value
+    if not root.erases:  # a second write under the same key would add to the first
         k, v, gates = k[:, :K], v[:, :K], {name: x[:, :K] for name, x in gates.items()}
     for backend, form in FORMS if rule.lower else FORMS[:1]:
         given: dict[str, Any] = {"k": k, "v": v, "backend": backend, "form": form, **gates}
@@ -312,7 +323,7 @@ def recall(rule: Rule) -> Iterator[Row]:
 
 
 def against_oracle(rule: Rule) -> Iterator[Row]:
-    """The reference itself against the equations written once more in NumPy."""
+    """The reference itself against the oracle, which states the equations once more in NumPy."""
     if rules.RULES.get(rule.name) is not rule or not rule.plain:
         return
     try:
@@ -325,9 +336,9 @@ def against_oracle(rule: Rule) -> Iterator[Row]:
         return
     normalised = {"denominator": True, "feature_map": "elu+1", "feature_norm": "sum"}
     for case in (
-        Case("oracle"),
-        Case("oracle, normalised", options=normalised),
-        Case("oracle, writes", {"writes": 2}, {"read": "before", "feature_map": "elu+1", "feature_norm": "l2"}),
+        CallCase("oracle"),
+        CallCase("oracle, normalised", options=normalised),
+        CallCase("oracle, writes", {"writes": 2}, {"read": "before", "feature_map": "elu+1", "feature_norm": "l2"}),
     ):
         if not applies(rule, case):
             continue
@@ -347,10 +358,10 @@ def against_transformers(rule: Rule) -> Iterator[Row]:
     try:
         from transformers import logging
         from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
-    except Exception as error:  # not installed, or broken: nothing of ours
+    except Exception as error:  # it is not installed, or it is broken, which is no fault of ours
         yield skipped(rule.name, case, "torch", f"transformers could not be imported: {error}")
         return
-    logging.set_verbosity_error()  # that it is a fallback is what we want to know
+    logging.set_verbosity_error()  # silences the warning that this is a fallback
     x = testing.sample(rule, T=70, K=16, seed=5, dtype=torch.float32)
     truth, end = torch_chunk_gated_delta_rule(
         x["q"], x["k"], x["v"], x["g"], x["beta"], output_final_state=True, use_qk_l2norm_in_kernel=True
@@ -363,10 +374,11 @@ def against_transformers(rule: Rule) -> Iterator[Row]:
 
 
 def against_1991(rule: Rule) -> Iterator[Row]:
-    """The additive slow and fast nets of 1991 are linear attention: FROM is the key, TO the value, F's input the query.
+    """The additive slow and fast nets of 1991 against linear attention.
 
-    Version 2 with a linear slow net is the layer with the same weights, without normalisation; read "before" is the
-    same with each query a token late, and a fast net of two layers is two ops.
+    FROM is the key, TO the value, and F's input the query. Version 2 with a linear slow net is the layer with the same
+    weights, without normalisation. With read "before", each query reads what it would read "after" the previous token.
+    A fast net of two layers is two ops.
     """
     if rule is not rules.RULES.get("additive"):
         return
@@ -381,7 +393,7 @@ def against_1991(rule: Rule) -> Iterator[Row]:
         slow.weight.copy_(torch.cat([layer.k_proj.weight, layer.v_proj.weight]))
         q, k, v = (project(x).unsqueeze(2) for project in (layer.q_proj, layer.k_proj, layer.v_proj))
 
-        def of(net: nn.Module, fast: nn.Module, read: Read, seen: Tensor) -> Tensor:
+        def output(net: nn.Module, fast: nn.Module, read: Read, seen: Tensor) -> Tensor:
             return SlowFastNet(net, fast, update="additive", read=read)(x, fast_input=seen)[0]
 
         flat = nn.Linear(K, E, bias=False)
@@ -391,9 +403,12 @@ def against_1991(rule: Rule) -> Iterator[Row]:
         hidden = fwp.additive(d.unsqueeze(2), FROM, TO)[0].tanh()
         deep = nn.Sequential(nn.Linear(K, M, bias=False), nn.Tanh(), nn.Linear(M, E, bias=False))
         pairs = {
-            "1991: linear attention": (of(slow, flat, "after", q.squeeze(2)), layer(x)[0]),
-            "1991: read before": (of(slow, flat, "before", q.squeeze(2)), late),
-            "1991: two layers": (of(deep_slow, deep, "after", d), fwp.additive(hidden, FROM_2, TO_2)[0].squeeze(2)),
+            "1991: linear attention": (output(slow, flat, "after", q.squeeze(2)), layer(x)[0]),
+            "1991: read before": (output(slow, flat, "before", q.squeeze(2)), late),
+            "1991: two layers": (
+                output(deep_slow, deep, "after", d),
+                fwp.additive(hidden, FROM_2, TO_2)[0].squeeze(2),
+            ),
         }
     for case, (found, truth) in pairs.items():
         yield row(rule.name, case, "torch", "chunk", torch.float64, "out", testing.row_error(found, truth), 1e-12)
@@ -414,7 +429,7 @@ IDENTITIES: tuple[Callable[[Rule], Iterator[Row]], ...] = (
 
 
 def find(rule: str) -> Rule:
-    """A name of the table, or "file.py:NAME", a `Rule` in a file of your own."""
+    """The rule of this name in the table, or, for "file.py:NAME", the `Rule` of this name in that file."""
     path, _, name = rule.rpartition(":")
     if not path.endswith(".py"):
         return rules.get(rule)
@@ -430,8 +445,8 @@ def find(rule: str) -> Rule:
     return found
 
 
-def rows(name: str, backend: str | None = None) -> Iterator[Row]:
-    """All rows of one rule but those of kernels."""
+def rule_rows(name: str, backend: str | None = None) -> Iterator[Row]:
+    """All rows of one rule except those of kernels."""
     rule = find(name)
     if backend in (None, "torch"):
         yield from against_reference(rule, "torch", "cpu", False)
@@ -441,23 +456,23 @@ def rows(name: str, backend: str | None = None) -> Iterator[Row]:
 
 
 def kernel_rows(name: str) -> list[Row]:
-    """The rows of the Triton kernels: on the GPU, or in the interpreter, if that is on."""
+    """The rows of the Triton kernels for one rule, on the GPU if there is one, else in the interpreter."""
     gpu = torch.cuda.is_available()
     return list(against_reference(find(name), "triton", "cuda" if gpu else "cpu", not gpu))
 
 
-def interpreting() -> None:
-    """What a process does before it imports Triton: kernels are to be interpreted."""
+def start_interpreter() -> None:
+    """Prepares a worker that interprets kernels. It must run before the process imports Triton."""
     os.environ["TRITON_INTERPRET"] = "1"
-    # Slots that no chunk of a packed sequence took are multiplied as memory left them, and not stored.
+    # Kernels also multiply slots that no chunk of a packed sequence uses: arbitrary values, which are not stored.
     warnings.filterwarnings("ignore", "invalid value encountered", RuntimeWarning)
     start_worker()
 
 
 def main(rule: str | None = None, backend: str | None = None, json_file: Path | None = None) -> int:
-    """Prints a table per rule as it is measured and writes the rows as JSON.
+    """Prints one table per rule as soon as it is measured, and writes the rows as JSON.
 
-    Returns the exit status: 1 if a row fails or nothing was compared.
+    Returns the exit status: 1 if a row failed or nothing was compared.
     """
     from rich.console import Console
 
@@ -466,16 +481,16 @@ def main(rule: str | None = None, backend: str | None = None, json_file: Path | 
     names = [rule] if rule else list(rules.RULES)
     kernels = names if backend in (None, "triton") else []
     interpreted = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
-    # Interpreting kernels takes most of the time: beside the rest, on other cores. A process outlives a rule, since to
-    # start one costs as much as a rule.
+    # Interpreting kernels takes most of the time, so other processes do it meanwhile. A process serves several rules,
+    # because starting one costs as much as a rule.
     others = set(active_children())
-    pool = ProcessPoolExecutor(min(len(names), cores()), get_context("spawn"), interpreting)
+    pool = ProcessPoolExecutor(min(len(names), cores()), get_context("spawn"), start_interpreter)
     try:
         with for_workers():
             elsewhere = {n: pool.submit(kernel_rows, n) for n in kernels if interpreted and find(n).lower}
         for name in names:
             with console.status(f"comparing {name} with the reference …"):
-                measured = list(rows(name, backend))
+                measured = list(rule_rows(name, backend))
                 if name in kernels:
                     measured += elsewhere[name].result() if name in elsewhere else kernel_rows(name)
             console.print(table(find(name), measured))
@@ -488,9 +503,9 @@ def main(rule: str | None = None, backend: str | None = None, json_file: Path | 
         pool.shutdown(cancel_futures=True)
     failed, ran = sum(r["ok"] is False for r in found), sum(r["ok"] is not None for r in found)
     console.print(
-        "The error of the worst row of output, state or gradient; * in Triton's interpreter. Bounds: float64 1e-10 "
-        "(recall, oracle and 1991 1e-12), float32 3e-4, 16 bits twice (gradients three times) what products of "
-        f"operands rounded to 16 bits err. backend='auto' takes here {automatic()}."
+        "Shown: the error of the worst row of outputs, states and gradients; * means in Triton's interpreter. Bounds: "
+        "1e-10 in float64 (1e-12 for recall, oracle and 1991), 3e-4 in float32. In 16 bits: twice (gradients: three "
+        f"times) the error of products of operands rounded to 16 bits. Here, backend='auto' takes {automatic()}."
     )
     bad = failed > 0 or not ran
     console.print(f"{ran} comparisons, {failed} failed, {len(found) - ran} not run.", style="red" if bad else "green")
@@ -502,7 +517,7 @@ def main(rule: str | None = None, backend: str | None = None, json_file: Path | 
 def table(rule: Rule, found: list[Row]) -> Any:
     """The rows of a rule for the console: one line per case and backend, one column per form and precision.
 
-    Below stand the notes: what did not run or raised, and why.
+    Notes stand below. They say which cases did not run or raised, and why.
     """
     from rich import box
     from rich.console import Group
@@ -521,7 +536,7 @@ def table(rule: Rule, found: list[Row]) -> Any:
             f"{form if bits == 64 else ''}\n{bits} bit", justify="right", min_width=len(form) if bits == 64 else None
         )
     lines: dict[tuple[str, str], dict[tuple[str, int], list[Row]]] = {}
-    notes: dict[tuple[str, str, bool], list[str]] = {}  # the cases that share a note
+    notes: dict[tuple[str, str, bool], list[str]] = {}  # (where, note, whether it failed) → the cases
     for r in found:
         where = r["backend"] + ("*" if r["interpreted"] else "")
         if "note" in r:
@@ -539,7 +554,7 @@ def table(rule: Rule, found: list[Row]) -> Any:
 
 
 def cell(group: list[Row]) -> str:
-    """The worst error of rows that differ in the quantity; one that fails with its quantity and bound."""
+    """The worst error over the quantities of one comparison. If some fail: each with its quantity and bound."""
     if not group:
         return ""
     bad = [r for r in group if not r["ok"]]
@@ -549,7 +564,7 @@ def cell(group: list[Row]) -> str:
 
 
 def automatic() -> str:
-    """What backend="auto" takes here, for 32-bit and 64-bit inputs."""
+    """The backends that backend="auto" takes here for float32 and float64 inputs, in words."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = []
     for dtype in (torch.float32, torch.float64):

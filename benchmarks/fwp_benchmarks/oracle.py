@@ -1,9 +1,9 @@
-"""The mathematics once more, in NumPy float64: every other implementation is measured against this one.
+"""The oracle: the rules' mathematics once more, in NumPy float64. Other implementations are compared with it.
 
-It shares no code with the package and is written to be checked line by line against the papers: one token after the
-other, loops, no tricks. Arrays are q [B, T, Hq, K], k [B, n·T, Hk, K], v [B, n·T, Hv, V] with n writes per read, the
-state S [N, H, K, V] with the read-out Sᵀq and the sum of keys z [N, H, K]. Nothing is validated here, and no input is
-changed.
+It shares no code with the package. It is written to be checked line by line against the papers: loops over one token
+after the other, without tricks. Shapes: q [B, T, Hq, K], k [B, n·T, Hk, K] and v [B, n·T, Hv, V], with n writes per
+read; the state S [N, H, K, V], which is read as Sᵀq; the sum of keys z [N, H, K]. Nothing is validated here, and no
+input is changed.
 """
 
 import inspect
@@ -14,7 +14,7 @@ import numpy as np
 
 
 def ratio(a, b, eps=0.0):
-    """a / (b + eps) for a vector a and a number b; 0 where b = 0."""
+    """a / (b + eps) for a vector a and a number b; 0 if b = 0."""
     return np.zeros_like(a) if b == 0 else a / (b + eps)
 
 
@@ -31,7 +31,10 @@ def dpfp(x, nu=1):
 
 
 def favor_plus(R):
-    """Choromanski et al. 2021: exp(−‖x‖²/2) / √(2m) · [exp(Rx), exp(−Rx)] with R [m, d]; E φ(q)·φ(k) = exp(q·k)."""
+    """Choromanski et al. 2021: φ = exp(−‖x‖²/2) / √(2m) · [exp(Rx), exp(−Rx)] with R [m, d].
+
+    For random R the expectation of φ(q)·φ(k) is exp(q·k).
+    """
 
     def phi(x):
         e = np.concatenate([np.exp(x @ R.T), np.exp(-x @ R.T)], -1)  # [..., 2m]
@@ -72,10 +75,11 @@ RULES: dict[str, Callable[..., Any]] = {}
 
 
 def rule(step):
-    """One write of one head: S [K, V], k [K], v [V] and the gates, a number or a vector each, to the new S.
+    """Enters a rule into `RULES`. It takes one write of one head: S [K, V], k [K], v [V] and the gates → the new S.
 
-    g is the log decay. A rule that takes z [K] has attention normalisation; z is then the decayed sum of the keys
-    before this one. The matrix forms I − … stand here on purpose: the package subtracts what is retrieved instead.
+    A gate is a number or a vector. g is the log decay. A rule that takes z [K] has attention normalisation, and z is
+    the decayed sum of the keys before this one. The matrix forms I − … are deliberate: they differ from the package,
+    which subtracts the retrieved value instead.
     """
     RULES[step.__name__] = step
     return step
@@ -93,7 +97,7 @@ def diag(g, K):
 
 @rule
 def additive(S, k, v, z=None):
-    """Katharopoulos et al. 2020 (2006.16236); without the sum of keys Schmidhuber 1991."""
+    """Katharopoulos et al. 2020 (2006.16236). Without the sum of keys: Schmidhuber 1991."""
     return S + np.outer(k, v)
 
 
@@ -111,7 +115,7 @@ def gla(S, k, v, g=0.0, z=None):
 
 @rule
 def delta(S, k, v, beta, z=None):
-    """Schlag et al. 2021 (2102.11174); with z its equation 25, which divides the retrieved value by zᵀk."""
+    """Schlag et al. 2021 (2102.11174). With z: its equation 25, which divides the retrieved value by zᵀk."""
     v_old = S.T @ k if z is None else ratio(S.T @ k, z @ k)
     return S + beta * np.outer(k, v - v_old)
 
@@ -136,13 +140,13 @@ def gdn2(S, k, v, b, w, g=0.0):
 
 @rule
 def longhorn(S, k, v, beta):
-    """Longhorn (2407.14207): argmin over X of ‖X − S‖² + β ‖Xᵀk − v‖², where the gradient is 0."""
+    """Longhorn (2407.14207): argmin over X of ‖X − S‖² + β ‖Xᵀk − v‖², solved for a gradient of 0."""
     return np.linalg.solve(np.eye(len(k)) + beta * np.outer(k, k), S + beta * np.outer(k, v))
 
 
 @rule
 def comba(S, k, v, p, beta, g=0.0):
-    """Comba (2506.02475), equation 5: (α I − β k pᵀ) S + β k vᵀ, scalar plus low rank."""
+    """Comba (2506.02475), equation 5: (α I − β k pᵀ) S + β k vᵀ, a scalar plus low rank."""
     return (np.exp(g) * np.eye(len(k)) - beta * np.outer(k, p)) @ S + beta * np.outer(k, v)
 
 
@@ -160,7 +164,7 @@ def pkda(S, k, v, m, beta, g=0.0):
 
 
 def write(step, S, z, k, v, gates, denominator):
-    """One write of one head; the new S and z ← exp(g) z + k."""
+    """One write of one head. Returns the new S and the new z = exp(g) z + k."""
     z = np.exp(gates.get("g", 0.0)) * z
     S = step(S, k, v, **gates, z=z) if denominator else step(S, k, v, **gates)
     return S, z + k
@@ -185,11 +189,11 @@ def fast_weights(
     cu_seqlens=None,
     **gates,
 ):
-    """Any rule by name. Returns out [B, T, max(Hq, H), V], S [N, H, K', V] and z [N, H, K'] (None if unused).
+    """Any rule by its name. Returns out [B, T, max(Hq, H), V], S [N, H, K', V] and z [N, H, K'] (None if unused).
 
-    Gates are [B, n·T, H] or [B, n·T, H, K' or V]; None is as good as not given. feature_map is a name or any function.
-    Token t of q, of the mask [B, T] and of cu_seqlens has the writes n·t … n·t + n − 1. The N sequences are the B rows,
-    or those between cu_seqlens [N + 1] in row 0.
+    Gates are [B, n·T, H] or [B, n·T, H, K' or V]. A gate that is None counts as not given. feature_map is a name or any
+    function. Token t of q has the writes n·t … n·t + n − 1. The mask [B, T] and cu_seqlens count tokens of q. The N
+    sequences are the B rows, or the parts of row 0 between the numbers in cu_seqlens [N + 1].
     """
     phi = feature_map if callable(feature_map) else FEATURE_MAPS[feature_map]
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
@@ -213,13 +217,13 @@ def fast_weights(
     z = np.zeros((len(sequences), H, K)) if z is None else np.array(z, np.float64)
     out = np.zeros((B, T, H_out, V))
 
-    def read_out(n, b, t, h):  # every query head that belongs to state head h
+    def read_out(n, b, t, h):  # for every query head that reads state head h
         for j in range(h * H_out // H, (h + 1) * H_out // H):
             o = S[n, h].T @ q[b, t, j]
             out[b, t, j] = ratio(o, z[n, h] @ q[b, t, j], eps) if denominator else o
 
     for n, (b, times) in enumerate(sequences):
-        times = [t for t in times if mask[b, t]]  # a masked token leaves the state as it is, its output is 0
+        times = [t for t in times if mask[b, t]]  # a masked token leaves the state as it is, and its output is 0
         for h in range(H):
             for t in times:
                 if causal and read == "before":
@@ -236,9 +240,10 @@ def fast_weights(
 
 
 def quadratic_masked(q, k, v, g=None, denominator=False, eps=1e-6):
-    """(QKᵀ ⊙ M)V, M_ij = exp(g_{j+1} + … + g_i) for i ≥ j, else 0; with g [B, T, H, K] M is inside the sum over K.
+    """(QKᵀ ⊙ M) V, where M_ij = exp(g_{j+1} + … + g_i) for i ≥ j, else 0.
 
-    additive (g None), decay (g [B, T, H]) and gla from a zero state; all of q, k, v with H heads.
+    This is additive (g None), decay (g [B, T, H]) or gla (g [B, T, H, K]) from a zero state. For gla, M stands inside
+    the sum over K. q, k and v have H heads each.
     """
     B, T, H, K = k.shape
     g = np.zeros((B, T, H, K)) if g is None else np.broadcast_to(g.reshape(B, T, H, -1), (B, T, H, K))
@@ -253,10 +258,10 @@ def quadratic_masked(q, k, v, g=None, denominator=False, eps=1e-6):
 
 # ---- a rule with a state of its own ----
 def delta_rnn(q, k, v, *, beta, k_r, v_r, beta_r, W=None, R=None, y=None):
-    """Delta RNN (2106.06295): y_t = W_t q_t + R_t softmax(y_{t−1}), W and R each a delta memory, y_0 = 0 unless given.
+    """Delta RNN (2106.06295): y_t = W_t q_t + R_t softmax(y_{t−1}), where W and R are delta memories.
 
-    k_r, v_r [B, n·T, H, V]; beta, beta_r [B, n·T, H]; equal numbers of heads. W [B, H, K, V] and R [B, H, V, V] are
-    stored as S is, read as Wᵀq.
+    y_0 = 0 unless given. Shapes: k_r and v_r [B, n·T, H, V], beta and beta_r [B, n·T, H]; q, k and v have H heads each.
+    W [B, H, K, V] and R [B, H, V, V] are stored like S, and so read as Wᵀq.
     """
     B, T, H, K = q.shape
     V, writes = v.shape[3], k.shape[1] // T
@@ -277,9 +282,10 @@ def delta_rnn(q, k, v, *, beta, k_r, v_r, beta_r, W=None, R=None, y=None):
 def slow_fast_1991(slow, slow_in, fast_in, w, *, version, steepness=10.0):
     """One stream through a linear fast net: y(t) = w(t−1)ᵀ x(t), then w(t) = σ(w(t−1) + □w(t)) (eq. 7).
 
-    slow maps [d] to, in version 1, □w itself, [a·b] row by row; in version 2, the patterns FROM and TO, [a + b], with
-    □w = FROM ⊗ TO. slow_in [T, d], fast_in [T, a], w = w(0) [a, b]. σ(x) = 1/(1 + exp(−steepness · (x − 0.5)));
-    steepness None leaves σ out: the plain sum. Returns y [T, b] and the last w.
+    slow: a function of slow_in[t] [d]. In version 1 it returns □w, row by row [a·b]. In version 2 it returns the
+    patterns FROM and TO [a + b], and □w = FROM ⊗ TO. slow_in [T, d], fast_in [T, a], w = w(0) [a, b].
+    σ(x) = 1/(1 + exp(−steepness · (x − 0.5))). With steepness None there is no σ, only the sum.
+    Returns y [T, b] and the last w.
     """
     out = np.zeros((len(fast_in), w.shape[1]))
     for t in range(len(fast_in)):
@@ -292,9 +298,10 @@ def slow_fast_1991(slow, slow_in, fast_in, w, *, version, steepness=10.0):
 
 
 def slow_fast_1991_online(W, slow_in, fast_in, target, w, *, version, steepness=10.0, rate=1.0):
-    """The same net while a linear slow net W [outputs, d] learns, W −= rate · ∂E(t)/∂W, E(t) = ½ Σ (target − y)².
+    """The same net while a linear slow net W [outputs, d] learns online.
 
-    p[a, b] = ∂w_ab/∂W is carried forward from 0 (eq. 2, 3, 4 and 6). target [T, b]. Returns y [T, b] and the last W.
+    At each step W −= rate · ∂E(t)/∂W with E(t) = ½ Σ (target − y)². p[a, b] = ∂w_ab/∂W starts at 0 and is carried
+    forward (eq. 2, 3, 4 and 6). target [T, b]. Returns y [T, b] and the last W.
     """
     (T, A), B = fast_in.shape, w.shape[1]
     out, p = np.zeros((T, B)), np.zeros((A, B, *W.shape))
@@ -323,9 +330,10 @@ def slow_fast_1991_online(W, slow_in, fast_in, target, w, *, version, steepness=
 
 # ---- Schmidhuber 1993 ----
 def recurrent_1993(x, w, y, *, f, g, h, steepness=10.0):
-    """y_i(t+1) = f(Σ_j w_ij(t) l_j(t)), l = [x, y], then w_ij(t+1) = σ(w_ij(t) + g(l_j(t)) h(y_i(t+1))) (eq. 3, 4).
+    """One stream through the recurrent net of 1993, with l = [x, y] (eq. 3 and 4).
 
-    One stream: x [T, d], w = w(1) [n, d + n], y = y(1) [n]. Returns y(2) … y(T + 1), [T, n], and the last w.
+    y_i(t+1) = f(Σ_j w_ij(t) l_j(t)), then w_ij(t+1) = σ(w_ij(t) + g(l_j(t)) h(y_i(t+1))), with σ as above.
+    x [T, d], w = w(1) [n, d + n], y = y(1) [n]. Returns y(2) … y(T + 1) [T, n] and the last w.
     """
     out = np.zeros((len(x), len(y)))
     for t in range(len(x)):

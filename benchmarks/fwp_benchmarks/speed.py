@@ -1,10 +1,11 @@
-"""`fwp bench`: how long each rule takes, beside peers in the same run and the machine's limit.
+"""`fwp bench`: times each rule, beside peers in the same run and beside the limit of the machine.
 
 `fwp_benchmarks.points` lists what is measured. Each point is checked first: at a small size against the equation in
-float64, and at its own size against itself. What is wrong is not timed. Then ours and the peers take turns, so that
-a ratio holds when the machine's speed drifts. The limit of a point is the time that its fewest bytes or its operations
-take at the rates of a large copy and a large matrix product, measured in the same run. On a GPU the kernels of all
-points are compiled before, in processes side by side. A point for which no time is left is listed as left out.
+float64, and at its own size for consistency. A point that is wrong is not timed. Then our op and the peers take turns,
+so that their ratio holds even when the machine's speed drifts. The limit of a point is the time for its fewest bytes at
+the rate of a large copy, or for its operations at the rate of a large matrix product, whichever is longer. These rates
+are measured in the same run. On a GPU the kernels of all points are compiled beforehand, in processes side by side. A
+point for which no time is left is listed as left out.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ from .precompile import Precompiler, first_call
 
 Row = dict[str, Any]
 
-CHUNK = 64  # the chunk size whose operations count as necessary
-ROUNDS = 30  # in which everybody takes a turn; the most for a pass
-SECONDS = 0.5  # for each function of a pass, after 3 rounds at least
+CHUNK = 64  # the limit counts the operations of chunks of this size
+ROUNDS = 30  # at most so many rounds per pass; in a round everybody takes a turn
+SECONDS = 0.5  # per function of a pass; at least 3 rounds are run
 TOTAL = 540.0  # seconds of a whole run
 PRECOMPILE = 240.0  # seconds of these for compiling, with peers
-SPREAD = {"cpu": 0, "cuda": 2**28}  # bytes of all inputs in rotation, so that no cache holds them
+SPREAD = {"cpu": 0, "cuda": 2**28}  # inputs rotate through so many bytes, so that no cache holds them
 
 
 # ---- limits ----
@@ -53,14 +54,14 @@ SPREAD = {"cpu": 0, "cuda": 2**28}  # bytes of all inputs in rotation, so that n
 def work(point: Point, backward: bool) -> tuple[float, float]:
     """The fewest bytes that a pass moves, and the operations of the chunk form's matrix products.
 
-    Bytes: each input is read once and each result written once, the final state among them. Operations per token and
-    head, with products over whole chunks of C tokens: QKᵀ, its product with V, Q S and Kᵀ V. A rule that erases also
-    has K Kᵀ, K S and two products with the triangular inverse. The backward has two products for each one of the
-    forward, and repeats those products of the forward whose results it needs.
+    Bytes: each input is read once, and each result is written once, the final state included.
+    Operations are counted per token and head, with products over whole chunks of C tokens. These are QKᵀ, its product
+    with V, Q S and Kᵀ V. A rule that erases also has K Kᵀ, K S and two products with the triangular inverse. The
+    backward has two products per product of the forward, and it repeats those of the forward whose results it needs.
     """
     K, V, C = point.width, point.D, min(CHUNK, point.T)
     tokens, heads, kept = point.B * point.T * point.H, point.B * point.H, state_dtype(point.dtype).itemsize
-    numbers_in = 2 * point.D + V  # q, k and v of a token and head; φ of them need not lie in memory
+    numbers_in = 2 * point.D + V  # q, k and v per token and head; φ(q) and φ(k) need not be stored
     gates = sum({"BTH": 1, "BTHK": K, "BTHV": V}[gate.shape] for gate in RULES[point.rule].gates.values())
     state = K * V + (K if point.denominator else 0)
     erases = RULES[point.rule].erases
@@ -74,13 +75,13 @@ def work(point: Point, backward: bool) -> tuple[float, float]:
 
 
 def limit(point: Point, backward: bool, ceilings: tuple[float, float]) -> float:
-    """Seconds that no implementation beats, of the forward or of forward and backward together."""
+    """The seconds that no implementation can beat, of the forward or of forward and backward together."""
     passes = (False, True) if backward else (False,)
     return sum(max(amount / rate for amount, rate in zip(work(point, x), ceilings)) for x in passes)
 
 
 def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes per second of a large copy, read and written, and operations per second of a large product."""
+    """Bytes per second of a large copy (read plus written), and operations per second of a large product."""
     n, numbers = (8192, 2**28) if device == "cuda" else (1024, 2**24)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     x = torch.zeros(numbers, device=device, dtype=dtype)
@@ -89,14 +90,14 @@ def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
     return 2 * numbers * dtype.itemsize / copied, 2 * n**3 / multiplied
 
 
-# ---- whether it is right ----
+# ---- checks before timing ----
 
 
 @cache
 def worst_violation(point: Point) -> float | None:
-    """The largest error beyond its bound, of output, state or a gradient. None: there is none.
+    """The largest error of output, state or a gradient that exceeds its bound. None: all are within bounds.
 
-    For small points.
+    The point must be small, because the reference computes it token by token.
     """
     step = point.T == 1
     draw = partial(
@@ -110,7 +111,7 @@ def worst_violation(point: Point) -> float | None:
         dtype=point.dtype,
         feature_map=point.feature_map,
         denominator=point.denominator,
-        state=True,  # without one, dq of the first token is 0 under a denominator, and only rounding would be compared
+        state=True,  # without one, dq of the first token is 0 under a denominator: only rounding would be compared
     )
     how: dict[str, Any] = point.options | {"gradients": not step}
     truth = testing.evaluate(point.rule, testing.cast(draw(), torch.float64), backend="reference", **how)
@@ -122,9 +123,9 @@ def worst_violation(point: Point) -> float | None:
 
 
 def inconsistency(point: Point, x: dict[str, Any], d_o: Tensor) -> str | None:
-    """What is wrong at the point's own size. None: nothing.
+    """What is wrong at the point's own size, in words. None: nothing is.
 
-    All results must be finite, a second run must give the same bits, and two halves must give what the whole does.
+    All results must be finite. On a GPU a second run must give the same bits. Two halves must give the whole's output.
     """
 
     def results() -> list[Tensor]:
@@ -146,17 +147,17 @@ def inconsistency(point: Point, x: dict[str, Any], d_o: Tensor) -> str | None:
             o, state = fwp.fast_weights(point.rule, **half, **point.options, state=state)
             out.append(o)
     off = row_error(torch.cat(out, 1), whole[0])
-    bound = 3e-3 if point.dtype == torch.float32 else 0.1  # a wrong chunk is far off
+    bound = 3e-3 if point.dtype == torch.float32 else 0.1  # wide, because the error of a wrong chunk is far larger
     return None if off <= bound else f"two halves differ from the whole by {off:.1e}"
 
 
-# ---- how long it takes ----
+# ---- timing ----
 
 
 def inputs(point: Point, seed: int = 0) -> tuple[dict[str, Any], Tensor]:
-    """Random arguments of `fwp.fast_weights` and a gradient of the output.
+    """Random arguments of `fwp.fast_weights`, and a gradient of the output.
 
-    A few tokens are repeated: that is quick.
+    At most 64 tokens are drawn and then repeated, which is quicker.
     """
     few = min(point.T, 64)
     x = testing.sample(
@@ -198,16 +199,13 @@ def chosen(point: Point, x: dict[str, Any]) -> tuple[str, str]:
 
 
 def gradients(out: Tensor, x: dict[str, Any], d_o: Tensor) -> tuple[Tensor, ...]:
-    """The gradient of every input.
-
-    It is None for an input that is not used: softmax attention has no gates.
-    """
+    """The gradient of every input. It is None if the input is not used: softmax attention has no gates."""
     leaves = [y for y in x.values() if isinstance(y, Tensor)]
     return torch.autograd.grad(out, leaves, d_o, allow_unused=True)
 
 
 def run_all(call: Call, sets: list[tuple[dict[str, Any], Tensor]], backward: bool) -> None:
-    """One call for each set of inputs."""
+    """Makes one call per set of inputs."""
     with torch.set_grad_enabled(backward):
         for x, d_o in sets:
             out = call(x)
@@ -216,7 +214,7 @@ def run_all(call: Call, sets: list[tuple[dict[str, Any], Tensor]], backward: boo
 
 
 def timed(run: Callable[[], Any], device: str) -> float:
-    """Seconds of one call. On a GPU they are by its own clock."""
+    """The seconds of one call. On a GPU they are measured by its own clock."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -230,7 +228,7 @@ def timed(run: Callable[[], Any], device: str) -> float:
 
 
 def graphed(lap: Callable[[], None]) -> Callable[[], None]:
-    """Captures the calls in a CUDA graph and returns what replays it."""
+    """Captures a lap in a CUDA graph, and returns a function that replays it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -243,9 +241,9 @@ def graphed(lap: Callable[[], None]) -> Callable[[], None]:
 
 
 def times_by_turns(laps: dict[str, Callable[[], None]], calls: int, device: str) -> dict[str, list[float]]:
-    """Seconds per call in each round. Everybody takes turns, and the first round only warms up.
+    """Seconds per call in each round. In a round, each takes one turn. The first round only warms up.
 
-    laps: what is timed, by name. calls: how many calls a lap has.
+    laps: the functions to time, by name. calls: the number of calls that a lap makes.
     """
     found: dict[str, list[float]] = {name: [] for name in laps}
     until = time.monotonic() + SECONDS * len(laps)
@@ -262,7 +260,7 @@ def times_by_turns(laps: dict[str, Callable[[], None]], calls: int, device: str)
 def measure(point: Point, rates: tuple[float, float], peers: bool) -> Iterator[Row]:
     """The rows of a point, one per pass and mode (eager or in a graph).
 
-    A single row without times if it is wrong.
+    If the point is wrong, it has a single row without times.
     """
     with others.separate():
         yield from _measure(point, rates, peers)
@@ -313,9 +311,9 @@ def blank(point: Point) -> Row:
 
 
 def callers(point: Point, x: dict[str, Any], peers: bool) -> tuple[dict[str, Call], list[str]]:
-    """What is timed: ours, softmax attention, and the peers with our result.
+    """The functions to time: ours, softmax attention, and the peers whose result agrees with ours.
 
-    Then why other peers are left out.
+    Also returns notes that say why other peers are left out.
     """
     calls, notes = {"ours": ours(point)}, list[str]()
     if softmax := others.softmax(point):
@@ -330,13 +328,13 @@ def callers(point: Point, x: dict[str, Any], peers: bool) -> tuple[dict[str, Cal
                     if not off < 0.05:
                         raise ValueError(f"another result, by {off:.2f}")
                     calls[name] = call
-                except Exception as error:  # a peer that is broken breaks nothing of ours
+                except Exception as error:  # a broken peer must not stop our own measurement
                     notes.append(f"{name}: {in_a_line(error)}")
     return calls, notes
 
 
 def cold(point: Point, who: str) -> dict[str, float]:
-    """Seconds of the first forward and backward of this process, and of the peer's import before it."""
+    """The seconds of this process's first forward and backward, and of importing the peer before it."""
     x, d_o = inputs(point)
     with others.separate():
         started = time.perf_counter()
@@ -349,13 +347,13 @@ def cold(point: Point, who: str) -> dict[str, float]:
         return {"seconds": time.perf_counter() - imported, "import": imported - started}
 
 
-# ---- all of it ----
+# ---- the command ----
 
 
 def measurements(device: str, peers: bool, say: Callable[[str], None] = lambda line: None) -> Iterator[Row]:
-    """The rows of all points. "red" says what is wrong, "note" what is missing.
+    """The rows of all points. In a row, "red" says what is wrong, and "note" what is missing.
 
-    say: takes a line for each point that is done.
+    say: called with one line per finished point.
     """
     started = time.monotonic()
     todo = points(device)
@@ -406,7 +404,7 @@ def times_in_words(found: list[Row]) -> str:
 
 
 def describe_machine(device: str) -> Row:
-    """Its processor, the versions of all packages, and the commit of fwp."""
+    """The machine's processor, the versions of the packages, and the commit of fwp."""
     folder = Path(fwp.__file__).parent
     git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
@@ -419,9 +417,9 @@ def describe_machine(device: str) -> Row:
 
 
 def main(device: str | None = None, peers: bool = False, json_file: Path | None = None) -> int:
-    """Prints times as they are measured, then a table. Returns the exit status: 1 if a row is red.
+    """Prints the times as they are measured, then a table. Returns the exit status: 1 if a row is red.
 
-    device: None takes the GPU if there is one. json_file: for the rows; plots are drawn beside it.
+    device: None takes the GPU if there is one. json_file: receives the rows; plots are drawn beside it.
     """
     from rich.console import Console
 
@@ -434,7 +432,7 @@ def main(device: str | None = None, peers: bool = False, json_file: Path | None 
     for row in measurements(device, peers, lambda line: console.print(line, markup=False, soft_wrap=True)):
         found.append(row)
         goals = report.verdicts(found) if device == "cuda" else []
-        if json_file is not None:  # after each row, so that a run that is stopped keeps what it measured
+        if json_file is not None:  # after each row, so that a stopped run keeps what it has measured
             text = json.dumps({"rows": found, "goals": goals}, indent=1, allow_nan=False)
             json_file.write_text(text + "\n", encoding="utf-8")
     console.print(report.table(found))

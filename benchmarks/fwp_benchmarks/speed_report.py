@@ -1,4 +1,4 @@
-"""What `fwp bench` shows of its rows: a table, the goals and whether they hold, two plots."""
+"""The report of `fwp bench`: a table of its rows, the goals with their verdicts, and two plots."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ TWIN = "D = 128, scaled by its operations"
 
 @dataclass(frozen=True)
 class Goal:
-    """What has to hold for every row that the goal is about.
+    """Bounds that must hold for every row that the goal is about.
 
-    faster: the least ratio of a peer's time to ours. near: the greatest ratio of our time to the limit.
+    work: the goal in words. about: whether a row belongs to the goal. peer: the one to compare with.
+    faster: the least ratio of the peer's time to ours. near: the greatest ratio of our time to the limit.
     """
 
     work: str
@@ -37,7 +38,7 @@ class Goal:
 
 
 def _trained(row: Row) -> bool:
-    """Whether a row is about training on sequences that are not short."""
+    """Whether a row is about training, eagerly, on sequences of more than 512 tokens."""
     return row["pass"] == "forward + backward" and row["mode"] == "eager" and row["T"] > 512
 
 
@@ -84,7 +85,10 @@ GOALS = (
 
 
 def verdicts(rows: list[Row]) -> list[dict[str, Any]]:
-    """Each goal with its worst ratios and whether it holds. None: some of its rows were not measured."""
+    """Each goal with its worst ratios and whether it holds.
+
+    "holds" is None if the measured rows hold but others are missing.
+    """
     found = []
     for goal in GOALS:
         about = [row for row in rows if goal.about(row | {"mode": row.get("mode", "eager")})]
@@ -114,7 +118,7 @@ def verdicts(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def with_twin(row: Row, rows: list[Row]) -> dict[str, float]:
-    """The times of a row of D = 256, and the time of the same at D = 128, scaled by their operations."""
+    """The times of a row with D = 256, and with them our time at D = 128, scaled by the operations of both."""
     same = ("what", "B", "T", "H", "pass", "mode", "device")
     twins = [x for x in rows if x["D"] == 128 and all(x.get(name) == row.get(name) for name in same)]
     seconds: dict[str, float] = dict(row["seconds"])
@@ -127,7 +131,7 @@ def with_twin(row: Row, rows: list[Row]) -> dict[str, float]:
 
 
 def table(rows: list[Row]) -> Table:
-    """One line per row: our time, the ratio of each other's time to ours, and of ours to the limit."""
+    """One line per row: our time, the ratio of every other time to ours, and the ratio of ours to the limit."""
     others = [name for name in timed_names(rows) if name != "ours"]
     headers = (
         "rule",
@@ -169,7 +173,7 @@ def in_words(goal: dict[str, Any]) -> str:
 
 
 def plots(rows: list[Row], json_file: Path) -> list[Path]:
-    """Draws time against T, for rules measured at several T, and the fraction of the limit.
+    """Draws time against T for the rules measured at several T, and for all points the fraction of the limit.
 
     Returns the paths of the figures, which lie beside the JSON file.
     """
@@ -211,7 +215,7 @@ def plots(rows: list[Row], json_file: Path) -> list[Path]:
 
 
 def timed_names(rows: Iterable[Row]) -> list[str]:
-    """Everybody that was timed, in the order of the rows."""
+    """The names of all that were timed, in the order of the rows."""
     return list(dict.fromkeys(name for row in rows for name in row["seconds"]))
 
 
