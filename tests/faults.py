@@ -1,8 +1,8 @@
-"""Planted faults: the function that each is in, the code that it changes, and what that code becomes.
+"""Planted faults: for each the function that it changes, the right code, and the wrong code that replaces it.
 
-A function may move to another file, and its code may be formatted anew: it is found by its name, and the code in it by
-its syntax tree. In the code that is looked for, `_` is any expression; as a call's last positional argument it is all
-arguments that the pattern doesn't name. In the new code `_` is what the first `_` was, and `it` is all that was found.
+A function is found by its name, and the code in it by its syntax tree, so both may move or be formatted anew. In the
+right code `_` matches any expression. As the last positional argument of a call it matches all arguments that the
+pattern doesn't name. In the wrong code `_` is what the first `_` matched, and `it` is the whole match.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 SOURCES = ("fwp", "kernels/fwp_kernels")
 
 
-# The function's name, with as much of "fwp.module.Class." before it as it takes; an expression or statement in it; what
-# stands there instead.
+# The function's name, with as much of "fwp.module.Class." before it as makes it unique; an expression or statement in
+# it; the wrong code that replaces it.
 Fault = tuple[str, str, str]
 
 CORE_FAULTS: dict[str, Fault] = {
     "an eraser that sees itself": ("Pairs", "j < at[:, None]", "j <= at[:, None]"),
     "a reader that sees itself before the update": (
-        "Decays.of",
+        "Decays.of_piece",
         "Pairs(Gq, G, at, C, after, _)",
         "Pairs(Gq, G, at, C, True, _)",
     ),
@@ -172,7 +172,7 @@ def find(root: Path, fault: Fault) -> tuple[str, Path]:
 
 
 def plant(root: Path, fault: Fault) -> tuple[Path, str]:
-    """The file in question and its text with the fault. LookupError as `find`."""
+    """The file of the fault and its text with the fault. LookupError as in `find`."""
     name, path = find(root, fault)
     _, right, wrong = fault
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -182,7 +182,7 @@ def plant(root: Path, fault: Fault) -> tuple[Path, str]:
 
 
 def _parsed(code: str) -> ast.AST:
-    """The expression or statement."""
+    """The syntax tree of an expression or statement."""
     (statement,) = ast.parse(code).body
     return statement.value if isinstance(statement, ast.Expr) else statement
 
@@ -227,7 +227,7 @@ def _is_open(call: ast.Call) -> bool:
 
 
 def _match(pattern: object, node: object) -> list[object] | None:
-    """What the blanks of the pattern are in this node, (arguments, keywords) for a call's last; None: no match."""
+    """What the pattern's blanks match in this node, (arguments, keywords) for a call's last one; None: no match."""
     if _is_blank(pattern):
         return [node] if isinstance(node, ast.expr) else None
     if isinstance(pattern, list) and isinstance(node, list):
@@ -251,7 +251,7 @@ def _match(pattern: object, node: object) -> list[object] | None:
 
 
 class _Planter(ast.NodeTransformer):
-    """Puts `wrong` wherever the pattern is."""
+    """Replaces every match of the pattern by `wrong`."""
 
     def __init__(self, pattern: ast.AST, wrong: ast.AST) -> None:
         self.pattern, self.wrong = pattern, wrong
@@ -262,7 +262,7 @@ class _Planter(ast.NodeTransformer):
 
 
 class _Filler(ast.NodeTransformer):
-    """Puts what was found for `_` and `it`."""
+    """Replaces `_` and `it` by what was matched."""
 
     def __init__(self, blanks: list[object], it: ast.AST) -> None:
         self.blank, self.it = blanks[0] if blanks else None, it

@@ -1,4 +1,4 @@
-"""The search for block sizes and its table; the times come from a GPU, which these tests do without."""
+"""The search for block sizes and its table, with made-up times in place of a GPU's."""
 
 import math
 from dataclasses import replace
