@@ -81,12 +81,16 @@ KERNEL_FAULTS: dict[str, Fault] = {
     "gates that count below the floor": ("sums_kernel", "tl.where(x < FLOOR, _)", "x"),
     "gates that aren't summed": ("sums_kernel", "tl.cumsum(x, _)", "x"),
     "erasing without its strength": ("pairs_kernel", "A *= _", "pass"),
-    "a reader that decays too much": ("from_start", "load_sums(gates, _, LAG, s)", "load_sums(gates, _, False, s)"),
+    "a reader that decays too much": (
+        "from_start",
+        "load_sums(gates, _, BEFORE_DECAY, s)",
+        "load_sums(gates, _, False, s)",
+    ),
     "an inverse that isn't transposed": ("walk_back_kernel", "tl.trans(load(p_A_inv, _))", "load(p_A_inv, _)"),
     "a gradient that doesn't decay": ("walk_back_kernel", "decay_over_chunk(b_dS, _)", "b_dS"),
     "a gradient of the wrong head": ("walk_back_kernel", "h // s.HEADS_PER_V", "h * 0"),
-    "a gate's gradient without the state's": ("gradients_kernel", "through += tl.sum(_)[None, :]", "pass"),
-    "a gate's gradient of a later reader": ("gradients_kernel", "per_gate(_) + lagging", "0 * it"),
+    "a gate's gradient without the state's": ("gradients_kernel", "b_SdS += tl.sum(_)[None, :]", "pass"),
+    "a gate's gradient of a later reader": ("gradients_kernel", "per_gate(_) + dG_reader", "0 * it"),
     "an eraser's gradient that misses its keys": ("gradients_kernel", "d_writer + b_e * b_dea", "d_writer"),
     "gates from beyond the end": ("load_sums", "tl.minimum(_, gates.end - 1)", "tl.minimum(_, gates.end)"),
     "pairs of the wrong blocks": ("half_block_decays", "_ + half - 1", "_ + half"),
@@ -110,7 +114,7 @@ KERNEL_FAULTS: dict[str, Fault] = {
         "b_S += (k_offsets[:, None] == v_offsets[None, :]).to(_)",
         "pass",
     ),
-    "segments that begin with their sequence": ("packing.layout", "borders[of] + inner * size", "borders[of]"),
+    "segments that begin with their sequence": ("packing.layout", "borders[owner] + inner * size", "borders[owner]"),
     "gradients that stay in their segment": (
         "launch.backward",
         "kernels.walk_back(prepared, upstream, States(), _)",
@@ -130,7 +134,7 @@ KERNEL_FAULTS: dict[str, Fault] = {
     "a gradient without the denominator's past": ("gradients_kernel", "b_dq += b_dden * b_z", "pass"),
     "a gradient of z that doesn't decay": ("walk_back_kernel", "b_dz *= _", "pass"),
     "a gradient of z without its readers": ("walk_back_kernel", "b_dz += _", "pass"),
-    "a gradient of gates without z": ("gradients_kernel", "through += b_z * b_dz", "pass"),
+    "a gradient of gates without z": ("gradients_kernel", "b_SdS += b_z * b_dz", "pass"),
     "features of half of [x, −x]": ("rectified", "-b", "b"),
     "features rolled the wrong way": ("mapped", "_ - f // (2 * D)", "_ + f // (2 * D)"),
     "a norm of the features that are there": ("norms_kernel", "total += _", "total = _"),
@@ -154,7 +158,7 @@ KERNEL_FAULTS: dict[str, Fault] = {
         "s.WRITES - 1 if s.READ_BEFORE else 0",
     ),
     "a gradient of an erase key without its strength": ("gradients_kernel", "b_e * b_dea", "b_dea"),
-    "a gate's gradient of a later eraser": ("gradients_kernel", "from_S + late", "0 * it"),
+    "a gate's gradient of a later eraser": ("gradients_kernel", "from_S + dG_eraser", "0 * it"),
 }
 
 
