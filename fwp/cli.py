@@ -161,7 +161,7 @@ def bench(
     if tune:
         if device == "cpu" or not torch.cuda.is_available():
             raise typer.BadParameter("tune: expected a machine with a CUDA GPU, found none")
-        from fwp_benchmarks.tune import rows as tuned_rows
+        from fwp_benchmarks.tune import tuned_rows
 
         for row in tuned_rows():
             typer.echo(" ".join(f"{name}={value}" for name, value in row.items()))

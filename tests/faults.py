@@ -126,7 +126,7 @@ KERNEL_FAULTS: dict[str, Fault] = {
         "torch.searchsorted(ends, at, right=True)",
         "torch.searchsorted(ends, at)",
     ),
-    "a key head's gradient of one head alone": ("_of_inputs.summed", "_.sum(3)", "_[:, :, :, 0]"),
+    "a key head's gradient of one head alone": ("_input_gradients.summed", "_.sum(3)", "_[:, :, :, 0]"),
     "a denominator that forgets the chunks before": ("walk_kernel", "read_vector(_)", "0 * it"),
     "a denominator of the wrong tokens": ("walk_kernel", "tl.sum(b_P.to(s.ACC), 1)", "tl.sum(b_P.to(s.ACC), 0)"),
     "a sum of keys that doesn't decay": ("walk_kernel", "b_z *= _", "pass"),

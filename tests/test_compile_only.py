@@ -75,5 +75,5 @@ if __name__ == "__main__":
     from fwp_benchmarks import static
 
     for case in CASES[sys.argv[1]]:
-        for row in static.rows(sys.argv[1], static.Case(*case)):
+        for row in static.compiled_rows(sys.argv[1], static.StaticCase(*case)):
             print(json.dumps(row), flush=True)

@@ -97,7 +97,7 @@ class Kernels:
         """Uninitialised [B, tokens, heads, features]."""
         return self.p.q.new_empty(self.p.B, tokens, heads, features, dtype=dtype)
 
-    def of_chunks(self) -> dict[str, Any]:
+    def chunk_arguments(self) -> dict[str, Any]:
         """The arguments of all kernels of the chunk form."""
         p, tiles = self.p, self.p.tiles
         return {
@@ -109,10 +109,10 @@ class Kernels:
             "num_stages": tiles.stages,
         }
 
-    def of_walks(self) -> dict[str, Any]:
+    def walk_arguments(self) -> dict[str, Any]:
         """The arguments of both walks."""
         place = {"NS": self.layout.segments_of_row, "CS": self.layout.chunks_of_segment}
-        return self.of_chunks() | place | {"BK": power_of_2(self.p.K)}
+        return self.chunk_arguments() | place | {"BK": power_of_2(self.p.K)}
 
     # ---- each kernel ----
 
@@ -197,7 +197,7 @@ class Kernels:
             A_inv = self.strided(self.buffer(p.tokens, p.H, p.C, p.operand))
         if P is not None or A_inv is not None:
             pairs_kernel[(self.layout.slots * p.H,)](
-                p=self.normed(inputs), p_P=P, p_A_inv=A_inv, BK=block, **self.of_chunks()
+                p=self.normed(inputs), p_P=P, p_A_inv=A_inv, BK=block, **self.chunk_arguments()
             )
         return Prepared(inputs, P, A_inv)
 
@@ -234,7 +234,7 @@ class Kernels:
             p_kept=kept,
             p_decay=decay,
             BV=BV,
-            **self.of_walks() | {"s": s},
+            **self.walk_arguments() | {"s": s},
         )
 
     def walk_back(
@@ -263,7 +263,7 @@ class Kernels:
             p_d_before=d_before,
             p_d_kept=d_kept,
             BV=BV,
-            **self.of_walks(),
+            **self.walk_arguments(),
         )
 
     def segments(self, prepared: Prepared) -> Segments:
@@ -385,21 +385,21 @@ class Gradients(NamedTuple):
         p = kernels.p
         NK, NV = cdiv(p.K, power_of_2(p.K, p.tiles.block)), cdiv(p.V, power_of_2(p.V, p.tiles.walk))
 
-        def of_heads(heads: int, like: Tensor, features: int, final: bool = True) -> Tensor:
+        def per_head(heads: int, like: Tensor, features: int, final: bool = True) -> Tensor:
             final = final and like.shape[2] == heads
             return kernels.buffer(like.shape[1], heads, features, like.dtype if final else p.accumulator)
 
-        def of_gates(gate: Tensor | None, shares: int) -> Tensor | None:
+        def per_gate(gate: Tensor | None, shares: int) -> Tensor | None:
             return None if gate is None else kernels.buffer(p.tokens, p.H, shares, p.accumulator)
 
         return cls(
-            dq=of_heads(p.readers, p.q, p.K, p.maps_alone),
-            dk=of_heads(p.H, p.k, p.K, p.maps_alone),
-            dv=of_heads(p.H, p.v, p.V),
-            dg=of_gates(p.g, p.K if p.decay == 2 else NK),
+            dq=per_head(p.readers, p.q, p.K, p.maps_alone),
+            dk=per_head(p.H, p.k, p.K, p.maps_alone),
+            dv=per_head(p.H, p.v, p.V),
+            dg=per_gate(p.g, p.K if p.decay == 2 else NK),
             da=None if p.a is None else kernels.buffer(p.tokens, p.H, p.K, p.a.dtype),
-            de=of_gates(p.e, NK),
-            dw=of_gates(p.w, NV),
+            de=per_gate(p.e, NK),
+            dw=per_gate(p.w, NV),
             dR=kernels.buffer(p.tokens, p.H, p.V, p.operand) if p.erases else None,
         )
 
@@ -438,12 +438,12 @@ def backward(
             first = kernels.join(segments, before, States())
             kernels.walk_back(prepared, upstream, States(), d_before=segments.N)
             last, d_first = kernels.join(segments, d_after, d_before, back=True), States()
-        _through_chunks(kernels, prepared, upstream, grads, first, last, d_first)
-        dq, dk, dv = _of_inputs(kernels, grads)
-    return [dq, dk, dv, *_of_gates(p, grads), *d_before]
+        _run_all(kernels, prepared, upstream, grads, first, last, d_first)
+        dq, dk, dv = _input_gradients(kernels, grads)
+    return [dq, dk, dv, *_gate_gradients(p, grads), *d_before]
 
 
-def _through_chunks(
+def _run_all(
     kernels: Kernels,
     prepared: Prepared,
     upstream: OutputGradients,
@@ -478,11 +478,11 @@ def _through_chunks(
         p_d_kept=d_kept,
         BK=BK,
         BV=power_of_2(p.V, p.tiles.block),
-        **kernels.of_chunks() | {"num_stages": 1},
+        **kernels.chunk_arguments() | {"num_stages": 1},
     )
 
 
-def _of_inputs(kernels: Kernels, grads: Gradients) -> tuple[Tensor, Tensor, Tensor]:
+def _input_gradients(kernels: Kernels, grads: Gradients) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v from those per head and feature."""
     p = kernels.p
 
@@ -498,7 +498,7 @@ def _of_inputs(kernels: Kernels, grads: Gradients) -> tuple[Tensor, Tensor, Tens
     return dq, dk, summed(grads.dv, p.v)
 
 
-def _of_gates(p: Problem, grads: Gradients) -> list[Tensor | None]:
+def _gate_gradients(p: Problem, grads: Gradients) -> list[Tensor | None]:
     """The gradients of g, a, e and w, summed over the parts of blocks."""
 
     def summed(x: Tensor | None, like: Tensor | None) -> Tensor | None:
