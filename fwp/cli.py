@@ -143,9 +143,7 @@ def check(
 def bench(
     device: Annotated[str | None, typer.Option(metavar="cpu|cuda", help="where it runs; a GPU if there is one")] = None,
     peers: Annotated[bool, typer.Option("--peers", help="time other installed packages too")] = False,
-    json: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="file of rows; plots go beside it")
-    ] = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="rows go there, plots beside it")] = None,
     tune: Annotated[bool, typer.Option("--tune", help="only find and keep this GPU's block sizes")] = False,
 ) -> None:
     """Times each rule beside softmax attention and the machine's limit, in ten minutes.
@@ -163,7 +161,7 @@ def bench(
     if tune:
         if device == "cpu" or not torch.cuda.is_available():
             raise typer.BadParameter("tune: expected a machine with a CUDA GPU, found none")
-        from fwp_benchmarks.tune import rows as tuned_rows
+        from fwp_benchmarks.tune import tuned_rows
 
         for row in tuned_rows():
             typer.echo(" ".join(f"{name}={value}" for name, value in row.items()))

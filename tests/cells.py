@@ -1,4 +1,4 @@
-"""Random inputs of the recurrence of `fwp.core` in each cell of the Triton kernels, and the recurrence once more."""
+"""Random inputs of the recurrence of `fwp.core` for each cell of the Triton kernels, and that recurrence by tokens."""
 
 from dataclasses import replace
 from itertools import combinations, product
@@ -18,10 +18,10 @@ from fwp.backends import triton as backend
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 MARKS = [pytest.mark.gpu] if GPU else []
-C = 16 if GPU else 8  # matrix instructions take 16 rows at least
+C = 16 if GPU else 8  # matrix instructions need at least 16 rows
 
-# (decay, erase). decay: 0 none, 1 per head, 2 per channel. erase: "" nothing, "k" along k with a strength, "a" along a
-# key of its own with a strength, "a alone" without one.
+# A cell is (decay, erase). decay: 0 none, 1 per head, 2 per channel. erase: "" nothing, "k" along k with a strength,
+# "a" along an erase key with a strength, "a alone" along an erase key without one.
 ADDITIVE, KDA, OWN_KEY = (0, ""), (2, "k"), (2, "a")
 CORNERS = pytest.mark.parametrize("cell", [ADDITIVE, KDA], ids=["additive", "kda"])
 CELLS = pytest.mark.parametrize(
@@ -40,7 +40,7 @@ FIELDS = ("q", "k", "v", "g", "a", "e", "w", "S", "z")
 
 
 def problem(cell, B=1, T=9, H=(1, 1, 1), K=5, V=3, N=None, dtype=torch.float64, seed=0, **options):
-    """Random inputs of the core, every number different; with a denominator q and k > 0. H: query, key, value heads."""
+    """Random inputs of the core without equal numbers. q, k > 0 with a denominator. H: query, key and value heads."""
     (decay, erase), positive = cell, options.get("denominator", False)
     width, writes = options.get("features", Features()).width(K), options.get("writes", 1)
     generator = torch.Generator().manual_seed(seed)
@@ -72,7 +72,7 @@ def problem(cell, B=1, T=9, H=(1, 1, 1), K=5, V=3, N=None, dtype=torch.float64, 
 
 
 def pairwise(*axes):
-    """Few rows of the product of the axes in which every two values of two axes meet."""
+    """Few elements of the product of the axes. Any two values of two axes meet in at least one of them."""
     rows, chosen = [*product(*axes)], []
 
     def pairs(row):
@@ -95,7 +95,7 @@ def recurrence(core):
     o, S = numerators(core)
     if not core.denominator:
         return o, State(S)
-    one = core.v.new_ones(*core.k.shape[:2], core.heads, 1)  # z is what v = 1 makes where nothing is erased
+    one = core.v.new_ones(*core.k.shape[:2], core.heads, 1)  # z is the state that v = 1 makes when nothing is erased
     found, z = numerators(
         replace(core, v=one, a=None, e=None, w=None, S=None if core.z is None else core.z.unsqueeze(-1))
     )
@@ -142,7 +142,7 @@ def numerators(core):
 
 
 def results(run, core, outputs=("o", "S", "z"), seed=1):
-    """o, the final state and the gradients of a weighed sum of `outputs`, by name."""
+    """o, the final state and the gradients of a weighted sum of `outputs`, by name."""
     core = moved(core, lambda x: x.detach().requires_grad_())
     o, (S, z) = run(core)
     found = {"o": o, "S": S} | ({} if z is None else {"z": z})

@@ -1,4 +1,4 @@
-"""What every test runs under: Triton's interpreter where there is no GPU, tests for a GPU only where there is one."""
+"""Settings of all tests: Triton's interpreter without a GPU, and tests that need a GPU only with one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when Triton is imported
     patch_language_once()
 
-# `make test-gpu` runs on what a machine has: PyTorch, Triton and pytest must do.
+# `make test-gpu` needs nothing but PyTorch, Triton and pytest. Files that need hypothesis are left out without it.
 collect_ignore: list[str] = []
 if importlib.util.find_spec("hypothesis") is None:
     collect_ignore += [
@@ -27,7 +27,7 @@ if importlib.util.find_spec("hypothesis") is None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Beside what pytest says of skipped tests."""
+    """Names the files that were left out."""
     if collect_ignore:
         terminalreporter.write_line(f"LEFT OUT {', '.join(collect_ignore)}: hypothesis is not installed")
 

@@ -1,8 +1,8 @@
-"""Planted faults: the function that each is in, the code that it changes, and what that code becomes.
+"""Planted faults: for each the function that it changes, the right code, and the wrong code that replaces it.
 
-A function may move to another file, and its code may be formatted anew: it is found by its name, and the code in it by
-its syntax tree. In the code that is looked for, `_` is any expression; as a call's last positional argument it is all
-arguments that the pattern doesn't name. In the new code `_` is what the first `_` was, and `it` is all that was found.
+A function is found by its name, and the code in it by its syntax tree, so both may move or be formatted anew. In the
+right code `_` matches any expression. As the last positional argument of a call it matches all arguments that the
+pattern doesn't name. In the wrong code `_` is what the first `_` matched, and `it` is the whole match.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 SOURCES = ("fwp", "kernels/fwp_kernels")
 
 
-# The function's name, with as much of "fwp.module.Class." before it as it takes; an expression or statement in it; what
-# stands there instead.
+# The function's name, with as much of "fwp.module.Class." before it as makes it unique; an expression or statement in
+# it; the wrong code that replaces it.
 Fault = tuple[str, str, str]
 
 CORE_FAULTS: dict[str, Fault] = {
     "an eraser that sees itself": ("Pairs", "j < at[:, None]", "j <= at[:, None]"),
     "a reader that sees itself before the update": (
-        "Decays.of",
+        "Decays.of_piece",
         "Pairs(Gq, G, at, C, after, _)",
         "Pairs(Gq, G, at, C, True, _)",
     ),
@@ -81,12 +81,16 @@ KERNEL_FAULTS: dict[str, Fault] = {
     "gates that count below the floor": ("sums_kernel", "tl.where(x < FLOOR, _)", "x"),
     "gates that aren't summed": ("sums_kernel", "tl.cumsum(x, _)", "x"),
     "erasing without its strength": ("pairs_kernel", "A *= _", "pass"),
-    "a reader that decays too much": ("from_start", "load_sums(gates, _, LAG, s)", "load_sums(gates, _, False, s)"),
+    "a reader that decays too much": (
+        "from_start",
+        "load_sums(gates, _, BEFORE_DECAY, s)",
+        "load_sums(gates, _, False, s)",
+    ),
     "an inverse that isn't transposed": ("walk_back_kernel", "tl.trans(load(p_A_inv, _))", "load(p_A_inv, _)"),
     "a gradient that doesn't decay": ("walk_back_kernel", "decay_over_chunk(b_dS, _)", "b_dS"),
     "a gradient of the wrong head": ("walk_back_kernel", "h // s.HEADS_PER_V", "h * 0"),
-    "a gate's gradient without the state's": ("gradients_kernel", "through += tl.sum(_)[None, :]", "pass"),
-    "a gate's gradient of a later reader": ("gradients_kernel", "per_gate(_) + lagging", "0 * it"),
+    "a gate's gradient without the state's": ("gradients_kernel", "b_SdS += tl.sum(_)[None, :]", "pass"),
+    "a gate's gradient of a later reader": ("gradients_kernel", "per_gate(_) + dG_reader", "0 * it"),
     "an eraser's gradient that misses its keys": ("gradients_kernel", "d_writer + b_e * b_dea", "d_writer"),
     "gates from beyond the end": ("load_sums", "tl.minimum(_, gates.end - 1)", "tl.minimum(_, gates.end)"),
     "pairs of the wrong blocks": ("half_block_decays", "_ + half - 1", "_ + half"),
@@ -110,7 +114,7 @@ KERNEL_FAULTS: dict[str, Fault] = {
         "b_S += (k_offsets[:, None] == v_offsets[None, :]).to(_)",
         "pass",
     ),
-    "segments that begin with their sequence": ("packing.layout", "borders[of] + inner * size", "borders[of]"),
+    "segments that begin with their sequence": ("packing.layout", "borders[owner] + inner * size", "borders[owner]"),
     "gradients that stay in their segment": (
         "launch.backward",
         "kernels.walk_back(prepared, upstream, States(), _)",
@@ -122,7 +126,7 @@ KERNEL_FAULTS: dict[str, Fault] = {
         "torch.searchsorted(ends, at, right=True)",
         "torch.searchsorted(ends, at)",
     ),
-    "a key head's gradient of one head alone": ("_of_inputs.summed", "_.sum(3)", "_[:, :, :, 0]"),
+    "a key head's gradient of one head alone": ("_input_gradients.summed", "_.sum(3)", "_[:, :, :, 0]"),
     "a denominator that forgets the chunks before": ("walk_kernel", "read_vector(_)", "0 * it"),
     "a denominator of the wrong tokens": ("walk_kernel", "tl.sum(b_P.to(s.ACC), 1)", "tl.sum(b_P.to(s.ACC), 0)"),
     "a sum of keys that doesn't decay": ("walk_kernel", "b_z *= _", "pass"),
@@ -130,7 +134,7 @@ KERNEL_FAULTS: dict[str, Fault] = {
     "a gradient without the denominator's past": ("gradients_kernel", "b_dq += b_dden * b_z", "pass"),
     "a gradient of z that doesn't decay": ("walk_back_kernel", "b_dz *= _", "pass"),
     "a gradient of z without its readers": ("walk_back_kernel", "b_dz += _", "pass"),
-    "a gradient of gates without z": ("gradients_kernel", "through += b_z * b_dz", "pass"),
+    "a gradient of gates without z": ("gradients_kernel", "b_SdS += b_z * b_dz", "pass"),
     "features of half of [x, −x]": ("rectified", "-b", "b"),
     "features rolled the wrong way": ("mapped", "_ - f // (2 * D)", "_ + f // (2 * D)"),
     "a norm of the features that are there": ("norms_kernel", "total += _", "total = _"),
@@ -154,7 +158,7 @@ KERNEL_FAULTS: dict[str, Fault] = {
         "s.WRITES - 1 if s.READ_BEFORE else 0",
     ),
     "a gradient of an erase key without its strength": ("gradients_kernel", "b_e * b_dea", "b_dea"),
-    "a gate's gradient of a later eraser": ("gradients_kernel", "from_S + late", "0 * it"),
+    "a gate's gradient of a later eraser": ("gradients_kernel", "from_S + dG_eraser", "0 * it"),
 }
 
 
@@ -172,7 +176,7 @@ def find(root: Path, fault: Fault) -> tuple[str, Path]:
 
 
 def plant(root: Path, fault: Fault) -> tuple[Path, str]:
-    """The file in question and its text with the fault. LookupError as `find`."""
+    """The file of the fault and its text with the fault. LookupError as in `find`."""
     name, path = find(root, fault)
     _, right, wrong = fault
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -182,7 +186,7 @@ def plant(root: Path, fault: Fault) -> tuple[Path, str]:
 
 
 def _parsed(code: str) -> ast.AST:
-    """The expression or statement."""
+    """The syntax tree of an expression or statement."""
     (statement,) = ast.parse(code).body
     return statement.value if isinstance(statement, ast.Expr) else statement
 
@@ -227,7 +231,7 @@ def _is_open(call: ast.Call) -> bool:
 
 
 def _match(pattern: object, node: object) -> list[object] | None:
-    """What the blanks of the pattern are in this node, (arguments, keywords) for a call's last; None: no match."""
+    """What the pattern's blanks match in this node, (arguments, keywords) for a call's last one; None: no match."""
     if _is_blank(pattern):
         return [node] if isinstance(node, ast.expr) else None
     if isinstance(pattern, list) and isinstance(node, list):
@@ -251,7 +255,7 @@ def _match(pattern: object, node: object) -> list[object] | None:
 
 
 class _Planter(ast.NodeTransformer):
-    """Puts `wrong` wherever the pattern is."""
+    """Replaces every match of the pattern by `wrong`."""
 
     def __init__(self, pattern: ast.AST, wrong: ast.AST) -> None:
         self.pattern, self.wrong = pattern, wrong
@@ -262,7 +266,7 @@ class _Planter(ast.NodeTransformer):
 
 
 class _Filler(ast.NodeTransformer):
-    """Puts what was found for `_` and `it`."""
+    """Replaces `_` and `it` by what was matched."""
 
     def __init__(self, blanks: list[object], it: ast.AST) -> None:
         self.blank, self.it = blanks[0] if blanks else None, it

@@ -1,4 +1,4 @@
-"""Triton's interpreter, with less to do."""
+"""A faster interpreter of Triton."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 def patch_language_once() -> None:
     """Keeps Triton's interpreter from patching `triton.language` again at every call of a device function.
 
-    The launch of a kernel has patched what most of them see, and with many small ones the rest is half of the time.
-    The names are private: where one is missing, all stays as it is.
+    The launch of a kernel has already patched what most of them use. Patching again takes half of the time of small
+    kernels. The names are private: if one is missing, nothing is changed.
     """
     if find_spec("triton") is None:
         return

@@ -1,4 +1,4 @@
-"""What several tests share: every rule of the table and two from outside it, in every form, and how results agree."""
+"""What several tests share: all rules of the table and two from outside it, their forms, and comparisons of results."""
 
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ def forms(rule):
 
 @dataclass(frozen=True)
 class Way:
-    """How a rule is asked: before or after how many writes, and with attention normalisation or without."""
+    """How a rule is called: read before or after, attention normalisation, and writes per read."""
 
     read: str
     denominator: bool = False
@@ -50,21 +50,21 @@ def normalises(rule):
 
 
 def ways(rule):
-    """Every read and normalisation that the rule has, and two of them with several writes per read."""
+    """Every combination of read and normalisation, and two more with several writes per read."""
     denominators = (False, True) if normalises(rule) else (False,)
     single = [Way(read, denominator) for denominator in denominators for read in ("after", "before")]
     return [*single, Way("after", denominators[-1], writes=3), Way("before", writes=2)]
 
 
 def lowered(rule):
-    """What the rule's lowering makes of a few tokens, and those tokens."""
+    """The lowered core of a few tokens, and the core before lowering."""
     inputs = sample(rule, T=3, K=4, V=3, dtype=torch.bfloat16)
     core = Core(inputs["q"], inputs["k"], inputs["v"])
     return rule.lower(core, **{name: inputs[name] for name in rule.gates}), core
 
 
 def keeps_k_and_v(rule):
-    """Whether the lowering leaves k and v as they are and makes no erase key, which it would round to their dtype."""
+    """Whether the lowering keeps k and v and makes no erase key. Otherwise it rounds what it makes to their dtype."""
     if rule.lower is None:
         return True
     core, given = lowered(rule)
@@ -72,12 +72,12 @@ def keeps_k_and_v(rule):
 
 
 def resets(rule):
-    """Whether a decay of −inf forgets everything: unless something is erased that was there before the decay."""
+    """Whether a decay of −inf forgets everything. It doesn't if the rule erases before the decay."""
     return "g" in rule.gates and (rule.lower is None or not lowered(rule)[0].erase_before_decay)
 
 
 def from_the_simplest(rule, k, v):
-    """The gates that make a rule the one at the end of its chain of simpler ones, with β = 1 there, and that rule."""
+    """The gates that turn a rule into the simplest rule of its chain, with β = 1 there, and that simplest rule."""
     if not rule.extends:
         return {name: k.new_ones(k.shape[:3]) for name in rule.gates}, rule
     simpler = next(iter(rule.extends))
@@ -112,7 +112,7 @@ each_lowered_way = pytest.mark.parametrize(
 
 
 def agree(found, truth, bound=1e-10):
-    """Every result of `fwp.testing.evaluate` within bound · max(1, |truth|), none missing."""
+    """Asserts that every result of `fwp.testing.evaluate` is there and within bound · max(1, |truth|)."""
     assert list(found) == list(truth)
     wrong = {name: deviation(found[name], truth[name]) for name in truth}
     wrong = {name: error for name, error in wrong.items() if error > bound}
@@ -121,18 +121,18 @@ def agree(found, truth, bound=1e-10):
 
 @contextmanager
 def chunk_size(size):
-    """The torch backend's chunk form with chunks of another size."""
+    """A context in which the torch backend's chunk form has this chunk size."""
     with mock.patch.object(chunked, "run", partial(chunked.run, chunk=size)):
         yield
 
 
 def over_time(fn, inputs):
-    """fn over what has a T axis; the state stays."""
+    """Applies fn to all inputs but the state."""
     return {name: x if name == "state" else fn(x) for name, x in inputs.items()}
 
 
 def tokens(inputs, start=None, end=None):
-    """Tokens start … end of q and of a mask, and what is written at them; the state stays."""
+    """The inputs of tokens start … end of q, with all their writes and the same state."""
     T = inputs["q"].shape[1]
     start, end, _ = slice(start, end).indices(T)
 
@@ -146,7 +146,7 @@ def tokens(inputs, start=None, end=None):
 
 
 def cat_states(states):
-    """States of single sequences as one."""
+    """The states of single sequences, joined into one."""
     return torch.utils._pytree.tree_map(lambda *x: None if x[0] is None else torch.cat(x), *states)
 
 
@@ -161,7 +161,7 @@ def leaves(*trees):
 
 
 def close(found, truth, bound=1e-10):
-    """All tensors of two trees."""
+    """Asserts that all tensors of two trees agree."""
     found, truth = leaves(found), leaves(truth)
     assert len(found) == len(truth)
     for a, b in zip(found, truth):

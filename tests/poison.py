@@ -1,4 +1,4 @@
-"""Uninitialised memory made visible: what a kernel forgets to write becomes NaN."""
+"""Makes uninitialised memory visible: whatever a kernel forgets to write is NaN."""
 
 import math
 from contextlib import ExitStack, contextmanager
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @contextmanager
 def poisoned_empties():
-    """A context in which new floating tensors without initial values are full of NaN."""
+    """A context in which torch.empty and its kin fill floating tensors with NaN."""
 
     def poison(make):
         def made(*args, **kwargs):

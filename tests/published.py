@@ -1,4 +1,4 @@
-"""The newer published layers once more, under the published names of their weights: plain torch, token by token.
+"""The newer published layers, written independently in plain torch, token by token, with published names of weights.
 
 Each takes weights w {published name: tensor} and x [B, T, E], and returns y [B, T, E]. None uses code of the package.
 """
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 
 def linear(w, name, x):
-    """x W, through two matrices where there are two, with a bias where there is one."""
+    """x W, through two matrices if w has two, with a bias if w has one."""
     for i in ("0.", "1.") if f"{name}.0.weight" in w else ("",):
         x = F.linear(x, w[f"{name}.{i}weight"], w.get(f"{name}.{i}bias"))
     return x
@@ -56,7 +56,7 @@ def finish(w, x, o, gate):
 
 
 def found(S, k):
-    """What S [B, H, K, V] returns for k [B, H, K]."""
+    """Sᵀ k for S [B, H, K, V] and k [B, H, K]."""
     return torch.einsum("bhkv,bhk->bhv", S, k)
 
 
@@ -80,7 +80,7 @@ def gdn2(w, x, Hk, Hv, neg=False, gate=F.silu):
 
 
 def comba(w, x, H, Hv):
-    """Comba as its training kernels compute it. With Hv > H the published layer forgets to repeat p; here it is."""
+    """Comba as its training kernels compute it. With Hv > H p is repeated, which the published layer forgets."""
     q, k, v = qkv(w, x, H, Hv)
     p = w["decay"].sigmoid()[:, None] * k
     q = q - w["D"][:, None] * p
@@ -95,7 +95,7 @@ def comba(w, x, H, Hv):
 
 
 def delta_product(w, x, Hk, Hv, n, neg=True):
-    """GatedDeltaProduct; without a decay and an output gate where w has none."""
+    """GatedDeltaProduct; without a decay or an output gate if w has none."""
     B, T, _ = x.shape
     q = unit(heads(conv_silu(w["q_conv1d.weight"], linear(w, "q_proj", x)), Hk)).repeat_interleave(Hv // Hk, 2)
     k = conv_silu(w["k_conv1d.weight"], linear(w, "k_proj", x)).view(B, T, n, Hk, -1)

@@ -1,4 +1,4 @@
-"""What is wrong with the arguments is said in one line: which argument, what was expected, what was found."""
+"""Errors of arguments are one line: which argument, what was expected, what was found."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ FLOAT = "a floating dtype of 16 to 64 bits"
 
 
 def arguments(like="gated_delta", **changed):
-    """Right ones, changed; ... leaves one out."""
+    """Valid arguments with some changed. The value ... leaves one out."""
     inputs = {"rule": like, **sample(like, B, T, H, K, V, state=True), **changed}
     return {key: value for key, value in inputs.items() if value is not ...}
 
@@ -388,7 +388,7 @@ def test_any_dpfp_is_known_by_name():
         ("beta", None, TypeError, "gates: expected a Gate for 'beta', got NoneType"),
     ],
 )
-def test_a_gate_that_could_not_be_given_makes_no_rule(name, gate, error, message):
+def test_a_rule_refuses_gates_that_calls_could_not_give(name, gate, error, message):
     beta = fwp.RULES["delta"].gates["beta"]
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         gates = {name: gate and dataclasses.replace(beta, shape=gate[0])}

@@ -1,4 +1,4 @@
-"""`fwp check`: it compares what it says, fails when something is wrong, and its JSON can be read."""
+"""`fwp check` makes the comparisons that it lists, fails when something is wrong, and writes valid JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EVALUATE = equivalence.testing.evaluate.__kwdefaults__
 
 @pytest.fixture
 def one_case(monkeypatch):
-    """One case, in this process: others would run them all."""
+    """Only one case, run in this process, since all cases would take long."""
     monkeypatch.setattr(equivalence, "CASES", equivalence.CASES[:1])
     monkeypatch.setattr(equivalence, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
 
@@ -126,7 +126,7 @@ def test_a_rule_from_a_file(file, lowered, one_case, tmp_path, capsys):
     ran = {(row["case"], row["backend"]) for row in found if row["ok"] is not None}
     assert ("split and carry", "reference") in ran
     assert (("equation", "torch") in ran) is lowered
-    noted = {row["backend"] for row in found if row["ok"] is None}  # what can't run says why
+    noted = {row["backend"] for row in found if row["ok"] is None}  # comparisons that can't run have a note
     missing = set() if find_spec("triton") else {"triton"}
     assert noted == (missing if lowered else {"torch", "triton"})
     assert (("equation", "triton") in ran) is (lowered and not missing)
@@ -161,7 +161,7 @@ def test_an_unknown_rule_is_one_line(rule, message, tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_nothing_compared_is_no_success(backend, tmp_path, capsys):
-    """The rule has no form that the backend could serve: its note, nobody else's, and exit status 1."""
+    """The backend can serve no form of the rule. Its note is the only one, and the exit status is 1."""
     file = tmp_path / "rows.json"
     assert equivalence.main(f"{OUTSIDE / 'delta_rnn.py'}:DELTA_RNN", backend, file) == 1
     (row,) = json.loads(file.read_text())
@@ -171,7 +171,7 @@ def test_nothing_compared_is_no_success(backend, tmp_path, capsys):
 
 
 def test_kernels_run_in_other_processes(tmp_path, monkeypatch):
-    """Interpreted; their rows come back, and so does what stops them."""
+    """In the interpreter. Their rows come back, and so do their errors."""
     pytest.importorskip("triton")
     file = tmp_path / "rows.json"
     assert equivalence.main("additive", "triton", file) == 0
@@ -190,7 +190,7 @@ def stops(name):
 
 
 def test_files_that_can_be_written_are_left_as_they_were(tmp_path, monkeypatch):
-    """Looking whether --json can be written neither creates nor changes the file."""
+    """Testing whether --json can be written neither creates nor changes the file."""
     monkeypatch.setattr(equivalence, "main", lambda *_: 0)
     there = tmp_path / "there.json"
     there.write_text("old")
@@ -201,10 +201,10 @@ def test_files_that_can_be_written_are_left_as_they_were(tmp_path, monkeypatch):
 
 
 def test_correct_rules_of_ones_own_are_green(one_case, tmp_path):
-    """Whatever a rule may lack, and whatever its name may be.
+    """Rules may lack parts and may have any name.
 
-    plain has no lowered form. namesake is called like a row of the table. half doesn't replace a value at β = 1. own
-    has a state of its own and extends a rule that has none. looks has a `lower` that looks at k.
+    plain has no lowered form. namesake has the name of a row of the table. half doesn't replace a value at β = 1. own
+    has a state of its own and extends a rule that has none. The `lower` of looks uses k.
     """
     (tmp_path / "mine.py").write_text(
         "from fwp.rules import Rule, lowering, reference, spec\n"
@@ -225,7 +225,7 @@ def test_correct_rules_of_ones_own_are_green(one_case, tmp_path):
 
 
 def test_a_rule_that_raises_is_a_comparison_that_failed(one_case, tmp_path, capsys):
-    """No traceback: what it raised, and where."""
+    """The row has the error and its place instead of a traceback."""
     (tmp_path / "mine.py").write_text(
         "from fwp.rules import Rule, lowering, reference, spec\n"
         "def step(S, k, v):\n"
@@ -250,7 +250,7 @@ def test_a_rule_that_raises_is_a_comparison_that_failed(one_case, tmp_path, caps
 
 
 def test_what_a_backend_refuses_leaves_the_other_cases(monkeypatch):
-    """A note for each case that it refuses, and the numbers of the others."""
+    """Refused cases get a note, all others their numbers."""
 
     def call(rule, *args, backend="auto", **options):
         if backend == "torch" and options.get("read") == "before":

@@ -1,7 +1,7 @@
-"""The kernels compiled for GPUs that need not be there: do they fit, use matrix instructions, keep to registers?
+"""Kernels compiled without a GPU: they fit, use matrix instructions and spill few registers.
 
-`make static` compiles all that ships into a table; here the table is checked whole, and some of it compiled anew in a
-process of its own, since in this one Triton may interpret.
+`make static` compiles all shipped configurations and writes a table. These tests check the whole table and compile a
+few of its rows again, in a new process, since Triton may be the interpreter in this one.
 """
 
 import csv
@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 TABLE = Path(__file__).parents[1] / "benchmarks" / "results" / "static.csv"
-FEATURES = {"norms", "features_back", "denominator_back"}  # where there are some
-WITHOUT = {"token", "sums", "join", "join_back", *FEATURES}  # nothing to multiply but float32
+FEATURES = {"norms", "features_back", "denominator_back"}  # kernels that not every configuration has
+WITHOUT = {"token", "sums", "join", "join_back", *FEATURES}  # they multiply no matrices, or float32 ones
 KERNELS = {"token", "sums", "pairs", "walk", "walk_again", "walk_back", "gradients"}
 KERNELS |= {"walk_state", "walk_matrix", "walk_back_state", "join", "join_back"}  # where T is cut into segments
-SPILLED = 32  # bytes a thread that kernels with all 255 registers in use spill at most: some do …
-CONSUMER = 80  # … and on GPUs whose matrix products take their operands from registers, with the newest assembler
-ELSEWHERE = 1024  # with a Triton that the table was not made with: a layout gone wrong spills several KiB
+SPILLED = 32  # bytes per thread that kernels which use all 255 registers may spill …
+CONSUMER = 80  # … on GPUs whose matrix products take operands from registers, with the newest assembler
+ELSEWHERE = 1024  # with another Triton than the table's; a wrong layout spills several KiB
 FUSED = [(1, 1, 128, 128, "bfloat16", "", "", 1), (2, 1, 128, 128, "bfloat16", "relu", "l2", 0)]
 CASES = {  # decay, erase, K, V; dtype, feature map, norm, denominator
     "sm_80": [(2, 1, 128, 128)],
@@ -40,7 +40,7 @@ def check(row):
     assert int(row["shared"]) <= int(row["limit"]), row
     if row["dtype"] == "float32" or row["kernel"] in WITHOUT:
         return  # no matrix instruction multiplies float32 exactly
-    small = int(row["K"]) > (64 if int(row["denominator"]) else 128)  # chunks below 64, which take the older ones
+    small = int(row["K"]) > (64 if int(row["denominator"]) else 128)  # chunks below 64 use the older instructions
     assert int(row["matrix"]) + (int(row["older"]) if small else 0) > 0, row
 
 
@@ -56,7 +56,7 @@ def test_all_that_ships_fits():
 
 @pytest.mark.parametrize("target", CASES)
 def test_kernels_are_those_of_the_table(target):
-    """Spills don't grow unseen: `make static` and look at the difference."""
+    """If it fails, run `make static` and read the difference, so that spills don't grow unseen."""
     triton = pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, __file__, target]
@@ -75,5 +75,5 @@ if __name__ == "__main__":
     from fwp_benchmarks import static
 
     for case in CASES[sys.argv[1]]:
-        for row in static.rows(sys.argv[1], static.Case(*case)):
+        for row in static.compiled_rows(sys.argv[1], static.StaticCase(*case)):
             print(json.dumps(row), flush=True)

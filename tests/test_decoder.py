@@ -1,4 +1,4 @@
-"""The block and the decoder: the parts it is made of, generation, state."""
+"""The block and the decoder: their parts, generation, state, errors."""
 
 import numpy as np
 import pytest
@@ -67,7 +67,7 @@ def model(request):
     torch.manual_seed(0)
     model = Decoder(DecoderConfig(13, E, 2, H, **CONFIGS[request.param])).double()
     for p in model.parameters():
-        if p.dim() > 1:  # far from the near-uniform start, so that the greedy choice is clear
+        if p.dim() > 1:  # large weights make the greedy choice clear
             nn.init.normal_(p, std=1.0)
     return model
 
@@ -131,7 +131,7 @@ def test_sampling(model):
 
 @pytest.mark.parametrize("new", [0, 1, 5])
 def test_each_new_token_costs_one_pass(model, new):
-    """The prompt once, then every new token but the last, which nothing is read after."""
+    """One pass for the prompt, then one for each new token except the last."""
     seen = []
     model.register_forward_pre_hook(lambda module, given: seen.append(given[0].shape[1]))
     assert model.generate(ids(2, 4), new).shape == (2, 4 + new)
@@ -243,7 +243,7 @@ def test_errors_of_models():
     ],
 )
 def test_errors_of_generation(options, error, message):
-    """Before any work."""
+    """The errors come before any work."""
     model = Decoder(DecoderConfig(13, E, 1, H))
     model.register_forward_pre_hook(lambda *_: pytest.fail("worked before looking at the arguments"))
     with pytest.raises(error, match=f"^{message}$"):

@@ -1,4 +1,4 @@
-"""The experiments of 1991/92: the tasks, what counts as solved, the training against NumPy, claims that can fail."""
+"""The experiments of 1991/92: tasks, the criterion for solved, training against NumPy, claims that can fail."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def generators(count: int) -> list[torch.Generator]:
 
 
 def net(task: str, version: int = 1) -> SlowFastNet:
-    """S's weights come from W."""
+    """A net for a task. `paper.run` takes its slow weights W apart from it."""
     inputs, outputs = paper.TASKS[task].inputs, paper.TASKS[task].outputs
     width = inputs[1] * outputs if version == 1 else inputs[1] + outputs
     return SlowFastNet(nn.Linear(inputs[0], width, bias=False), nn.Linear(inputs[1], outputs, bias=False), version)
@@ -34,7 +34,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paper, "LAG", 30)
 
 
-# what a solution looks like: W_S of version 1
+# solutions of the tasks: W_S of version 1
 LATCH = torch.tensor([[0.0, 0, 0], [2, -2, 0], [0, 0, 0]]).double()  # an A raises w_B, a B lowers it
 BINDING = torch.cat([4 * torch.eye(3) - 2, torch.zeros(3, 3)], 1).double()  # a slot raises its w, lowers the others
 
@@ -148,7 +148,7 @@ def settings(family: Any, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("short")
-def test_a_net_is_the_same_in_any_company() -> None:
+def test_a_net_does_not_depend_on_the_others_in_its_batch() -> None:
     alone, two = (paper.train(settings(paper.FLIP_FLOP_FAMILY, nets=nets, steps=150)) for nets in (1, 2))
     for name in ("solved", "any", "good", "wrong", "after_lag"):
         assert two[name][:1] == alone[name], name

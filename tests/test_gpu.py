@@ -1,6 +1,6 @@
-"""What only a GPU can show of the Triton kernels; where there is none their interpreter goes the same way in small.
+"""Tests of the Triton kernels that need a GPU. Without one the interpreter runs the same code at small sizes.
 
-`make test-gpu` runs this, and all other tests of the kernels, on the GPU.
+`make test-gpu` runs these and all other tests of the kernels on the GPU.
 """
 
 import os
@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.gpu] if GPU else []
 
 @pytest.fixture(autouse=True)
 def no_canary(monkeypatch):
-    """These tests are to find out what the canary would, and more."""
+    """No canary: these tests check what it checks, and more."""
     monkeypatch.setattr(trust, "reason_to_distrust", lambda core, form: None)
     monkeypatch.setattr(trust, "may_cut", lambda core: True)
 
@@ -55,7 +55,7 @@ def agree(rule, inputs, form, **options):
     assert all(error <= allowed for error, allowed in errors.values()), errors
 
 
-# ---- right ----
+# ---- results ----
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -82,7 +82,7 @@ SHIPPED = [
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("size", "dtype"), SHIPPED, ids=str)
 def test_every_configuration_alone(size, dtype, rule, form):
-    """All that the table of block sizes has, the last chunk not full, outputs of NaN before they are written."""
+    """Every row of the table of block sizes, with a partial last chunk and outputs that are NaN until written."""
     inputs = drawn(rule, dtype, B=1, T=T, K=size[0], V=size[1], state=True)
     channels = "g" in inputs and inputs["g"].dim() == 4
     if size[0] > triton.widest(dtype.itemsize, channels, 2, triton._shared_memory(inputs["v"].device)):
@@ -115,7 +115,7 @@ def test_many_tokens(rule, B):
     agree(rule, drawn(rule, LOW, B=B, **size), "chunk")
 
 
-# ---- the same again ----
+# ---- determinism ----
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -133,7 +133,7 @@ def test_sixty_runs_have_the_same_bits(rule, form):
 
 
 def captured(call):
-    """What replays the call: a CUDA graph."""
+    """A function that replays the call from a CUDA graph."""
     return speed.graphed(call) if GPU else call
 
 
@@ -161,7 +161,7 @@ def test_a_graph_takes_new_inputs(rule, backward):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_graph_of_a_decode_step(rule):
-    """The state goes round in one buffer."""
+    """The state stays in one buffer."""
     D = 64 if GPU else 3
     size = {"B": 2, "H": 2, "K": D, "V": D}
     whole = drawn(rule, LOW, T=5, **size, state=True)
@@ -192,7 +192,7 @@ def test_a_graph_of_a_decode_step(rule):
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"] if GPU else ["memcheck"])
 def test_compute_sanitizer(tool):
-    """No access out of bounds, no race in shared memory, in a small run of two cells at both ends."""
+    """No access out of bounds and no race in shared memory, for the simplest and the most complex cell."""
     command = [sys.executable, __file__]
     if GPU:
         sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"

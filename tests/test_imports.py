@@ -1,4 +1,4 @@
-"""Who imports whom: no circles, no part that knows more than it should, private names of torch in one file."""
+"""Imports: no cycles, no module imports more than it may, and one file has the private names of torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HOME_OF_PRIVATE_NAMES = "fwp._torch_private"
 
 
 class Import(NamedTuple):
-    """One imported name. module: absolute, a submodule where the name is one. early: when the file is imported."""
+    """One import. module: absolute, a submodule if the name is one. early: it runs when the file is imported."""
 
     module: str
     early: bool
@@ -32,7 +32,7 @@ def sources() -> dict[str, Path]:
 
 
 def imports(name: str, tree: ast.Module, is_package: bool, modules: frozenset[str]) -> Iterator[Import]:
-    """All that a module imports: anywhere, for type checkers too, and by the string given to `import_module`."""
+    """All imports of a module: in functions, for type checkers and through `import_module` too."""
 
     def visit(node: ast.AST, early: bool) -> Iterator[Import]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
@@ -65,8 +65,8 @@ def graph(paths: Mapping[str, Path]) -> dict[str, set[Import]]:
     }
 
 
-def circle(edges: Mapping[str, set[str]]) -> list[str] | None:
-    """The modules of one circle in order, the first again at the end. None: there is none."""
+def cycle(edges: Mapping[str, set[str]]) -> list[str] | None:
+    """The modules of one import cycle in order, ending with the first again. None: there is none."""
     done: set[str] = set()
 
     def walk(path: list[str]) -> list[str] | None:
@@ -90,12 +90,12 @@ def ours() -> dict[str, set[Import]]:
     return graph(sources())
 
 
-# ---- circles ----
+# ---- cycles ----
 
 
-def test_no_two_modules_import_each_other_in_a_circle(ours: dict[str, set[Import]]) -> None:
+def test_no_two_modules_import_each_other_in_a_cycle(ours: dict[str, set[Import]]) -> None:
     assert {"fwp", "fwp.core", "fwp_kernels.launch", "fwp_benchmarks.papers.zoology"} <= ours.keys()
-    found = circle(edges(ours))
+    found = cycle(edges(ours))
     assert found is None, " → ".join(found or ())
 
 
@@ -108,15 +108,15 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("how", PLANTED)
-def test_a_planted_circle_is_found(tmp_path: Path, how: str) -> None:
+def test_a_planted_cycle_is_found(tmp_path: Path, how: str) -> None:
     texts = {"a": PLANTED[how], "b": "from .a import f\n", "c": "from pack import b, json\n", "d": "from . import a\n"}
     paths = {}
     for name, text in texts.items():
         paths[f"pack.{name}"] = tmp_path / f"{name}.py"
         paths[f"pack.{name}"].write_text(text, encoding="utf-8")
-    assert circle(edges(graph(paths))) == ["pack.a", "pack.c", "pack.b", "pack.a"]
+    assert cycle(edges(graph(paths))) == ["pack.a", "pack.c", "pack.b", "pack.a"]
     paths["pack.c"].write_text("import json\n", encoding="utf-8")
-    assert circle(edges(graph(paths))) is None
+    assert cycle(edges(graph(paths))) is None
 
 
 # ---- what each part may know ----
@@ -125,7 +125,7 @@ HELPERS = {"fwp.errors", "fwp._torch_private", "fwp._version"}
 BASE = HELPERS | {"fwp.core", "fwp.feature_maps"}
 RULES = {"fwp.rules", "fwp.rules.lowering", "fwp.rules.reference", "fwp.rules.spec"}
 
-# A module, or all below a package "name.*" → the modules of ours that it may import. The first that fits counts.
+# A module, or "name.*" for a package and all below it → the modules that it may import. The first match counts.
 MAY_KNOW: dict[str, set[str]] = {
     "fwp._*": set(),
     "fwp.errors": set(),
@@ -150,7 +150,7 @@ MAY_KNOW: dict[str, set[str]] = {
 
 
 def fits(name: str, pattern: str) -> bool:
-    """Whether a module has the name, or for "name.*" is that package or below it; "fwp._*": a private file of fwp."""
+    """Whether a module matches: its name, "name.*" for a package and all below it, "fwp._*" for private files."""
     if pattern.endswith("._*"):
         return name.startswith(pattern[:-1])
     if pattern.endswith(".*"):
@@ -159,7 +159,7 @@ def fits(name: str, pattern: str) -> bool:
 
 
 def strangers(name: str, imported: set[str]) -> list[str]:
-    """What a module imports without being allowed to."""
+    """The modules that a module imports but may not import."""
     allowed = next(allowed for pattern, allowed in MAY_KNOW.items() if fits(name, pattern))
     return sorted(x for x in imported if not any(fits(x, pattern) for pattern in allowed))
 
@@ -188,7 +188,7 @@ def test_what_a_part_must_not_know_is_found(name: str, imported: str) -> None:
 
 
 HEAVY = ("triton", "transformers", "matplotlib", "fwp_kernels", "fwp_benchmarks")
-# What is about the kernels or draws may load them; nothing of fwp imports these when it is itself imported.
+# Modules that may load some of them. No module of fwp imports these modules when it is itself imported.
 LOADS = {
     "fwp_benchmarks.static": {"triton", "fwp_kernels"},
     "fwp_benchmarks.tune": {"fwp_kernels"},
@@ -210,7 +210,7 @@ def test_nothing_loads_triton_or_transformers_when_imported(ours: dict[str, set[
 
 
 def private_names(tree: ast.Module) -> Iterator[str]:
-    """Every private name of torch that a file imports or reaches by attributes, and every mark it sets for dynamo."""
+    """Every private name of torch that a file imports or uses as an attribute, and every dynamo mark that it sets."""
 
     def private(name: str) -> bool:
         return any(part.startswith("_") and not part.startswith("__") for part in name.split("."))

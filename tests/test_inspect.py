@@ -24,7 +24,7 @@ from fwp.rules.reference import outer
 from fwp.testing import deviation, sample
 
 LINEAR = [rule for rule in ALL if rule.linear_in_v]
-STEPS = [3, 0, 20, -2, 3]  # in any order, twice, from the end; T = 21
+STEPS = [3, 0, 20, -2, 3]  # unordered, one twice, one from the end; T = 21
 T = 21
 
 
@@ -39,7 +39,7 @@ def zeros(batch, K, V, like):
     return like.new_zeros(*batch, K, V), like.new_zeros(*batch, K, V)
 
 
-# Linear in v, with a state of its own.
+# A rule that is linear in v and has a state of its own.
 MOMENTUM = fwp.Rule(
     "momentum",
     step=momentum_step,
@@ -52,14 +52,14 @@ def tensors(state):
     return [x for x in state if x is not None]
 
 
-def same(found, truth, bound=1e-12):
+def assert_same(found, truth, bound=1e-12):
     assert type(found) is type(truth)
     assert len(tensors(found)) == len(tensors(truth))
     assert all(deviation(a, b) <= bound for a, b in zip(tensors(found), tensors(truth)))
 
 
-def some(B=2):
-    """A mask with about a fifth of B × T tokens hidden, the first among them."""
+def random_mask(B=2):
+    """A mask of B × T tokens. It hides about a fifth of them, and the first."""
     mask = torch.rand(B, T, generator=torch.Generator().manual_seed(0)) < 0.8
     mask[:, 0] = False
     return mask
@@ -72,13 +72,13 @@ def some(B=2):
 def test_a_state_is_the_end_of_a_prefix(rule, form, way):
     grouped = {"Hq": 4, "Hk": 1} if rule.plain else {}
     x = sample(rule, T=T, K=5, V=3, state=True, **grouped, **way.inputs)
-    mask = some()
+    mask = random_mask()
     found = states(rule, **x, steps=STEPS, mask=mask, scale=0.5, **way.options, **form)
     for i, t in enumerate(STEPS):
         n = t % T + 1
         prefix = tokens(x, None, n)
         _, truth = fast_weights(rule, **prefix, mask=mask[:, :n], scale=0.5, **way.options, **form)
-        same(
+        assert_same(
             type(truth)(*[None if x is None else x[i] for x in found]) if rule.plain else tuple(x[i] for x in found),
             truth,
         )
@@ -86,28 +86,28 @@ def test_a_state_is_the_end_of_a_prefix(rule, form, way):
 
 @each_rule
 def test_packed_states_are_those_of_each_sequence(rule):
-    """Steps count within a sequence; one that has ended, or is empty, keeps its last state."""
+    """Steps count within a sequence. A sequence that has ended or is empty keeps its last state."""
     lengths = [4, 0, 11, 6]
     x = sample(rule, B=1, T=T, K=5, V=3, state=True, sequences=4)
     cu_seqlens = torch.tensor([0, 4, 4, 15, 21])
     steps = [10, 2, 4]
-    found = states(rule, **x, steps=steps, cu_seqlens=cu_seqlens, mask=some(1))
+    found = states(rule, **x, steps=steps, cu_seqlens=cu_seqlens, mask=random_mask(1))
     for n, (start, length) in enumerate(zip([0, 4, 4, 15], lengths)):
         part = over_time(lambda x, a=start, b=start + length: x[:, a:b], x) | {"state": sequence(x["state"], n)}
         for i, t in enumerate(steps):
             prefix = over_time(lambda x, t=t: x[:, : t + 1], part)
-            _, end = fast_weights(rule, **prefix, mask=some(1)[:, start : start + length][:, : t + 1])
+            _, end = fast_weights(rule, **prefix, mask=random_mask(1)[:, start : start + length][:, : t + 1])
             for a, b in zip(tensors(found), tensors(end)):
                 assert deviation(a[i, n], b[0]) <= 1e-12
 
 
 def test_every_step_without_steps():
     x = sample("kda", T=T)
-    same(states("kda", **x), states("kda", **x, steps=range(T)))
+    assert_same(states("kda", **x), states("kda", **x, steps=range(T)))
 
 
 def test_the_sequence_is_walked_once_and_in_pieces():
-    """Only as many pieces as steps, and no token after the last step."""
+    """There are as many pieces as steps, and no token after the last step is run."""
     x, lengths = sample("gated_delta", T=T), []
 
     def counted(rule, q, k, v, **options):
@@ -120,7 +120,7 @@ def test_the_sequence_is_walked_once_and_in_pieces():
 
 
 def test_hidden_tokens_leave_the_state():
-    x, mask = sample("gated_delta", T=T, state=True), some()
+    x, mask = sample("gated_delta", T=T, state=True), random_mask()
     S = states("gated_delta", **x, mask=mask).S
     before = torch.cat([x["state"].S[None], S[:-1]])
     unchanged = (before == S).flatten(2).all(-1).T
@@ -156,7 +156,7 @@ def test_packed_borders_are_checked_before_the_first_step():
 
 
 def applied(A, v):
-    """A v: A [B, H, T, T], or [B, H, V, T, T] with a matrix a value feature; v [B, T, Hv, V] → [B, T, H, V]."""
+    """A v: A [B, H, T, T], or [B, H, V, T, T] with one matrix per value feature; v [B, T, Hv, V] → [B, T, H, V]."""
     v = to_heads(v, A.shape[1])
     return torch.einsum("bhts,bshv->bthv" if A.dim() == 4 else "bhvts,bshv->bthv", A, v)
 
@@ -206,7 +206,7 @@ def test_the_future_is_exactly_zero(rule, form, way):
 
 @pytest.mark.parametrize("rule", LINEAR, ids=lambda rule: rule.name)
 def test_hidden_tokens_have_no_row_and_no_column(rule):
-    mask = some()
+    mask = random_mask()
     A = attention(rule, **sample(rule, T=T, V=2), mask=mask)
     A = A if A.dim() == 5 else A.unsqueeze(2)
     seen = mask[:, :, None] & mask[:, None, :] & torch.ones(T, T, dtype=torch.bool).tril()
@@ -259,7 +259,7 @@ def test_delta_under_orthonormal_keys_erases_nothing():
 
 
 def test_delta_sees_the_last_value_of_a_key():
-    """β = 1, orthonormal keys that come again: a key reads the last token that wrote it, and no other."""
+    """With β = 1 and repeated orthonormal keys, a key reads only the last token that wrote it."""
     which = torch.tensor([0, 1, 2, 1, 0, 0, 3, 2])
     k = torch.eye(4, dtype=torch.float64)[which].view(1, 8, 1, 4)
     A = attention("delta", k.roll(1, 1), k, torch.empty_like(k), beta=torch.ones(1, 8, 1))[0, 0]
@@ -280,7 +280,7 @@ def test_a_state_at_the_start_counts_by_its_z(rule, way):
     assert deviation(applied(attention(rule, **x, **way.options), x["v"]) + silent, out) <= 1e-12
 
 
-def test_a_value_gate_makes_a_matrix_a_feature():
+def test_a_value_gate_makes_one_matrix_per_feature():
     x = sample("gdn2", T=T, V=3)
     A = attention("gdn2", **x)
     assert A.shape == (2, 2, 3, T, T)
@@ -318,7 +318,7 @@ def test_wrong_arguments_of_attention(rule, wrong, message):
 
 
 @each_rule
-def test_a_token_writes_at_most_one_rank(rule):
+def test_each_write_adds_at_most_one_to_the_rank(rule):
     found = states(rule, **sample(rule, T=12, K=10, V=9))
     rank = spectrum(found[0]).rank
     tokens = torch.arange(1, 13).clamp(max=9)[:, None, None]
@@ -378,7 +378,7 @@ def layer(rule="gated_delta", **options):
 def test_a_layer_is_its_attention_matrix(rule):
     net = layer(rule, num_key_heads=1)
     x = torch.randn(2, T, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    mask = some()
+    mask = random_mask()
     with recording() as calls:
         y, state = net(x, mask=mask)
     (call,) = calls
@@ -420,7 +420,7 @@ def test_recording_changes_and_keeps_nothing():
     assert all(
         not leaf.requires_grad for leaf in torch.utils._pytree.tree_leaves(calls) if isinstance(leaf, torch.Tensor)
     )
-    recorded.sum().backward()  # what was recorded is detached, what runs is not
+    recorded.sum().backward()  # recorded tensors are detached, those that run are not
     assert all(p.grad.abs().sum() > 0 for p in net.parameters())
 
 
@@ -431,7 +431,7 @@ def test_recording_ends_with_an_error():
     assert calls == []
 
 
-def test_looking_is_not_recorded():
+def test_calls_of_inspect_are_not_recorded():
     x = sample("delta", T=4)
     with recording() as calls:
         states("delta", **x)
@@ -439,7 +439,7 @@ def test_looking_is_not_recorded():
     assert calls == []
 
 
-def test_what_is_refused_is_not_recorded():
+def test_refused_calls_are_not_recorded():
     x = sample("delta", T=4)
     with recording() as calls:
         with pytest.raises(TypeError):
@@ -486,7 +486,7 @@ def test_recording_changes_no_compiled_function():
     assert calls == [] and len(traced) == 1
 
 
-def test_observers_hear_what_runs():
+def test_observers_are_told_the_backend_and_form():
     x, heard = sample("delta", T=4), []
     with observing(heard.append):
         for options in ({"backend": "reference"}, {"form": "recurrent"}, {}):
@@ -569,7 +569,7 @@ def test_wrong_arguments_of_plots(S, plot, message):
 
 
 def test_a_fresh_import():
-    """`fwp.inspect` by its name alone, beside the standard library's inspect, and without the plotting library."""
+    """`fwp.inspect` loads by name, does not shadow the standard library's inspect, and loads no plotting library."""
     code = """
 import sys, fwp, inspect
 assert fwp.inspect.states.__module__ == 'fwp.inspect'

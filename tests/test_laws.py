@@ -1,4 +1,4 @@
-"""Laws that every rule obeys in every form: equations, limits, symmetries; float64 to 1e-10 if not said otherwise."""
+"""Laws that every rule obeys in every form: equations, limits, symmetries. In float64 to 1e-10 unless stated."""
 
 import inspect
 import itertools
@@ -23,6 +23,7 @@ from laws import (
     each_way,
     forms,
     from_the_simplest,
+    leaves,
     normalises,
     over_time,
     resets,
@@ -74,8 +75,8 @@ def test_equals_the_oracle(rule, form, way):
 
 
 @pytest.mark.parametrize(("rule", "way"), [case(rule, way) for rule in STATED_TWICE for way in ways(rule)])
-def test_gradients_are_the_oracle_s(rule, way):
-    """Along a random direction, against a fourth-order difference of NumPy's numbers: its own error is some 1e-10."""
+def test_gradients_equal_the_oracle(rule, way):
+    """Along a random direction, against fourth-order differences of the oracle, whose own error is about 1e-10."""
     inputs = sample(rule, B=1, T=7, H=2, K=4, V=3, state=True, seed=3, **way.inputs)
     generator = torch.Generator().manual_seed(4)
     flat = {key: x for key, x in inputs.items() if key != "state"} | dict(zip("Sz", inputs["state"]))
@@ -201,7 +202,7 @@ def test_split_and_carry(rule, form, way):
 
 @each_form
 def test_prefill_and_decode(rule, form):
-    """100 single steps after a prefill, then two tokens at once; form="auto" takes tokens for one, chunks for more."""
+    """A prefill, 100 single steps, then two tokens at once. form="auto" is recurrent for one token, chunk for more."""
     inputs = sample(rule, T=133, K=6, V=5, state=True, seed=10)
     whole, end = fast_weights(rule, **inputs, **form)
     outs, state = [], inputs.pop("state")
@@ -217,7 +218,7 @@ def test_prefill_and_decode(rule, form):
 
 @each_way
 def test_causality(rule, form, way):
-    """What comes after a cut inside a chunk changes nothing before it, to the bit, and everything after it."""
+    """Changed tokens after a cut inside a chunk change no bit before it, and every output after it."""
     cut, T = 11, 22
     inputs = sample(rule, T=T, K=6, V=5, state=True, seed=11, **way.inputs)
     other = sample(rule, T=T, K=6, V=5, seed=12, **way.inputs)
@@ -284,7 +285,7 @@ each_plain_form = pytest.mark.parametrize(
 
 @each_plain_form
 def test_neutral_gates_keep_the_state(rule, form):
-    """k = v = 0 and gates at their neutral value: as if the token weren't there."""
+    """A token with k = v = 0 and neutral gates changes nothing."""
     inputs = sample(rule, T=19, K=6, V=5, state=True)
     neutral = {key: torch.full_like(inputs[key], gate.neutral) for key, gate in rule.gates.items()}
     nothing = {key: torch.zeros_like(inputs[key]) for key in "kv"}
@@ -308,7 +309,7 @@ def test_a_learning_rate_of_zero_writes_and_erases_nothing(rule, form):
 
 @each_form
 def test_a_gate_left_out_is_its_default(rule, form):
-    """Whatever the default is: `lower` is given it as `step` is."""
+    """`lower` gets the default as `step` does."""
     defaults = {"g": -0.25, "beta": 0.75, "b": 0.75, "w": 0.5}
     rule = replace(rule, gates={key: replace(gate, default=defaults.get(key)) for key, gate in rule.gates.items()})
     inputs = sample(rule, T=19, K=6, V=5, state=True)
@@ -322,14 +323,14 @@ def test_a_gate_left_out_is_its_default(rule, form):
 
 
 def twice_orthonormal():
-    """8 orthonormal keys of 8 features, each twice, with values."""
+    """Values, and 8 orthonormal keys of 8 features, each used twice."""
     generator = torch.Generator().manual_seed(16)
     keys = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64))[0]
     return keys.repeat(2, 1)[None, :, None], torch.randn(1, 16, 1, 5, generator=generator, dtype=torch.float64)
 
 
 def recalls(rule):
-    """Whether some gates make the rule recall exactly: those of Longhorn would be infinite."""
+    """Whether finite gates make the rule recall exactly. Longhorn would need infinite ones."""
     return rule.plain and all(x.isfinite().all() for x in from_the_simplest(rule, *twice_orthonormal())[0].values())
 
 
@@ -337,7 +338,7 @@ def recalls(rule):
     ("rule", "form"), [case(rule, form) for rule in RULES if recalls(rule) for form in forms(rule)]
 )
 def test_orthonormal_keys_recall_exactly(rule, form):
-    """Each key twice: what is written last is found by rules that erase, the sum of both by those that don't."""
+    """Each key is written twice. Rules that erase return the last value, all others the sum of both."""
     k, v = twice_orthonormal()
     K = k.shape[-1]
     gates, simplest = from_the_simplest(rule, k, v)
@@ -353,8 +354,8 @@ def test_orthonormal_keys_recall_exactly(rule, form):
 @pytest.mark.parametrize(
     ("rule", "form"), [case(rule, form) for rule in STATED_TWICE if normalises(rule) for form in forms(rule)]
 )
-def test_nothing_over_nothing_is_zero(rule, form, read, eps):
-    """zᵀq = 0: before the first key, of a query of zeros, under a state without z: 0 then, and finite gradients."""
+def test_zero_over_zero_is_zero(rule, form, read, eps):
+    """Where zᵀq = 0 the output is 0 and gradients are finite: before the first key, or with a query of zeros."""
     inputs = sample(rule, T=19, K=6, V=5, state=True, denominator=True, seed=24)
     inputs["state"] = State(inputs["state"].S, torch.zeros_like(inputs["state"].z))
     inputs["q"][:, 5], inputs["k"][:, 7] = 0, 0
@@ -373,7 +374,7 @@ def test_nothing_over_nothing_is_zero(rule, form, read, eps):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("rule", "form"), [case(rule, form) for rule in RULES if resets(rule) for form in forms(rule)])
 def test_minus_infinity_resets_exactly(rule, form, dtype):
-    """Whatever was before, 1e30 too, is gone: as if the sequence began there."""
+    """Everything before the reset is gone, even 1e30: the results are those of a sequence that starts there."""
     at = 13
     inputs = sample(rule, T=22, K=6, V=5, state=True, dtype=dtype)
     inputs["state"] = State(torch.full_like(inputs["state"].S, 1e30))
@@ -411,7 +412,7 @@ def test_strong_decays(rule, form, strength):
 @pytest.mark.parametrize("beta", [1.0, 1.9])
 @each_fast_form
 def test_keys_that_are_almost_the_same(rule, form, beta):
-    """Near-parallel, duplicate and opposite unit keys: the triangular system is as far from the identity as it gets."""
+    """Nearly parallel, equal and opposite unit keys, for which the triangular system is farthest from the identity."""
     inputs = sample(rule, T=70, H=3, K=6, V=5, seed=19)
     k = inputs["k"]
     k[:, :, 0] = k[:, :1, 0] + 1e-6 * k[:, :, 0]
@@ -421,7 +422,7 @@ def test_keys_that_are_almost_the_same(rule, form, beta):
     for key, gate in rule.gates.items():
         if gate.low >= 0:
             inputs[key] = torch.full_like(inputs[key], min(beta, gate.high))
-        elif gate.high > 0:  # a key of the rule's own
+        elif gate.high > 0:  # a second key
             inputs[key] = inputs["k"]
     truth = evaluate(rule, inputs, **REFERENCE)
     agree(evaluate(rule, inputs, **form), truth)
@@ -457,7 +458,7 @@ def test_extends(rule, simpler, form):
 
 
 def test_the_lattice_is_connected():
-    """From every rule of the table that lowers a chain of simpler ones leads to one of two that extend nothing."""
+    """From every rule with a lowered form, a chain of simpler rules ends at one of two that extend nothing."""
     for rule in TABLE:
         assert all(simpler in fwp.RULES for simpler in rule.extends)
     assert {rule.name for rule in TABLE if rule.lower and not rule.extends} == {"additive", "delta"}
@@ -509,7 +510,7 @@ def test_rules_that_decay_or_erase_are_causal(rule):
 @pytest.mark.parametrize("denominator", [False, True])
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_read(heads, denominator):
-    """Single, repeated and grouped query heads, as the oracle reads when it isn't causal and nothing is written."""
+    """Single, shared and grouped query heads, against the oracle when it is not causal and nothing is written."""
     x = sample("additive", T=9, K=3, V=5, Hq=heads, state=True, feature_map="elu+1", denominator=denominator, seed=22)
     state, nothing = x["state"], torch.zeros(2, 9, 2, 5, dtype=torch.float64)
     out = fwp.read(state, x["q"], scale=0.5, feature_map="elu+1", feature_norm="l2", eps=0.1)
@@ -534,34 +535,30 @@ def test_read_packed():
 
 @each_way
 def test_inputs_are_left_alone_and_calls_repeat(rule, form, way):
-    """No argument is written to, a second call is the first to the bit, and memory nobody wrote shows up as NaN."""
+    """No argument is changed, a second call gives the same bits, and no uninitialised memory is read."""
     inputs = sample(rule, T=37, K=6, V=5, state=True, seed=23, dtype=torch.float32, **way.inputs)
-    before = {key: [x.clone() for x in cat_leaves(x)] for key, x in inputs.items()}
-    versions = [x._version for value in inputs.values() for x in cat_leaves(value)]
+    before = {key: [x.clone() for x in leaves(x)] for key, x in inputs.items()}
+    versions = [x._version for value in inputs.values() for x in leaves(value)]
     with poisoned_empties():
         first = evaluate(rule, inputs, **way.options, **form)
     second = evaluate(rule, inputs, **way.options, **form)
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert all(x.isfinite().all() for x in first.values())
-    assert versions == [x._version for value in inputs.values() for x in cat_leaves(value)]
+    assert versions == [x._version for value in inputs.values() for x in leaves(value)]
     for key, value in inputs.items():
-        assert all(torch.equal(x, y) for x, y in zip(cat_leaves(value), before[key]))
+        assert all(torch.equal(x, y) for x, y in zip(leaves(value), before[key]))
 
 
 @pytest.mark.parametrize("T", [0, 1, 9])
 @each_way
-def test_the_state_is_one_s_own(rule, form, way, T):
-    """No tensor that was given, no two in one buffer, no part of a larger one."""
+def test_the_state_shares_no_memory(rule, form, way, T):
+    """Its tensors are no arguments, share no buffer, and are not views of larger tensors."""
     inputs = sample(rule, T=T, K=6, V=5, state=True, **way.inputs)
     _, end = fast_weights(rule, **inputs, **way.options, **form)
-    given = {x.untyped_storage().data_ptr() for x in cat_leaves(inputs)}
-    kept = [x.untyped_storage() for x in cat_leaves(end)]
+    given = {x.untyped_storage().data_ptr() for x in leaves(inputs)}
+    kept = [x.untyped_storage() for x in leaves(end)]
     assert len({x.data_ptr() for x in kept} - given) == len(kept)
-    assert [x.nbytes() for x in kept] == [x.numel() * x.element_size() for x in cat_leaves(end)]
-
-
-def cat_leaves(x):
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(x) if leaf is not None]
+    assert [x.nbytes() for x in kept] == [x.numel() * x.element_size() for x in leaves(end)]
 
 
 @pytest.mark.parametrize("rule", TABLE, ids=lambda rule: rule.name)
@@ -596,7 +593,7 @@ def test_each_row_has_a_typed_verb(rule):
     ],
 )
 def test_what_is_asked_for_is_what_runs(options, T, runs, monkeypatch):
-    """An explicit backend and form, and the choice of "auto" on a CPU."""
+    """Explicit backends and forms run as asked; "auto" is tested on a CPU."""
     ran = set()
 
     def noted(name, function):
@@ -611,7 +608,7 @@ def test_what_is_asked_for_is_what_runs(options, T, runs, monkeypatch):
 
 @each_lowered
 def test_the_reference_needs_no_lowering(rule):
-    """Whatever is wrong with it: the equation alone is what everything else is measured by."""
+    """A broken lowering does not change the reference, by which everything else is measured."""
 
     def broken(core, **gates):
         raise AssertionError("lowered")

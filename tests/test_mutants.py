@@ -1,9 +1,9 @@
-"""The comparisons can fail: faults planted in a copy of the sources turn them red, one by one.
+"""The comparisons can fail: each fault planted in a copy of the sources makes one of them fail.
 
-The comparisons are those of the op with the NumPy oracle, of the token and chunk forms and the written gradient with
-the reference, and of the Triton kernels with the recurrence of the core: output, state and every gradient in float64,
-at sizes that cross a border of chunks. `make mutants` plants the faults; `make test` only looks whether each still has
-its place.
+The comparisons are: the op with the NumPy oracle; the recurrent and chunk forms and the written gradient with the
+reference; the Triton kernels with the recurrence of the core. Each compares output, state and all gradients in float64,
+at sizes of more than one chunk. `make mutants` plants the faults. `make test` only checks that each fault still finds
+the code that it changes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ OURS = ("fwp", "fwp_kernels", "fwp_benchmarks", "cells", "laws", "outside")
 
 
 def forget() -> None:
-    """All of these are to be imported anew."""
+    """Removes these packages from sys.modules, so that they are imported anew."""
     for name in [name for name in sys.modules if name.partition(".")[0] in OURS]:
         del sys.modules[name]
 
@@ -138,7 +138,7 @@ class Laboratory:
     def __init__(self, which: str, folder: Path) -> None:
         for name in ("fwp", "kernels"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", folder)  # by which fwp finds its kernels
+        shutil.copy(ROOT / "pyproject.toml", folder)  # fwp finds its kernels by it
         path = os.pathsep.join(map(str, (folder, folder / "kernels", ROOT / "tests", ROOT / "benchmarks")))
         self.errors = (folder / "errors").open("w+", encoding="utf-8")
         self.process = subprocess.Popen(
@@ -153,9 +153,9 @@ class Laboratory:
         self.sound = self.ask("")
 
     def ask(self, fault: str) -> str:
-        """What a fault turns red; "" plants none."""
+        """The comparison that fails under a fault. fault "": none is planted."""
         assert self.process.stdin and self.process.stdout
-        with suppress(BrokenPipeError):  # it may have died of the last one: then there is no answer
+        with suppress(BrokenPipeError):  # it may have died of the last fault, and then there is no answer
             print(json.dumps(fault), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         self.errors.seek(0)
@@ -169,15 +169,15 @@ class Laboratory:
 
 @pytest.fixture(scope="session")
 def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Laboratory]]:
-    """The laboratories of this worker, each made when it is asked for."""
+    """The laboratories of this worker, each made at its first use."""
     made: dict[str, Laboratory] = {}
 
-    def of(which: str) -> Laboratory:
+    def get(which: str) -> Laboratory:
         if which not in made:
             made[which] = Laboratory(which, tmp_path_factory.mktemp(which))
         return made[which]
 
-    yield of
+    yield get
     for each in made.values():
         each.close()
 
@@ -195,7 +195,7 @@ def test_a_planted_fault_is_red(which: str, fault: str, laboratory: Callable[[st
 
 
 def test_every_fault_has_its_place() -> None:
-    """A fault goes stale when its function is renamed or the code that it changes is rewritten: plant it anew."""
+    """Rewrite a fault when its function is renamed or the code that it changes is rewritten."""
     stale = {}
     for faults, _ in SETS.values():
         for name, fault in faults.items():
@@ -207,7 +207,7 @@ def test_every_fault_has_its_place() -> None:
 
 
 def answer(which: str, folder: Path) -> None:
-    """The laboratory: reads names of faults, writes what each turns red."""
+    """The laboratory's process: reads names of faults and writes the comparison that fails under each."""
     patch_language_once()
     faults, compare = SETS[which]
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""The layer: one state, however the tokens are cut, padded, packed or compiled."""
+"""The layers: the same results and state however the tokens are split, padded, packed or compiled."""
 
 import copy
 import os
@@ -33,12 +33,12 @@ E, H = 8, 2
 
 
 def given(rule):
-    """A rule of the table by its name, another as it is."""
+    """The name of a rule of the table, or the rule itself if it is from outside."""
     return rule.name if rule.name in fwp.RULES else rule
 
 
 def awake(layer):
-    """The layer with random weights where it starts with zeros."""
+    """The layer, with random weights in place of those that start at 0."""
     for p in layer.parameters():
         if not p.any():
             nn.init.normal_(p, std=0.3)
@@ -46,7 +46,7 @@ def awake(layer):
 
 
 def gates(layer):
-    """The modules of its gates; a layer of its own kind has none."""
+    """The layer's gate modules. Layers other than FastWeightAttention have none."""
     return getattr(layer, "gates", {})
 
 
@@ -94,7 +94,7 @@ def tokens(*size, seed=1):
 
 
 def gradients(layer, x, *results, retain_graph=True):
-    """Of a fixed random weighting of all results: for the inputs and every parameter."""
+    """Gradients of a fixed random sum of all results, for the inputs and every parameter."""
     results = [r for r in leaves(*results) if r.is_floating_point()]
     loss = sum((r * tokens(*r.shape, seed=i)).sum() for i, r in enumerate(results))
     return torch.autograd.grad(loss, [x, *layer.parameters()], allow_unused=True, retain_graph=retain_graph)
@@ -246,7 +246,7 @@ def test_the_token_shift_sees_the_last_real_token():
 @pytest.mark.parametrize("rule", fwp.RULES.values(), ids=fwp.RULES)
 @torch.no_grad()
 def test_a_layer_starts_with_bounded_fast_weights(rule):
-    """A write moves S by at most |v| per token at first; what erases or decays stays far below the sum of all."""
+    """At first a write changes S by at most |v|. Rules that erase or decay keep S far below the sum of writes."""
     torch.manual_seed(0)
     layer = FastWeightAttention(16, 2, rule.name, feature_norm="l2" if rule.wants_unit_keys else None)
     x = torch.randn(2, 4096, 16, generator=torch.Generator().manual_seed(1))
@@ -258,15 +258,15 @@ def test_a_layer_starts_with_bounded_fast_weights(rule):
     if rule.erases or "g" in rule.gates:
         assert max(norms) < 12
     else:
-        assert norms[-1] < 16 * norms[0]  # a sum of eight times as many products
+        assert norms[-1] < 16 * norms[0]  # the sum has eight times as many products
 
 
-# ---- gates and options ----
+# ---- several writes per read ----
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_writes_of_a_token_are_ordered_by_write_head_feature(n):
-    """One layer that writes n times per read against n that write once, on one rule without interaction."""
+    """A layer with n writes per read against n layers with one, under a rule whose writes don't interact."""
     torch.manual_seed(0)
     whole = FastWeightAttention(E, H, "decay", "elu+1", writes_per_read=n, activation="silu", value_dim=3).double()
     parts = [FastWeightAttention(E, H, "decay", "elu+1", activation="silu", value_dim=3).double() for _ in range(n)]
@@ -330,7 +330,7 @@ def test_a_gate_can_be_made_otherwise():
     assert seen == [(E, H, 8)]  # K' = 2 · 4
     plain = FastWeightAttention(E, H, "additive", "dpfp-1")
     plain.load_state_dict(forgetful.state_dict())
-    alone = torch.cat([plain(x[:, t : t + 1])[0] for t in range(5)], 1)  # g = −inf leaves nothing of the past
+    alone = torch.cat([plain(x[:, t : t + 1])[0] for t in range(5)], 1)  # g = −inf forgets the past
     torch.testing.assert_close(forgetful(x)[0], alone)
 
 
@@ -359,7 +359,7 @@ def test_favor_plus_draws_when_a_sequence_begins():
     layer = FastWeightAttention(E, H, feature_map="favor+", denominator=True)
     drawn, state = draws(layer)
     assert drawn
-    assert not draws(layer, state)[0]  # a state was written with this R
+    assert not draws(layer, state)[0]  # the state was written with this R
     assert not draws(layer.eval())[0]
     for redraw, expected in (("always", True), ("never", False)):
         layer = FastWeightAttention(E, H, feature_map=FavorPlusFeatures(4, 6, redraw=redraw))
@@ -448,9 +448,7 @@ def test_dtypes_under_autocast(layer):
     assert set(seen.values()) <= {torch.float32}
     y.float().sum().backward()
     assert {p.grad.dtype for p in layer.parameters()} == {x.grad.dtype} == {torch.float32}
-    if (
-        getattr(layer, "feature_norm", None) != "sum"
-    ):  # where all features nearly vanish, dividing by their sum magnifies any rounding
+    if getattr(layer, "feature_norm", None) != "sum":  # dividing by a sum of features near 0 magnifies rounding errors
         exact = layer(x, layer(x)[1])[0]
         assert (y - exact).norm() < 0.05 * exact.norm()
 
@@ -495,7 +493,7 @@ def test_compiles_as_one_graph_for_every_length(name, how):
         close(found, truth, 1e-5)
         found, truth = (gradients(layer, x, *results, retain_graph=False) for results in (found, truth))
         close(found, truth, 1e-4)
-    assert counter.frame_count <= 2  # once for a length, once more for all
+    assert counter.frame_count <= 2  # once for the first length, once for all others
 
 
 def test_favor_plus_draws_in_a_compiled_layer_too():

@@ -1,4 +1,4 @@
-"""What users of the layers get wrong: one line that names the argument, what was expected and what was found."""
+"""Errors of the layers: one line that names the argument, what was expected and what was found."""
 
 import re
 
@@ -99,7 +99,7 @@ def test_errors_of_inputs():
             layer.step(wrong)
     with pytest.raises(TypeError, match=r"^x: expected a tensor, got list$"):
         layer.step([1.0])
-    with torch.autocast("cpu", torch.bfloat16):  # casts float32 and 16 bits to each other, never float64
+    with torch.autocast("cpu", torch.bfloat16):  # it casts between float32 and 16 bits, never float64
         layer(x.half())
         with pytest.raises(TypeError, match=r"^x: expected torch\.float32, as the weights, got torch\.float64$"):
             layer(x.double())

@@ -19,12 +19,12 @@ V = np.array([3.0, 5.0]).reshape(1, 2, 1, 1)
 S_0 = np.array([2.0, -4.0]).reshape(1, 1, 2, 1)
 Z_0 = np.ones((1, 1, 2))
 BETA = np.array([1 / 2, 1 / 4]).reshape(1, 2, 1)
-G = np.log([1 / 2, 1 / 4]).reshape(1, 2, 1)  # one number per head
-G_K = np.log([[1 / 2, 1 / 4], [1 / 4, 1 / 2]]).reshape(1, 2, 1, 2)  # one number per key channel
+G = np.log([1 / 2, 1 / 4]).reshape(1, 2, 1)  # per head
+G_K = np.log([[1 / 2, 1 / 4], [1 / 4, 1 / 2]]).reshape(1, 2, 1, 2)  # per key channel
 
 
 def channels(*tokens):
-    """[1, 2, 1, features] of what the two tokens have."""
+    """The features of the two tokens as [1, 2, 1, features]."""
     return np.array(tokens, float).reshape(1, 2, 1, -1)
 
 
@@ -97,7 +97,7 @@ def test_each_function_has_numbers_worked_out_by_hand():
     ],
 )
 def test_denominator_by_hand(rule, numerators, denominators, S, z):
-    eps = 0.5  # large enough to be seen; it enters the output alone, never what is retrieved
+    eps = 0.5  # large enough to matter; it enters only the output, never the retrieved value
     out, S_2, z_2 = oracle.fast_weights(rule, Q, K, V, denominator=True, eps=eps, S=S_0, z=Z_0, **GATES[rule])
     assert_allclose(out.ravel(), np.array(numerators) / (np.array(denominators) + eps), rtol=1e-14)
     assert_allclose(S_2.ravel(), S, rtol=1e-14)
@@ -311,7 +311,7 @@ BOUNDS = torch.tensor([0, 0, 3, 4, 8])
 @pytest.mark.parametrize("features", MAPS, ids=lambda features: str(features.get("feature_map", "identity")))
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule.name in oracle.RULES], ids=lambda rule: rule.name)
 def test_the_op_equals_the_oracle(rule, features):
-    """Every read, number of writes, packing, mask and normalisation together, in every form, over chunks of four."""
+    """All reads, numbers of writes, packing, masks and normalisation together, in every form, with chunks of four."""
     normalisations = (False, True) if oracle.normalises(rule.name) else (False,)
     for read, writes, packed, masked, denominator in itertools.product(
         ("after", "before"), (1, 3), (False, True), (False, True), normalisations
@@ -359,7 +359,7 @@ def test_1991_net_by_hand():
 
 
 def test_1991_latch():
-    # without a push the weights settle in one of two places, by the side of ½ on which they start
+    # without input the weights settle at one of two values, depending on which side of ½ they start
     still = np.zeros((50, 2))
     _, w = oracle.slow_fast_1991(lambda s: s, still, np.ones((50, 1)), np.array([[0.45, 0.55]]), version=1)
     assert_allclose(w, [[0.007, 0.993]], atol=5e-4)

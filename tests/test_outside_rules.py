@@ -85,7 +85,7 @@ def test_fwp_check_takes_its_file(name, capsys):
 
 @OUTSIDE
 def test_the_layer_is_trained_with_it(rule):
-    """From the rule alone: its gates get projections that learn, and one token at a time is the whole."""
+    """The layer makes the rule's gates by projections that learn. Token by token it gives the same results."""
     torch.manual_seed(0)
     layer = FastWeightAttention(16, 2, rule, feature_norm="l2")
     x = torch.randn(4, 12, 16)

@@ -1,4 +1,4 @@
-"""The package as others meet it: what an import loads, what the wheel and sdist hold, which Pythons can read it."""
+"""The package as users get it: what an import loads, what wheel and sdist contain, which Pythons can read it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def python(code: str, cwd: Path = ROOT, path: tuple[Path, ...] = (), executable:
 
 
 def files(folder: str) -> set[str]:
-    """The files of a folder of the checkout, as paths from the root; no caches, no reports, which git ignores."""
+    """The files of a folder of the checkout, as paths from the root, without caches and reports."""
     found = (path for path in (ROOT / folder).rglob("*") if path.is_file() and path.name != "report.html")
     return {path.relative_to(ROOT).as_posix() for path in found if "__pycache__" not in path.parts}
 
@@ -114,7 +114,7 @@ def test_sdist(dist: Path) -> None:
 
 
 def modules(package: str) -> list[str]:
-    """The modules of a package of the checkout by their dotted names; none of the kernels where Triton is missing."""
+    """The dotted names of a package's modules in the checkout; without Triton none of the kernels'."""
     if "kernels" in package and importlib.util.find_spec("triton") is None:
         return []
     paths = (name.partition("/")[2].removesuffix(".py") for name in files(package) if name.endswith(".py"))
@@ -124,7 +124,7 @@ def modules(package: str) -> list[str]:
 def imported(folders: dict[str, Path], cwd: Path, path: tuple[Path, ...] = ()) -> str:
     """Imports every module of kernels and benchmarks, and the op, from these folders. Returns the version of fwp.
 
-    folders: package → where it has to be found.
+    folders: package → the folder in which it must be found.
     """
     names = [name for package in PACKAGES for name in modules(package)]
     assert names
@@ -153,7 +153,7 @@ def test_installed_wheel(wheel: Path, tmp_path: Path) -> None:
 
 # ---- a checkout ----
 def test_bare_checkout() -> None:
-    """In the root, nothing installed: what `make test-gpu` puts on the path suffices."""
+    """In the root and with nothing installed, the path that `make test-gpu` sets suffices."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     (path,) = re.findall(r"PYTHONPATH=(\S+)", makefile)
     imported(HERE, ROOT, tuple(map(Path, path.split(":"))))
@@ -161,7 +161,7 @@ def test_bare_checkout() -> None:
 
 @built
 def test_editable_install(tmp_path: Path) -> None:
-    """Anywhere else, after an editable install: the folders that its .pth names suffice."""
+    """After an editable install the folders that its .pth file names suffice anywhere."""
     pytest.importorskip("hatchling")
     code = f"from hatchling.build import build_editable\nprint(build_editable({str(tmp_path)!r}))"
     wheel = tmp_path / python(code).splitlines()[-1]
@@ -191,7 +191,7 @@ for name in {sources!r}:
 
 
 def test_no_kernel_is_stray() -> None:
-    """Every file of the kernels is imported by a backend, itself or through another kernel."""
+    """Every file of the kernels is imported by a backend, directly or through another of these files."""
     kernels = {path.stem: path for path in (ROOT / "kernels" / "fwp_kernels").glob("*.py") if path.stem != "__init__"}
 
     def imported(path: Path) -> set[str]:

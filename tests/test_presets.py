@@ -61,7 +61,7 @@ def _sigmoid(x):
 
 
 def _by_hand(name, w, x):
-    """The published layers once more in NumPy: 4 heads, the rule itself by the oracle."""
+    """The published layers in NumPy with 4 heads, where the oracle runs the rule."""
 
     def heads(y):
         return y.reshape(*y.shape[:2], 4, -1)
@@ -123,7 +123,7 @@ def olmo_hybrid(w):
 
 
 def qwen3_next(w, key_heads, K, group, V):
-    """Qwen3NextGatedDeltaNet's: the joint projections hold, per key head, q, k, and values and gates of its group."""
+    """Qwen3NextGatedDeltaNet's. Its joint projections hold q, k, and the group's values and gates, per key head."""
     q, k, v, z = w["in_proj_qkvz.weight"].unflatten(0, (key_heads, -1)).split([K, K, group * V, group * V], 1)
     b, a = w["in_proj_ba.weight"].unflatten(0, (key_heads, -1)).split([group, group], 1)
     return {
@@ -156,7 +156,7 @@ def kimi_linear(w):
 
 
 def _published(family):
-    """A layer of transformers with random weights, and our preset with the same."""
+    """A layer of transformers with random weights, and our preset with the same weights."""
     from transformers import AutoConfig  # noqa: F401  (the models below need the package's own set-up)
 
     sizes = {"linear_key_head_dim": 8, "linear_value_head_dim": 6}
@@ -202,7 +202,7 @@ def test_presets_take_the_weights_of_transformers(family):
     for p in theirs.parameters():
         nn.init.normal_(p, std=0.3)
     ours.load_state_dict(names(theirs.state_dict()))
-    x = torch.randn(2, 70, 32)  # beyond one of their chunks
+    x = torch.randn(2, 70, 32)  # more than one of their chunks
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         truth = theirs(x)
@@ -216,7 +216,7 @@ E, H, K, V, T = 12, 2, 4, 6, 7
 
 
 def random(shapes, seed=0):
-    """Published weights, far from their first values. Every shape is written down from the publication."""
+    """Random weights under published names, far from initial values. Their shapes are those of the publication."""
     generator = torch.Generator().manual_seed(seed)
     return {name: 0.5 * torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
 
@@ -306,7 +306,7 @@ def test_longhorn_solves_its_problem_at_every_token():
 
 
 def rwkv7_weights(layer, seed):
-    """Published weights of the l-th layer, which has v0, v1, v2 where l > 0."""
+    """Random weights under published names, with v0, v1 and v2 for all layers but the first."""
     N = E // H
     shapes = {f"x_{key}": (1, 1, E) for key in "rwkvag"} | {"r_k": (H, N)}
     shapes |= {f"{key}0": (1, 1, E) for key in "wa"} | {"g1": (E, 3), "g2": (3, E)}
@@ -333,7 +333,7 @@ def rwkv7_names(w):
 
 
 def rwkv7_stack():
-    """Two layers with published weights, which are returned too."""
+    """Two layers with weights under published names. Returns those weights too."""
     weights, layers = [rwkv7_weights(layer, layer) for layer in range(2)], []
     for at, w in enumerate(weights):
         layer = PRESETS["rwkv7"](
@@ -382,7 +382,7 @@ def test_rwkv7_passes_values_on_however_the_tokens_come():
     v_first, hidden, found = None, padded, []
     for layer in layers:
         out, end, v_first = layer(hidden, mask=mask, v_first=v_first, return_v_first=True)
-        v_first = v_first.masked_fill(~mask.unsqueeze(-1), torch.nan)  # whatever stands there
+        v_first = v_first.masked_fill(~mask.unsqueeze(-1), torch.nan)  # masked tokens may hold anything
         hidden = hidden + out
         found.append(end)
     close((hidden[mask].view_as(y), found), (y, ends))

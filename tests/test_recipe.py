@@ -1,6 +1,6 @@
-"""CONTRIBUTING's recipe, followed to the letter in a copy of the checkout.
+"""The recipe of CONTRIBUTING, followed literally in a copy of the checkout.
 
-The new row is tested, checked, listed and trained, and gives the numbers that the same rule gives outside the table.
+The new row is tested, checked, listed and trained. It gives the same numbers as the same rule outside the table.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PLACE = r"(at the end of|above `_ROWS` in|as the last row of `_ROWS` in) `([\w/.
 BLOCK = r"```python\n(.*?)```"
 COPIED = ("fwp", "kernels", "benchmarks", "tests", "README.md", "pyproject.toml")
 
-# Every way in which k can reach `lower`, and everything that cuts a sequence up.
+# All ways in which k can reach `lower`, with masks and packed sequences.
 WAYS = """
 import itertools, torch
 LENGTHS = torch.tensor([0, 0, 3, 19, 20])
@@ -85,7 +85,7 @@ print("trained")
 
 
 def run(folder: Path, *command: str) -> str:
-    """What a command prints that uses the copy; its failure fails the test."""
+    """The output of a command run in the copy. The test fails if the command fails."""
     environment = {name: x for name, x in os.environ.items() if not name.startswith(("PYTEST", "COV_"))}
     environment["PYTHONPATH"] = os.pathsep.join(str(folder / part) for part in ("", "kernels", "benchmarks"))
     environment |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -108,7 +108,7 @@ def put(block: str, place: str, path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout after the six steps, with the file of the section before beside it."""
+    """A copy of the checkout after the recipe's six steps, with the rule file of the section before it."""
     folder = tmp_path_factory.mktemp("recipe")
     leave = shutil.ignore_patterns("__pycache__", "results", "*.egg-info")
     for name in COPIED:
@@ -141,7 +141,7 @@ def test_the_file_of_a_rule_of_ones_own_runs(copy: Path) -> None:
 
 
 def test_the_laws_hold_for_the_new_row(copy: Path) -> None:
-    """The whole suite covers it; these tests are a sample that takes seconds."""
+    """A quick sample of the tests, all of which would cover the row."""
     laws = "forms_agree or extends or recall or typed_verb or connected or packed_is_one_by_one or masked_is_unpadded"
     files = ("tests/test_laws.py", "tests/test_shapes.py")
     options = ("-q", "-p", "no:cacheprovider")
@@ -164,7 +164,7 @@ def test_commands_know_the_new_row(copy: Path) -> None:
 
 
 def test_the_new_row_gives_the_numbers_of_the_object(copy: Path) -> None:
-    """Bit by bit, with every feature map, norm, mask and packing."""
+    """The same bits with all feature maps, norms, masks and packing."""
     assert "equal" in run(copy, "-c", WAYS + EQUAL)
 
 
@@ -179,7 +179,7 @@ def test_the_edits_are_formatted(copy: Path) -> None:
 
 @pytest.mark.parametrize("rule", fwp.RULES.values(), ids=lambda rule: rule.name)
 def test_a_row_gives_the_numbers_of_the_same_rule_elsewhere(rule: fwp.Rule) -> None:
-    """No number depends on the name or on standing in the table."""
+    """Results depend neither on the name nor on the table."""
     ways: dict[str, list[dict]] = {}
     exec(WAYS, ways)
     elsewhere = replace(rule, name="elsewhere")

@@ -1,4 +1,4 @@
-"""The command line, and `fwp reproduce`: the paper's experiment, no run lost or done twice, claims that can fail."""
+"""The command line and `fwp reproduce`: no run is lost or repeated, and claims can fail."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def count(run: dict[str, Any]) -> dict[str, Any]:
-    """A run that leaves a mark."""
+    """A run that leaves a file, so that runs can be counted."""
     with open(run["marks"], "a", encoding="utf-8") as file:
         file.write(f"{run['n']}\n")
     if run["n"] == run["fails"]:
@@ -56,7 +56,7 @@ def draw(rows: Any) -> Any:
 
 @pytest.fixture
 def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Family:
-    """Five runs of nothing and two claims, the only family there is."""
+    """The only family: five trivial runs and two claims."""
 
     def runs(fails: int = -1, sleeps: int = -1) -> list[dict[str, Any]]:
         same = {"seed": 1, "marks": str(tmp_path / "marks"), "fails": fails, "sleeps": sleeps}
@@ -101,14 +101,14 @@ def test_stopping_does_not_wait(family: Family, tmp_path: Path, monkeypatch: pyt
 
 
 def fill(family: Family, scale: str, out: Path) -> None:
-    """The runs of a scale, as if they had been run."""
+    """Stores results for all runs of a scale."""
     for run in family.scales[scale].settings:
         row = {"square": run["n"] ** 2, "seconds": 1.0, "torch": "2", "device": "cpu"}
         results.append(results.results_file(family, out), {"key": results.run_key(run), **run, **row})
 
 
 def strict(path: Path) -> Any:
-    """JSON as the standard has it: no NaN."""
+    """JSON by the standard, which has no NaN."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} in {path}")
@@ -117,7 +117,7 @@ def strict(path: Path) -> Any:
 
 
 def test_runs_once_and_resumes(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # a worker takes one all the same
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # a worker uses one all the same
     out, lines = tmp_path / "results", []
     environment = dict(os.environ)
     report = reproduce.main([], "quick", out, lambda done, total, text: lines.append((done, total, text)))
@@ -136,7 +136,7 @@ def test_runs_once_and_resumes(family: Family, tmp_path: Path, monkeypatch: pyte
     assert len(marks(tmp_path)) == 7
     assert [row["square"] for row in results.finished(family, "quick", out)] == [0, 1, 4, 9, 16]
     report.unlink()
-    reproduce.main([], "quick", out)  # nothing is left: only redraws
+    reproduce.main([], "quick", out)  # all runs are done: it only draws the report again
     assert len(marks(tmp_path)) == 7
     assert report.exists()
 
@@ -183,7 +183,7 @@ def test_claims_and_report(family: Family, tmp_path: Path) -> None:
     assert "does not hold" in page
     links = re.findall(r'(?:src|href)="([^"]{0,40})', page)
     assert links
-    assert all(link.startswith("data:image/png;base64,") for link in links)  # one file, nothing to be fetched
+    assert all(link.startswith("data:image/png;base64,") for link in links)  # one file that fetches nothing
     assert (tmp_path / "toy.png").stat().st_size > 1000
 
 
@@ -217,7 +217,7 @@ def test_unjudged_and_unfinished(family: Family, tmp_path: Path) -> None:
 
 
 def run(*arguments: str, **options: Any) -> subprocess.Popen[str]:
-    """`fwp` in a process group of its own, which Ctrl-C reaches even if we are a job that a shell made deaf to it."""
+    """Starts `fwp` in its own process group, which SIGINT reaches even if a shell made this process ignore it."""
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         return subprocess.Popen(
@@ -235,7 +235,7 @@ def run(*arguments: str, **options: Any) -> subprocess.Popen[str]:
 
 @contextmanager
 def two_cores() -> Iterator[None]:
-    """Processes started meanwhile may use two cores, where that can be said."""
+    """A context in which new processes may use two cores, on systems that can limit cores."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -248,7 +248,7 @@ def two_cores() -> Iterator[None]:
 
 
 def wait_until_gone(group: int) -> None:
-    """Until no process of the group is left. Ends those that stay for as long as a test may take."""
+    """Waits until no process of the group is left. Kills those that outlast the limit of a test."""
     try:
         while True:
             os.killpg(group, 0)

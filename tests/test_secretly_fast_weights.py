@@ -1,4 +1,4 @@
-"""Settings 1 and 2 of the 2021 paper: the model is the paper's, training is its protocol, claims can fail."""
+"""Settings 1 and 2 of the 2021 paper: its model, its training protocol, and claims that can fail."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def literal(model: paper.Retrieval, keys: torch.Tensor, values: torch.Tensor, qu
     return F.layer_norm(y, [model.S]) if update is paper.NORMED else y
 
 
-@pytest.mark.parametrize("asked", [1, 2])  # one answer is made without W
+@pytest.mark.parametrize("asked", [1, 2])  # one answer takes a path without W
 @pytest.mark.parametrize("name", paper.MEMORIES)
 def test_model_is_the_papers(name: str, asked: int) -> None:
     torch.manual_seed(0)
@@ -103,7 +103,7 @@ def test_random_features_are_drawn_for_each_sequence(name: str, passes: int, mon
 
 
 def test_floor_is_the_best_rank() -> None:
-    """The best matrix of rank r for S answers is as far from a permutation as the floor says."""
+    """The floor is the distance of the best matrix of rank r for S answers from a permutation."""
     S, r = 12, 5
     U, s, Vh = torch.linalg.svd(torch.eye(S, dtype=torch.float64)[torch.randperm(S)])
     best = (U[:, :r] * s[:r]) @ Vh[:r]
@@ -128,7 +128,7 @@ def test_training_solves_and_repeats(model: str, repeated: bool) -> None:
 
 
 def test_training_gives_up() -> None:
-    """Without learning the evaluations only scatter, so patience ends the run at a step counted from its best."""
+    """Without learning, evaluations only scatter. Patience ends the run a fixed number of steps after the best."""
     result = paper.train(settings(learning_rate=0.0, patience=3, evaluate_every=2))
     assert result["last_step"] == result["best_step"] + 6
     assert paper.train(settings(learning_rate=0.0, max_steps=4, evaluate_every=2))["last_step"] == 4
@@ -166,12 +166,12 @@ def test_authors_logs() -> None:
 
 
 def scaled(rows: Any, model: str, column: str, factor: float) -> list[dict[str, Any]]:
-    """The rows with a number of one model's (all: "") multiplied."""
+    """The rows with one column multiplied for one model ("": for all)."""
     return [row | {column: type(row[column])(row[column] * factor)} if model in row["model"] else row for row in rows]
 
 
 A1, A2 = setting_1.AUTHORS, [row | {"loss_2S": 2 * row["best_loss"]} for row in setting_2.AUTHORS]
-# for each claim runs in which it does not hold
+# claim → runs in which it does not hold
 PLANTED = {
     "break-linear": scaled(A1, "linear", "keys", 2),
     "break-dpfp-1": scaled(A1, "dpfp-1", "keys", 0.5),
@@ -223,7 +223,7 @@ def test_break_counts_each_seed() -> None:
     assert setting_1.breaks("linear").measure(unbroken).holds is None
 
 
-def test_no_break_is_known_of_what_was_not_run() -> None:
+def test_no_break_is_claimed_without_runs() -> None:
     rows = [row for row in A2 if row["keys"] <= 80]
     assert setting_2.breaks("dpfp-2-delta").measure(rows).holds is None
     assert setting_2.breaks("linear-delta").measure(rows).measured == 80
@@ -255,6 +255,6 @@ def test_law_is_least_squares() -> None:
 
 @pytest.mark.parametrize("family", [setting_1.SETTING_1, setting_2.SETTING_2], ids=lambda family: family.id)
 def test_figure_of_every_scale(family: Any) -> None:
-    """Drawn from rows such as each scale gives, without a warning."""
+    """Each figure is drawn from rows like those of its scale, without a warning."""
     for scale in family.scales.values():
         family.draw([{**run, "best_loss": 0.1, "loss_2S": 0.2} for run in scale.settings])

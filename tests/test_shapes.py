@@ -45,7 +45,7 @@ MASKS = {
 
 
 def unpadded(rule, mask, state, options, tensors):
-    """Row by row without the masked tokens, put back with zeros where they were."""
+    """The results of each row without its masked tokens, with zeros in their place."""
     outs, states = [], []
     for b, kept in enumerate(mask):
         at = kept.nonzero().squeeze(1)
@@ -59,7 +59,7 @@ def unpadded(rule, mask, state, options, tensors):
 
 
 def split_options(call, *names):
-    """call(rule, state, options, tensors): tensors are what has a T axis."""
+    """A call that `evaluate` takes, made of call(rule, state, options, tensors), where tensors have a T axis."""
 
     def called(rule, state=None, **options):
         tensors = {key: options.pop(key) for key in [*options] if key in ("q", "k", "v", *rule.gates)}
@@ -70,7 +70,7 @@ def split_options(call, *names):
 
 @each_way
 def test_masked_is_unpadded(rule, form, way):
-    """Also with NaN and infinities in the masked tokens, and with a φ that makes something of 0."""
+    """Also with NaN and infinities in masked tokens, and with a φ for which φ(0) ≠ 0."""
     mask = torch.tensor([*MASKS.values()])
     maps = {"feature_map": "elu+1", "feature_norm": "l2"}
     inputs = sample(rule, B=4, T=T, K=6, V=5, Hq=4 if rule.plain else 2, state=True, seed=1, **way.inputs)
@@ -109,8 +109,8 @@ def test_packed_is_one_by_one(rule, form, lengths):
 
 
 @each_way
-def test_packed_with_everything_else(rule, form, way):
-    """int32 borders, a mask, grouped heads, a feature map, other chunks: still one by one."""
+def test_packed_with_other_options(rule, form, way):
+    """Together with int32 borders, a mask, grouped heads, a feature map and another chunk size."""
     lengths = [7, 0, 16, 1, 9]
     heads = {"Hq": 4 if rule.plain else 2, "Hk": 1}
     inputs = sample(rule, B=1, T=33, K=6, V=5, **heads, state=True, sequences=5, **way.inputs)
@@ -138,7 +138,7 @@ HEADS = [(1, 2, 2), (2, 1, 2), (2, 2, 1), (2, 4, 2), (1, 1, 3), (4, 2, 2), (8, 2
         for rule in RULES
         for form in forms(rule)
         for heads in HEADS
-        if rule.plain or heads[0] <= max(heads[1:])  # one output a state of its own
+        if rule.plain or heads[0] <= max(heads[1:])  # a rule with its own state has one output per state
     ],
 )
 def test_shared_heads_are_repeated_ones(rule, form, heads):
@@ -163,8 +163,8 @@ def test_shared_heads_are_repeated_ones(rule, form, heads):
 
 @pytest.mark.parametrize(("B", "T"), [(2, 0), (0, 5), (0, 0)])
 @each_way
-def test_nothing_in_nothing_out(rule, form, way, B, T):
-    """No token or no row: an empty output, the state as it was, no gradient."""
+def test_empty_inputs(rule, form, way, B, T):
+    """Without tokens or sequences the output is empty, the state unchanged, and gradients are 0."""
     for maps in ({}, {"feature_map": "elu+1", "feature_norm": "sum"}):
         inputs = sample(rule, B=B, T=T, K=6, V=5, Hq=4 if rule.plain else 2, state=True, **way.inputs)
         found = evaluate(rule, inputs, **maps, **way.options, **form)
@@ -217,13 +217,13 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @each_form
 def test_layouts(rule, form, layout):
-    """Inputs and incoming gradients with any strides."""
+    """Inputs and incoming gradients may have any strides."""
     move = LAYOUTS[layout]
     inputs = sample(rule, B=2, T=19, K=6, V=5, state=True, seed=7)
     moved = torch.utils._pytree.tree_map(lambda x: x if x is None else move(x), inputs)
     assert not moved["q"].is_contiguous()
 
-    def strided(rule, **options):  # the gradient of `move` is made contiguous by nobody
+    def strided(rule, **options):  # nothing makes the gradient of `move` contiguous
         out, end = fast_weights(rule, **options)
         return move(out), torch.utils._pytree.tree_map(lambda x: None if x is None else move(x), end)
 
@@ -254,7 +254,7 @@ def test_expanded_inputs_and_gradients(rule, form):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @each_way
 def test_dtypes(rule, form, way, dtype):
-    """out in v's dtype, the state in float32 or float64, every gradient in its input's dtype."""
+    """out has v's dtype, the state float32 or float64, and every gradient its input's dtype."""
     inputs = sample(rule, T=5, state=True, dtype=dtype, **way.inputs)
     for maps in ({}, {"feature_map": "elu+1"}):
         for key, x in evaluate(rule, inputs, **maps, **way.options, **form).items():
@@ -271,9 +271,9 @@ def test_dtypes(rule, form, way, dtype):
     [case(rule, form, way) for rule in RULES if keeps_k_and_v(rule) for form in forms(rule) for way in ways(rule)],
 )
 def test_gates_and_state_are_not_rounded(rule, form, way, dtype):
-    """q, k and v in 16 bits mean what they mean in float32: only results are rounded, gates and state never.
+    """16-bit q, k and v give float32 results, rounded only at the end. Gates and state are never rounded.
 
-    Rules that lower onto keys or values of their own round those once; `test_low_precision` bounds what that costs.
+    Rules whose lowering makes keys or values round those once; `test_low_precision` bounds that error.
     """
     inputs = sample(rule, T=19, K=6, V=5, state=True, seed=14, dtype=dtype, **way.inputs)
     found = evaluate(rule, inputs, **way.options, **form)
@@ -307,7 +307,7 @@ def test_low_precision(rule, form, dtype):
 
 @each_form
 def test_autocast(rule, form):
-    """float32 parameters: q, k and v are rounded to bfloat16, gates and state are not, gradients come in float32."""
+    """With float32 inputs, q, k and v are rounded to bfloat16, gates and state are not, and gradients are float32."""
     inputs = sample(rule, T=19, K=6, V=5, state=True, dtype=torch.float32, seed=11)
 
     def under_autocast(rule, **options):
@@ -325,7 +325,7 @@ def test_autocast(rule, form):
 
 @each_way
 def test_meta_tensors(rule, form, way):
-    """Shapes and dtypes without numbers, whatever autocast does elsewhere; read and gradients too."""
+    """Meta tensors give shapes and dtypes of results, of `read` and of gradients, under CPU autocast too."""
     heads = 4 if rule.plain else 2
     inputs = sample(rule, Hq=heads, T=5, K=6, V=5, state=True, dtype=torch.bfloat16, **way.inputs)
 
@@ -345,7 +345,7 @@ def test_meta_tensors(rule, form, way):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_read_under_autocast(dtype):
-    """As the op: q in autocast's dtype, the state as it is, float64 left alone."""
+    """As in the op, q is cast to autocast's dtype, but neither the state nor float64 is."""
     inputs = sample("additive", state=True, dtype=dtype)
     state, q = inputs["state"], inputs["q"]
     with torch.autocast("cpu", torch.bfloat16):
@@ -369,7 +369,7 @@ def test_the_state_is_kept_in_float32():
         assert state.S.item() == state.z.item() == 600
 
 
-# ---- anything ----
+# ---- random problems ----
 
 
 @st.composite
@@ -398,8 +398,8 @@ def problems(draw):
 
 @settings(max_examples=120, deadline=None, derandomize=True, database=None)
 @given(problems())
-def test_anything(problem):
-    """Any shape, dtype, layout, chunk size and cut: the form is the reference, and two parts are the whole."""
+def test_random_problems(problem):
+    """For any shape, dtype, layout and chunk size: the form equals the reference, and a split sequence the whole."""
     rule, way, inputs, form, size, where = problem
     cut = round(where * inputs["q"].shape[1])
     bound = 1e-10 if inputs["v"].dtype == torch.float64 else 1e-3
@@ -449,7 +449,7 @@ def test_a_learned_feature_map_under_autocast(enabled):
 
 
 def test_an_equation_leaves_autocast():
-    """A product of matrices in a rule's own step is as exact as without autocast."""
+    """Matrix products in a rule's own step are as exact as without autocast."""
 
     def step(S, k, v):
         return S + k.unsqueeze(-1) @ v.unsqueeze(-2)

@@ -1,4 +1,4 @@
-"""The nets of 1991 and 1993 against NumPy, online learning against unfolding in time, and what users get wrong."""
+"""The nets of 1991 and 1993 against NumPy, online learning against unfolding in time, and errors."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def float64():
 
 
 def one_layer(version, A=3, B=2, **options):
-    """F: A → B without bias. S: A → what the version needs, with a hidden layer."""
+    """A net with F: A → B without bias, and S with inputs A, a hidden layer and the version's outputs."""
     slow = nn.Sequential(nn.Linear(A, 5), nn.Tanh(), nn.Linear(5, A * B if version == 1 else A + B))
     return SlowFastNet(slow, nn.Linear(A, B, bias=False), version, **options)
 
 
 def two_layers(version, read="before", **options):
-    """F: 3 → 4 → 2 with biases, 26 weights; FROM and TO of the layers are 3 + 1, 4 and 4 + 1, 2."""
+    """A net with F: 3 → 4 → 2 with biases: 26 weights, FROM 3 + 1 and 4 + 1, TO 4 and 2."""
     fast = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     slow = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 26 if version == 1 else 15))
     return SlowFastNet(slow, fast, version, read=read, steepness=4.0, **options)
@@ -66,7 +66,7 @@ def test_the_oracle(version, update):
 
 
 def test_read_after_is_read_before_one_step_later():
-    """A step that writes nothing, since S(0) = 0 without biases, shows what the step before it has written."""
+    """A step with input 0 writes nothing, since S(0) = 0 without biases. It shows what the step before wrote."""
     before, after = (
         SlowFastNet(nn.Linear(3, 5, bias=False), nn.Linear(3, 2, bias=False), update="additive", read=read)
         for read in ("before", "after")
@@ -120,7 +120,7 @@ def test_time_step_0_is_what_s_writes_unsquashed():
 
 
 def test_any_module_is_programmed_by_version_1():
-    """A convolution that sees [2, 5] a step, S the whole of it."""
+    """F is a convolution with inputs [2, 5] per step. S gets the whole input."""
     fast = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten())
     net = SlowFastNet(nn.Sequential(nn.Flatten(), nn.Linear(10, 15)), fast, 1)
     x = torch.randn(2, 4, 2, 5)
@@ -149,10 +149,10 @@ def test_unfolding_in_time_against_finite_differences():
     net, x = one_layer(2, steepness=3.0), torch.randn(1, 4, 3)
     names = list(slow_weights(net))
 
-    def of(*weights):
+    def outputs(*weights):
         return functional_call(net, {f"slow.{name}": weight for name, weight in zip(names, weights)}, (x,))[0]
 
-    assert torch.autograd.gradcheck(of, [w.clone().requires_grad_() for w in slow_weights(net).values()])
+    assert torch.autograd.gradcheck(outputs, [w.clone().requires_grad_() for w in slow_weights(net).values()])
 
 
 @pytest.mark.parametrize(("version", "update", "read"), KINDS)
@@ -177,7 +177,7 @@ def test_online_equals_unfolding(version, update, read):
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_online_learning_is_the_oracles(version):
-    """W_S changes at every step, as in the paper's experiments, and so does what p is made of."""
+    """As in the paper's experiments, W_S changes at every step, and with it the sensitivity p."""
     A, B, T, rate = 3, 2, 40, 0.3
     outputs = A * B if version == 1 else A + B
     net = SlowFastNet(nn.Linear(4, outputs, bias=False), nn.Linear(A, B, bias=False), version, steepness=3.0)
@@ -266,10 +266,10 @@ def test_the_recurrent_net_is_the_oracles(update):
 def test_the_recurrent_net_learns_its_first_weights():
     net, x = FastWeightRNN(2, 3, steepness=2.0), torch.rand(1, 5, 2)
 
-    def of(weight):
+    def outputs(weight):
         return functional_call(net, {"weight": weight}, (x,))[0]
 
-    assert torch.autograd.gradcheck(of, net.weight.detach().clone().requires_grad_())
+    assert torch.autograd.gradcheck(outputs, net.weight.detach().clone().requires_grad_())
     assert net.g(torch.tensor([0.0, 0.5, 1.0])).tolist() == [-1, 0, 1]
 
 
@@ -304,13 +304,13 @@ def test_what_a_user_gets_wrong_is_one_line():
         assert "\n" not in str(error.value)
 
 
-def test_it_says_what_it_is():
+def test_repr():
     assert "version=2, update='bounded', steepness=10, read='before'" in repr(one_layer(2))
     assert "version=1, update='additive', read='after'" in repr(one_layer(1, update="additive", read="after"))
 
 
 def test_fwp_check_compares_it_with_linear_attention(monkeypatch):
-    torch.set_default_dtype(torch.float32)  # as where `fwp check` runs
+    torch.set_default_dtype(torch.float32)  # the default when `fwp check` runs
     additive = equivalence.rules.RULES["additive"]
     found = list(equivalence.against_1991(additive))
     assert [row["case"] for row in found] == ["1991: linear attention", "1991: read before", "1991: two layers"]

@@ -1,4 +1,4 @@
-"""`fwp bench`: it times what is right, beside peers, and nothing that is wrong."""
+"""`fwp bench` times right results beside peers, and never wrong ones."""
 
 from __future__ import annotations
 
@@ -77,14 +77,14 @@ def test_a_step_and_a_feature_map_with_denominator():
 
 
 def test_plots(tmp_path):
-    """Time against T where a rule was measured at more than one."""
+    """Time against T for rules measured at several T."""
     made = [row(T * 1e-6, T * 1e-7, point={"T": T}, peers={peers.LEADER: T * 2e-6}) for T in (1024, 4096)]
     found = report.plots(made, tmp_path / "rows.json")
     assert [path.name for path in found] == ["rows-time.png", "rows-limit.png"]
     assert all(path.stat().st_size > 10_000 for path in found)
 
 
-# ---- nothing red is timed ----
+# ---- wrong results are not timed ----
 
 
 def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch):
@@ -105,7 +105,7 @@ def test_a_fault_of_one_percent_is_wrong_in_every_dtype(dtype, monkeypatch):
     assert speed.worst_violation(point) is None
     right = testing.evaluate
 
-    def faulty(*inputs, **options):  # what "auto" takes, not the reference and the budgets
+    def faulty(*inputs, **options):  # only "auto" is faulty, not the reference and the budgets
         return {name: x * (1 if "backend" in options else 1.01) for name, x in right(*inputs, **options).items()}
 
     monkeypatch.setattr(testing, "evaluate", faulty)
@@ -114,7 +114,7 @@ def test_a_fault_of_one_percent_is_wrong_in_every_dtype(dtype, monkeypatch):
 
 
 def faulty_from(T, change):
-    """`fast_weights` that goes wrong at a size only."""
+    """A `fast_weights` that is wrong only at one length T."""
     right = speed.fwp.fast_weights
 
     def call(rule, q, k, v, **options):
@@ -154,19 +154,19 @@ def test_what_raises_is_red_and_the_others_go_on(tmp_path, monkeypatch):
 # ---- time ----
 
 
-def test_medians_of_everybody_taking_turns(monkeypatch):
+def test_candidates_take_turns_and_medians_are_kept(monkeypatch):
     order = []
     monkeypatch.setattr(speed, "timed", lambda lap, device: order.append(lap()) or float(len(order)))
     laps = {name: lambda name=name: name for name in ("ours", "peer")}
     assert speed.times_by_turns(laps, 2, "cpu") == {
         "ours": [1.5, 2.5, 3.5],
         "peer": [2, 3, 4],
-    }  # after a round that warms up
+    }  # after a round of warm-up
     assert order == ["ours", "peer"] * 4
 
 
 def test_a_run_ends_in_time(tmp_path, monkeypatch, capsys):
-    clock = iter(range(0, 10**6, 50))  # each look at the clock is 50 seconds later
+    clock = iter(range(0, 10**6, 50))  # each reading of the clock is 50 seconds later
     monkeypatch.setattr(speed, "time", SimpleNamespace(monotonic=lambda: next(clock), perf_counter=lambda: next(clock)))
     monkeypatch.setattr(speed, "measure", lambda point, rates, peers: iter([speed.blank(point)]))
     file = tmp_path / "rows.json"
@@ -202,8 +202,8 @@ def test_the_list_of_points(monkeypatch):
         ("delta", True, 1800, 491_520),
     ],
 )
-def test_the_limit_of_a_token_and_head(rule, backward, bytes_, operations):
-    """At D = 128 in bfloat16, beside the 64 KiB of the final state."""
+def test_the_limit_per_token_and_head(rule, backward, bytes_, operations):
+    """Bytes and operations at D = 128 in bfloat16, beside the final state's 64 KiB."""
     found = speed.work(Point(rule, 2, 4096, 3, 128), backward)
     state = 0 if backward else 4 * 128 * 128 * 6
     assert found == (2 * 4096 * 3 * bytes_ + state, 2 * 4096 * 3 * operations)
@@ -238,7 +238,7 @@ def test_a_process_that_fails_or_is_late_is_red(task, who, left, expected):
 
 
 def test_what_is_compiled_before(monkeypatch):
-    """A process for each set of kernels, and peers where theirs came to an end."""
+    """Each set of kernels has its own process. Peers serve only if theirs ended in time."""
     started = []
 
     def child(task, point, who, until, environment):
@@ -259,7 +259,7 @@ def test_what_is_compiled_before(monkeypatch):
 
 
 def documented(rule, *names, scale=None, normalize=False, map_state=lambda state: state):
-    """A function of flash-linear-attention as its documentation has it, by the NumPy oracle."""
+    """A function of flash-linear-attention as documented, computed by the NumPy oracle."""
 
     def call(q, k, v, *gates, scale=scale, initial_state=None, output_final_state=False, **options):
         given = dict(zip(names, gates)) | {name: options.pop(name) for name in names if name in options}
@@ -327,8 +327,8 @@ PEER_POINTS = [
 ]
 
 
-def same(point, call):
-    """Whether a peer computes what the rule's equation does, from the inputs that are timed."""
+def check_peer(point, call):
+    """Asserts that a peer's result is that of the rule's equation, on the inputs that are timed."""
     x, _ = speed.inputs(replace(point, device="cpu"))
     with torch.no_grad():
         x = {name: torch.utils._pytree.tree_map(lambda y: y if y is None else y.detach(), y) for name, y in x.items()}
@@ -338,15 +338,15 @@ def same(point, call):
 
 
 @pytest.mark.parametrize("point", PEER_POINTS, ids=lambda point: f"{point.what}-{point.T}")
-def test_peers_are_asked_for_the_same(point, fakes):
+def test_peers_compute_the_rules_equation(point, fakes):
     found, notes = peers.calls(point)
     qla = point.rule == "gated_delta" and point.T > 1
     assert list(found) == [peers.LEADER, *(["flash-qla"] if qla else [])] and notes == []
     for call in found.values():
-        same(point, call)
+        check_peer(point, call)
 
 
-def test_a_peer_hands_over_to_no_other_while_it_is_measured(fakes, monkeypatch):
+def test_a_measured_peer_does_not_delegate(fakes, monkeypatch):
     monkeypatch.setattr(speed, "_measure", lambda *_: iter([os.environ["FLA_FLASH_QLA"]]))
     assert list(speed.measure(Point("gated_delta", 2, 9, 2, 128), RATES, True)) == ["0"]
     assert os.environ["FLA_FLASH_QLA"] == "1"
@@ -370,7 +370,7 @@ def test_a_peer_with_another_result_is_left_out(fakes, monkeypatch):
     )
 
 
-def test_a_broken_peer_is_said(fakes):
+def test_a_broken_peer_is_reported(fakes):
     del sys.modules["fla.ops.kda"].chunk_kda
     found, notes = peers.calls(Point("kda", 1, 9, 2, 8))
     assert found == {} and notes[0].startswith(f"{peers.LEADER}: AttributeError: ")
@@ -386,9 +386,9 @@ NAIVE = {
 
 @pytest.mark.parametrize("rule", peers.FLA)
 def test_the_leader_itself(rule, monkeypatch):
-    """Where it is installed: it has all arguments, and its own references on a CPU give our results."""
+    """If it is installed, it takes all our arguments, and its references on a CPU give our results."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no GPU
+        warnings.simplefilter("ignore")  # it warns that there is no GPU
         pytest.importorskip("fla")
         folder = peers.FLA[rule][0]
         module = import_module(f"fla.ops.{folder}")
@@ -400,7 +400,7 @@ def test_the_leader_itself(rule, monkeypatch):
 
         def call(*inputs, signature=signature, **options):
             given = signature.bind(*inputs, **options).arguments
-            assert not given.keys() & {"kwargs", "head_first"}  # it swallows what it doesn't know
+            assert not given.keys() & {"kwargs", "head_first"}  # unknown arguments would be ignored silently
             given.pop("use_qk_l2norm_in_kernel", None)
             return equation(**given)
 
@@ -409,7 +409,7 @@ def test_the_leader_itself(rule, monkeypatch):
         if point.rule == rule and point.feature_norm is None:
             found, notes = peers.calls(point)
             assert notes == []
-            same(point, found[peers.LEADER])
+            check_peer(point, found[peers.LEADER])
 
 
 # ---- goals ----
@@ -433,7 +433,7 @@ def test_goals():
     assert held([fast])["additive"] is True
     assert held([fast, row(1.0, 0.5, peers={leader: 1.5})])["additive"] is False  # the worst counts
     assert held([row(1.0, 0.3, peers={leader: 2.5})])["additive"] is False  # too far from the limit
-    assert held([fast, row(1.0, 0.5)])["additive"] is None  # no peer there
+    assert held([fast, row(1.0, 0.5)])["additive"] is None  # no peer was measured
     assert held([fast, row(1.0, 0.5) | {"red": "wrong", "seconds": {}}])["additive"] is False
     (goal,) = [goal for goal in report.verdicts([fast]) if goal["rows"]]
     assert (goal["faster"], goal["times the limit"], goal["rows"]) == (2.5, 2.0, 1)
@@ -453,7 +453,7 @@ def test_the_goals_of_wide_heads():
 
 
 def test_every_goal_has_points(monkeypatch):
-    """In the list that a GPU measures."""
+    """Each goal has points in the list that is measured on a GPU."""
     monkeypatch.undo()
     made = []
     for point in speed.points("cuda"):
@@ -465,11 +465,11 @@ def test_every_goal_has_points(monkeypatch):
     assert min(counts.values()) > 0, counts
 
 
-# ---- the way of a GPU, with nothing behind it ----
+# ---- a run on a GPU, with fakes in place of the GPU ----
 
 
 def test_a_run_on_a_gpu(tmp_path, fakes, monkeypatch, capsys):
-    """Every step but the GPU's own: processes that compile, peers, events, graphs, goals."""
+    """All steps of a run on a GPU, with fakes: processes that compile, peers, events, graphs, goals."""
     drawn = testing.sample
     monkeypatch.setattr(testing, "sample", lambda *a, device="cpu", **options: drawn(*a, **options))
     monkeypatch.setattr(Point, "dtype", torch.float32)
@@ -510,7 +510,7 @@ def test_a_run_on_a_gpu(tmp_path, fakes, monkeypatch, capsys):
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setitem(speed.SPREAD, "cuda", 2**12)
     file = tmp_path / "rows.json"
-    assert speed.main("cpu", json_file=file) == 0  # nothing of the above is asked for
+    assert speed.main("cpu", json_file=file) == 0  # none of the above runs on a CPU
     assert asked.pop() == ("cold", "decay", "ours") and asked == []
     assert speed.main("cuda", peers=True, json_file=file) == 0
     found = json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""What the tests measure with: the errors by hand, budgets that say no, inputs that are what they promise."""
+"""The tools of the tests: errors by hand, budgets that can be exceeded, inputs as documented."""
 
 import math
 import os
@@ -32,7 +32,7 @@ def test_deviation_by_hand():
 
 
 @pytest.mark.parametrize("error", [row_error, deviation])
-def test_errors_of_what_is_no_number_or_no_match(error):
+def test_errors_of_nan_and_other_shapes(error):
     ref = torch.ones(3, 2)
     for bad in (math.nan, math.inf):
         x = ref.clone()
@@ -46,13 +46,13 @@ def test_errors_of_what_is_no_number_or_no_match(error):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rule", ["additive", "kda"])
 def test_budgets_allow_one_rounding_and_no_more(rule, dtype):
-    """Operands with three bits less are beyond it, in the output and in some gradients."""
+    """With operands three bits shorter, the output and some gradients exceed the budgets."""
     inputs = sample(rule, T=70, K=16, dtype=dtype)
     allowed, truth = budgets(rule, inputs), evaluate(rule, cast(inputs, torch.float64), backend="reference")
     assert list(allowed) == list(truth)
     assert max(allowed.values()) < 0.3
 
-    def coarse(rule, **given):  # what is left of a mantissa after three bits
+    def coarse(rule, **given):  # drops three bits of each mantissa
         given = {key: x + (x * 2**3).detach() - (x * 2**3).detach() for key, x in given.items()}
         return fwp.fast_weights(rule, **given)
 
@@ -84,7 +84,7 @@ def test_poisoned_empties():
 
 @each_rule
 def test_samples(rule):
-    """Seeded, the same numbers in every dtype, gates in range, all different, unit keys for rules that need them."""
+    """One seed, the same numbers in every dtype: all different, gates in range, unit keys for rules that need them."""
     inputs = sample(rule, B=3, T=5, H=4, K=6, V=7, Hq=8, Hk=2, seed=1)
     assert [*inputs] == ["q", "k", "v", *rule.gates]
     assert inputs["q"].shape == (3, 5, 8, 6)

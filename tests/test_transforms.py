@@ -1,4 +1,4 @@
-"""What PyTorch can do to a function: first and second derivatives, vmap, jvp, checkpointing, compile, export."""
+"""The op under PyTorch's transforms: first and second derivatives, vmap, jvp, checkpointing, compile, export."""
 
 import itertools
 from dataclasses import replace
@@ -21,7 +21,7 @@ leaves = torch.utils._pytree.tree_leaves
 
 
 def problem(rule, *, T=5, seed=1, state=True, **sizes):
-    """A function of tensors alone and its tensors: q, k, v, the gates and the state's; with the names."""
+    """The op as a function of tensors only, those tensors (q, k, v, gates and state), and their names."""
     inputs = sample(rule, **{"B": 1, "T": T, "H": 1, "K": 3, "V": 2} | sizes, state=state, seed=seed)
     start = inputs.pop("state", None)
     tensors = [x for x in leaves(start) if x is not None]
@@ -144,7 +144,7 @@ def test_func_grad(rule, form):
 
 @each_form
 def test_vmap_and_vmap_of_grad(rule, form):
-    """Over a new axis of everything, and over the queries alone."""
+    """Over a new axis of all inputs, and over one of the queries alone."""
     several = [problem(rule, T=7, seed=seed) for seed in (2, 3, 4)]
     function = several[0][0]
     stacked = [torch.stack(x) for x in zip(*(tensors for _, tensors in several))]
@@ -182,7 +182,7 @@ def test_vmap_and_grad_of_packed_and_masked(rule, form):
                 assert deviation(slopes[key][i], grad) < 1e-12
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # PyTorch's own call of it
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # by PyTorch itself
 @each_form
 def test_forward_derivative(rule, form):
     """⟨w, J u⟩ by jvp is ⟨Jᵀ w, u⟩ by backward."""
@@ -206,7 +206,7 @@ ERASE = ("none", "along k", "own key", "own key, strength 1")
 
 
 def core(decay, erase, write, *, writes=1, T=19, read="after", packed=False, r=1, column=False, **options):
-    """Inputs of the recurrence in a cell; `column`: S carries z as its last column."""
+    """Inputs of the recurrence for one cell. column: whether S has z as its last column."""
     generator = torch.Generator().manual_seed(6)
     dtype = options.pop("dtype", torch.float64)
     kept = torch.float64 if dtype == torch.float64 else torch.float32
@@ -258,7 +258,7 @@ CELLS = [*itertools.product(("none", "head", "key"), ERASE, ("none", "head"))]
 
 
 @pytest.mark.parametrize(("decay", "erase", "write"), CELLS)
-def test_the_written_gradient_is_autograd_s(decay, erase, write):
+def test_the_written_gradient_equals_autograd(decay, erase, write):
     orders = (False, True) if decay != "none" and erase != "none" else (False,)
     with mock.patch.object(chunked, "CHUNK", 8):
         for read, packed, r, column in itertools.product(("after", "before"), (False, True), (1, 2), (False, True)):
@@ -349,7 +349,7 @@ def test_opcheck(name):
 
 @pytest.mark.parametrize("T", [1, 9])
 def test_the_op_that_sums_keys(T):
-    """z_t = a_t z_{t−1} + b_t: what every check of PyTorch says, the loop as it is written, and its gradient."""
+    """z_t = a_t z_{t−1} + b_t: PyTorch's checks, the result against a loop, and the gradient."""
     generator = torch.Generator().manual_seed(9)
     a, b = (torch.rand(2, T, 2, 3, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
     torch.library.opcheck(torch.ops.fwp.scan.default, (a, b))
@@ -427,8 +427,8 @@ def test_compile_once_for_every_length(name, compiled):
     assert counter.frame_count <= 2
 
 
-def test_compile_with_a_drawn_out_state_and_one_token(compiled):
-    """Decoding: the same compiled function, one token at a time."""
+def test_compile_decode_steps(compiled):
+    """One compiled function decodes one token at a time from the returned state."""
     fast, counter = compiled(lambda **given: fast_weights("kda", **given))
     inputs = sample("kda", T=12, K=5, V=3, state=True)
     whole, end = fast_weights("kda", **inputs)
@@ -477,7 +477,7 @@ def test_compiled_read_and_not_causal(compiled):
 
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside an ordinary path"])
 def test_double_backward_of_compiled_raises(beside, compiled):
-    """Never silently wrong, not even where another part of the loss has a second derivative."""
+    """It raises even where another part of the loss has a second derivative."""
     inputs = sample("delta", T=5)
     leaves = {key: x.requires_grad_() for key, x in inputs.items()}
     fast, _ = compiled(lambda **given: fast_weights("delta", **given)[0])
@@ -497,10 +497,10 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # PyTorch's own call of it
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # by PyTorch itself
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms_inside_a_compiled_function(name, compiled):
-    """Right, or an error: an opaque op would give a jvp of 0."""
+    """The result is right, or it raises. An opaque op would give a jvp of 0."""
     inputs = sample("kda", T=5, denominator=True)
     x, u = inputs.pop("v"), torch.ones_like(inputs["q"])
 
@@ -510,7 +510,7 @@ def test_transforms_inside_a_compiled_function(name, compiled):
     fast, _ = compiled(transformed)
     try:
         found = fast(x, u)
-    except RuntimeError:  # what PyTorch 2.13 does for jvp, by a fault of its own
+    except RuntimeError:  # PyTorch 2.13 raises for jvp, by a fault of its own
         assert name == "jvp"
     else:
         assert deviation(found, transformed(x, u)) < 1e-12
@@ -550,10 +550,10 @@ CONTEXTS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # PyTorch's own call of it
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # by PyTorch itself
 @pytest.mark.parametrize("name", [*CONTEXTS, "meta", "export", "strict export"])
 def test_random_features_by_name_are_the_same_wherever_they_are_first_used(name):
-    """Drawn once, and kept as an ordinary tensor, whatever went on around the first call."""
+    """They are drawn once and kept as an ordinary tensor, under whatever transform the first call ran."""
     torch._dynamo.reset()
     inputs = sample("additive", T=5, K=4, V=3, seed=2)
     x = inputs.pop("q")

@@ -1,6 +1,6 @@
-"""The Triton kernels against the recurrence of `fwp.core`, written in `cells` once more token by token.
+"""The Triton kernels against the recurrence of `fwp.core`, which `cells` runs token by token.
 
-In Triton's interpreter where there is no GPU: tiny sizes. Where there is one the same tests run on it.
+Without a GPU they run in Triton's interpreter at tiny sizes. With one the same tests run on it.
 """
 
 from dataclasses import replace
@@ -40,7 +40,7 @@ from fwp_kernels import packing, tiling
 
 pytestmark = MARKS
 
-# ---- one recurrence, two forms ----
+# ---- both forms equal the recurrence ----
 
 
 @READS
@@ -72,7 +72,7 @@ def test_gradients_of_the_recurrent_form(cell):
 @pytest.mark.parametrize("denominator", [False, True])
 @CORNERS
 def test_a_step_over_its_state(cell, denominator):
-    """Where a layer owns the state, and nowhere else."""
+    """Only where a layer owns the state is it overwritten."""
     core = problem(cell, T=1, K=5, V=35, denominator=denominator)
     o, state = kernels(core, "recurrent")
     before = core.S.clone()
@@ -92,7 +92,7 @@ def test_steps_in_a_cuda_graph(denominator):
     tokens = torch.randn(5, 2, 64, device=DEVICE, dtype=torch.bfloat16)
     _, state = layer.step(tokens[0])
     x, held, spare = tokens[1].clone(), copied(state), copied(state)
-    layer.step(x, spare, in_place=True)  # what is compiled and checked at the first use
+    layer.step(x, spare, in_place=True)  # the first use compiles and checks the kernels
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y, _ = layer.step(x, held, in_place=True)
@@ -120,7 +120,7 @@ def test_chunk_sizes(cell, chunk):
 
 @CORNERS
 def test_many_blocks(cell):
-    """K and V of several blocks, and not whole ones."""
+    """K and V of several blocks, the last ones partial."""
     agree(problem(cell, T=5, K=35, V=37))
 
 
@@ -179,7 +179,7 @@ def test_a_reset_forgets_everything(cell):
 @pytest.mark.parametrize("strength", [1.0, 2.0])
 @pytest.mark.parametrize("keys", ["same", "opposite", "nearly the same"])
 def test_keys_that_are_alike(keys, strength):
-    """Where a power series for (I + A)⁻¹ fails."""
+    """With these keys a power series for (I + A)⁻¹ diverges."""
     chunk = 64
     core = problem((0, "k"), T=chunk, K=3)
     k = core.k[:, :1].expand_as(core.k)
@@ -197,7 +197,7 @@ def test_keys_that_are_alike(keys, strength):
 @pytest.mark.parametrize("cut", [1, C - 1, C, C + 1])
 @CORNERS
 def test_split_and_carry(cell, cut):
-    def halves(core):
+    def in_two(core):
         def part(at):
             return moved(replace(core, S=None), lambda x: x[:, at])
 
@@ -205,7 +205,7 @@ def test_split_and_carry(cell, cut):
         o2, state = kernels(replace(part(slice(cut, None)), S=state.S))
         return torch.cat([o, o2], 1), state
 
-    agree(problem(cell, T=C + 3), run=halves)
+    agree(problem(cell, T=C + 3), run=in_two)
 
 
 @READS
@@ -279,22 +279,22 @@ def test_nothing_to_do(cell):
 
 
 def test_addresses_beyond_32_bits():
-    """Head 1 of q lies 2³¹ numbers behind head 0."""
+    """Head 1 of q lies 2³¹ elements behind head 0."""
     core = problem(ADDITIVE, T=2, H=(2, 1, 1), dtype=torch.float16)
     far = torch.empty(
         2**31 + 2 * core.q.shape[-1], dtype=torch.float16, device=DEVICE
-    )  # pages untouched take no memory
+    )  # untouched pages take no memory
     q = far.as_strided(core.q.shape, (0, core.q.shape[-1], 2**31, 1))
     q.copy_(core.q)
     for form in ("chunk", "recurrent"):
         assert torch.equal(kernels(replace(core, q=q), form)[0], kernels(core, form)[0])
 
 
-# ---- sequences in segments, which run side by side ----
+# ---- sequences in segments, which run in parallel ----
 
 
 def kept_every(monkeypatch, chunks):
-    """One state in that many chunks is kept for the backward."""
+    """Keeps a state every that many chunks for the backward."""
     tiles = tiling.tiles
     monkeypatch.setattr(tiling, "tiles", lambda *sizes: replace(tiles(*sizes), checkpoint_every=chunks))
 
@@ -310,7 +310,7 @@ def test_states_between_those_that_are_kept(cell, monkeypatch):
 
 @pytest.fixture
 def two_chunks(monkeypatch):
-    """A segment has two chunks, however full the GPU is."""
+    """Makes every segment two chunks long, however full the GPU is."""
     kept_every(monkeypatch, 2)
     monkeypatch.setattr(packing, "segment_length", lambda *sizes: 2)
     monkeypatch.setattr(trust, "may_cut", lambda core: True)
@@ -319,7 +319,7 @@ def two_chunks(monkeypatch):
 @READS
 @CELLS
 def test_segments_are_the_recurrence(cell, read, two_chunks):
-    """Three of them, the last one short."""
+    """Three segments, the last one short."""
     agree(problem(cell, T=4 * C + 3, read=read))
 
 
@@ -370,7 +370,7 @@ def test_a_reset_in_a_segment(two_chunks):
 
 
 def test_segments_are_cut_where_the_gpu_has_room():
-    """132 multiprocessors, 64 programs a row: two segments at a time don't pay for the work before them."""
+    """132 multiprocessors. With room for only two segments at a time, cutting doesn't pay for its own work."""
     assert packing.segment_length(chunks=1024, sequences=1, fill=132 // 64, least=3) == 0
     assert packing.segment_length(chunks=1024, sequences=1, fill=132 // 8, least=4) == 64
     assert packing.segment_length(chunks=2048, sequences=8, fill=132 // 2, least=4) == 32
@@ -388,7 +388,7 @@ WRITERS = pairwise(ERASERS, ("after", "before"), LAYOUTS, (False, True), (1, 2, 
 
 @pytest.mark.parametrize(("eraser", "read", "layout", "denominator", "writes"), WRITERS)
 def test_erase_keys_and_writes(eraser, read, layout, denominator, writes, monkeypatch):
-    """Every two of these choices together: output, state and all gradients of both forms."""
+    """Every pair of these choices: output, state and all gradients of both forms."""
     kept_every(monkeypatch, 2)
     decay, erase, before = eraser
     T = 3 * C // writes + 2
@@ -413,7 +413,7 @@ def test_erase_keys_of_shared_heads_and_many_blocks(H):
 
 @pytest.mark.parametrize("phi", ["elu+1", "dpfp-2"])
 def test_erase_keys_beside_features(phi):
-    """q and k pass φ and its norm, erase keys don't; what no token reads passes φ too."""
+    """φ and its norm are applied to q and k, not to erase keys, and also to keys that no token reads."""
     features = Features(phi, "sum", 0.5)
     core = problem(OWN_KEY, T=5, H=(2, 1, 2), K=2, writes=2, features=features, denominator=True)
     assert deviation(kernels(core, "recurrent")[0], agree(core)["o"]) <= 1e-10
@@ -496,7 +496,7 @@ def test_denominators_of_nothing():
 
 
 def test_the_sum_of_keys_stays_in_float32():
-    """1,200 keys of 1: a bfloat16 sum would stop at 256."""
+    """Of 1,200 keys of value 1, a bfloat16 sum would stop at 256."""
     one = torch.ones(1, 1200, 1, 1, dtype=torch.bfloat16, device=DEVICE)
     _, state = backend.run(Core(one, one, one, denominator=True), "chunk", 64)
     assert state.z.dtype == torch.float32 and state.z.item() == 1200 and state.S.item() == 1200
@@ -517,7 +517,7 @@ MAPS, NORMS = (None, "relu", "elu+1", "exp", "dpfp-1", "dpfp-3"), (None, "sum", 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("phi", MAPS)
 def test_features(phi, norm):
-    positive = phi is None  # their sum can be near 0
+    positive = phi is None  # otherwise their sum can be near 0
     core = problem((1, "k"), T=C + 3, H=(2, 1, 1), K=3, features=Features(phi, norm, 0.5), denominator=positive)
     found = agree(core)
     assert deviation(kernels(core, "recurrent")[0], found["o"]) <= 1e-10
@@ -563,7 +563,7 @@ def test_features_are_rounded_as_those_that_lie_in_memory(phi, dtype):
 @pytest.mark.parametrize("feature_map", ["exp", "elu+1", "dpfp-2"])
 @pytest.mark.parametrize("rule", ["gla", "delta"])
 def test_the_op_leaves_features_to_the_kernels(rule, feature_map, monkeypatch):
-    """Masked keys too, of which φ is 0."""
+    """This includes masked keys, whose φ is 0."""
     inputs = sample(rule, B=2, T=7, H=1, K=3, V=2, feature_map=feature_map, denominator=True, state=True, device=DEVICE)
     mask = torch.tensor([[True] * 7, [False, True, True, False, False, True, False]], device=DEVICE)
     options = {"feature_map": feature_map, "feature_norm": "sum", "scale": 0.5, "mask": mask}
@@ -604,7 +604,7 @@ def _double(x):
 
 
 def test_bfloat16_in_the_interpreter():
-    """Its products are taken in float32 there, so only loads and stores round."""
+    """The interpreter multiplies in float32, so only loads and stores round."""
     core = problem(KDA, T=5, dtype=torch.bfloat16)
     found, truth = results(kernels, core), results(recurrence, moved(core, torch.Tensor.double))
     assert found["o"].dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""What PyTorch can do to the ops of the Triton kernels: check, differentiate, vmap, compile, export, cast, not wait."""
+"""The Triton ops under PyTorch: opcheck, derivatives, vmap, compile, export, autocast, and no waiting for the GPU."""
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -15,7 +15,7 @@ from fwp.core import Features, State
 from fwp.functional import fast_weights
 from fwp.testing import deviation, evaluate, sample
 
-pytestmark = [*MARKS, pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")]  # PyTorch's, by jvp
+pytestmark = [*MARKS, pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")]  # by jvp
 
 NO_FORWARD = "forward derivatives are not supported by the triton backend; use backend='torch'"
 NO_SECOND = "double backward is not supported by the triton backend; use backend='torch'"
@@ -27,7 +27,7 @@ CORNERS = pytest.mark.parametrize("cell", [ADDITIVE, OWN_KEY], ids=["additive", 
 
 
 def packed_or_not(cell, packed, seed=0, T=7, **options):
-    """With an erase key of its own also two writes per read, which erase before the decay."""
+    """A random problem. With an erase key it has two writes per read and erases before the decay."""
     options |= {"N": 3, "cu_seqlens": torch.tensor([0, 1, 1, T], device=DEVICE)} if packed else {"B": 2}
     options |= {"writes": 2, "erase_before_decay": True} if cell == OWN_KEY else {}
     return problem(cell, T=T, H=(2, 1, 1), seed=seed, **options)
@@ -73,7 +73,7 @@ def test_func_grad(cell, packed):
 
 
 def on_each(fn, cores, names):
-    """fn of the tensors `names`, mapped over the axis that they are stacked on, and one by one."""
+    """fn under vmap over the stacked tensors `names`, and fn of each core by itself."""
     mapped = {name: torch.stack([getattr(core, name) for core in cores], 1) for name in names}
     found = vmap(lambda x: fn(replace(cores[0], **x)), 1)(mapped)
     one_by_one = [fn(replace(cores[0], **{name: getattr(core, name) for name in names})) for core in cores]
@@ -147,7 +147,7 @@ def test_no_second_derivative():
     o, _ = kernels(core)
     (dq,) = torch.autograd.grad(o.sum(), core.q, create_graph=True)
     with pytest.raises(RuntimeError, match=NO_SECOND):
-        torch.autograd.grad(dq.sum() + (core.k**3).sum(), core.k)  # beside a path that has one
+        torch.autograd.grad(dq.sum() + (core.k**3).sum(), core.k)  # beside a path that has a second derivative
 
 
 BESIDE = pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside an ordinary path"])
@@ -175,7 +175,7 @@ def test_no_forward_or_second_derivative(name, beside):
 def test_dual_numbers():
     core = problem(ADDITIVE, T=3)
     with torch.autograd.forward_ad.dual_level():
-        kernels(core)  # which has none
+        kernels(core)  # it has no forward derivative
         dual = torch.autograd.forward_ad.make_dual(core.q, torch.ones_like(core.q))
         with pytest.raises(RuntimeError, match=NO_FORWARD):
             kernels(replace(core, q=dual))
@@ -238,7 +238,7 @@ COMPILED = {
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_transforms_inside_a_compiled_function(name, compiled):
-    """Right, or refused: a traced op hides what a derivative has to see, and a jvp of it would be 0."""
+    """The result is right, or it is refused. A derivative can't see into a traced op, and a jvp would be 0."""
     inputs = sample("kda", B=1, T=5, H=1, K=3, V=2, device=DEVICE)
     v = inputs.pop("v")
 
@@ -316,7 +316,7 @@ def test_autocast(trace, compiled):
 
 
 class Waiting(TorchDispatchMode):
-    """A context that fails where the host would have to wait for a value."""
+    """A context that raises where the host would have to wait for a value on the GPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "masked_select", "equal"), func
@@ -341,7 +341,7 @@ def not_waiting():
 def test_no_launch_waits_for_a_value(cell, packed):
     core = moved(packed_or_not(cell, packed), lambda x: x.requires_grad_())
     for form in ("chunk", "recurrent"):
-        for ready in (nullcontext, not_waiting):  # compiling may wait
+        for ready in (nullcontext, not_waiting):  # the first call compiles, which may wait
             with ready():
                 o, state = backend.run(core, form, C)
                 torch.autograd.grad((o, state.S), core.q, (torch.ones_like(o), torch.ones_like(state.S)))

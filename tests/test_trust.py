@@ -1,4 +1,4 @@
-"""Whether kernels that a compiler got wrong are found out before anybody relies on them."""
+"""Kernels that a compiler got wrong are found before they are used."""
 
 import threading
 from dataclasses import replace
@@ -29,7 +29,7 @@ PAIR = f"Triton {triton.__version__} and torch {torch.__version__} on Some GPU 9
 
 @pytest.fixture(autouse=True)
 def stranger(monkeypatch, tmp_path):
-    """A GPU that nobody knows, its user's cache empty; where there is none the interpreter stands for it."""
+    """An unknown GPU and an empty cache. Without a GPU the interpreter plays its part."""
     monkeypatch.setattr(trust, "gpu_and_architecture", lambda device: ("Some GPU 9000", "sm_99"))
     monkeypatch.setattr(trust, "runs_on_gpu", lambda x: True)
     monkeypatch.setattr(canary, "T", 37)
@@ -46,7 +46,7 @@ def forget():
 
 @pytest.fixture
 def canaries(monkeypatch):
-    """The cases that a canary was run for."""
+    """The cases for which a canary was run."""
     ran, run = [], trust._canary
     monkeypatch.setattr(trust, "_canary", lambda case: ran.append(case) or run(case))
     return ran
@@ -65,7 +65,7 @@ def some_core(dtype=torch.float32, **options):
 
 
 def spoil(monkeypatch, name, change):
-    """`change` is made to what the launch layer returns."""
+    """Applies `change` to the results of a function of the launch layer."""
     right = getattr(launch, name)
 
     def wrong(*args):
@@ -139,7 +139,7 @@ def test_without_gradients_only_the_forward_is_asked(monkeypatch):
     assert trust.reason_to_distrust(some_core(), "chunk") is not None
 
 
-# ---- what a case is ----
+# ---- cases ----
 
 CASE = trust.KernelCase(
     *(torch.device("cpu"), torch.float32, "chunk", 2, True, False, False, True, 1, "after"),
@@ -219,7 +219,7 @@ def reads_after_every_write(core):
     ],
 )
 def test_kernels_that_erase_or_read_wrongly_are_found(monkeypatch, name, fault, found):
-    """The torch backend stands for kernels."""
+    """The torch backend plays the kernels' part."""
     case = CASE._replace(**ERASERS[name], gradients=False)
     monkeypatch.setattr(kernels, "run", lambda core, form, segment: chunked.run(core, form))
     assert canary.fault_of_kernels(case) is None
@@ -232,7 +232,7 @@ def test_kernels_that_erase_or_read_wrongly_are_found(monkeypatch, name, fault, 
 
 @pytest.fixture
 def segments(monkeypatch):
-    """Any sequence is long enough to be cut. How many chunks each call's segments had, 0 where it stayed whole."""
+    """Makes every sequence long enough to be cut. Gives the chunks per segment of each call, 0 for whole sequences."""
     lengths, forward, backward = [], launch.forward, launch.backward
     monkeypatch.setattr(canary, "T", 67)
     cut = packing.segment_chunks
@@ -268,7 +268,7 @@ def test_sequences_stay_whole_where_cutting_them_fails(monkeypatch, segments, ba
 
 
 def test_a_backward_asks_in_its_own_thread(monkeypatch, segments, canaries):
-    """The canary's gradients would wait for it."""
+    """In another thread the canary's gradients would wait for this backward."""
     asked = []
     run = trust._canary
     monkeypatch.setattr(trust, "_canary", lambda case: asked.append(threading.get_ident()) or run(case))
@@ -278,7 +278,7 @@ def test_a_backward_asks_in_its_own_thread(monkeypatch, segments, canaries):
     assert asked[0] != threading.get_ident() == asked[1]
 
 
-def test_an_interrupted_canary_has_told_nothing(monkeypatch):
+def test_an_interrupted_canary_decides_nothing(monkeypatch):
     def interrupted(case):
         raise KeyboardInterrupt
 
@@ -289,14 +289,14 @@ def test_an_interrupted_canary_has_told_nothing(monkeypatch):
 
 
 def test_a_canary_has_two_segments():
-    """Of its longest sequence, whatever the block sizes."""
+    """Its longest sequence has at least two segments, whatever the block sizes."""
     for dtype, K, erase, denominator in product(problem.TYPES, (64, 1024), (False, True), (False, True)):
         for decay, architecture in product(range(3), ("sm_80", "sm_90", "gfx942")):
             tiles = tiling.by_rule(K, dtype, decay, erase, architecture, denominator)
             assert tiles.chunk * tiles.checkpoint_every <= tiling.KEPT < REAL_T
 
 
-# ---- what follows ----
+# ---- consequences of distrust ----
 
 
 def test_an_explicit_request_raises_and_names_the_versions(monkeypatch):
@@ -319,7 +319,7 @@ def test_auto_warns_and_takes_torch(monkeypatch):
     assert PAIR in str(warned[0].message)
 
 
-# ---- what is remembered ----
+# ---- the cache ----
 
 
 def test_asked_once_in_a_process_and_once_on_a_machine(canaries):
@@ -327,7 +327,7 @@ def test_asked_once_in_a_process_and_once_on_a_machine(canaries):
     for _ in range(3):
         assert trust.reason_to_distrust(core, "chunk") is None
     assert len(canaries) == 1
-    forget()  # as a new process does
+    forget()  # as in a new process
     assert trust.reason_to_distrust(core, "chunk") is None
     assert len(canaries) == 1
     assert trust.reason_to_distrust(core, "recurrent") is None

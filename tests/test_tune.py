@@ -1,4 +1,4 @@
-"""The search for block sizes and its table; the times come from a GPU, which these tests do without."""
+"""The search for block sizes and its table, with made-up times in place of a GPU's."""
 
 import math
 from dataclasses import replace
@@ -54,7 +54,7 @@ def test_the_table_is_read_where_it_was_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "WIDTHS", (64,))
     monkeypatch.setattr(tune, "times", lambda rule, D, device, tried: [x.chunk for x in tried])
     tiling.measured.cache_clear()
-    (row,) = tune.rows("cpu")
+    (row,) = tune.tuned_rows("cpu")
     assert (tmp_path / "fwp" / "tiles.csv").exists()
     assert row["K"] == "64" and row["chunk"] == 16 and row["gained"] == 4.0
     cell = (64, 64, torch.bfloat16, 1)

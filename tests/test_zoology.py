@@ -1,4 +1,4 @@
-"""Multi-query associative recall: the paper's data and model, runs that repeat, claims that can fail."""
+"""Multi-query associative recall: the paper's data and model, reproducible runs, claims that can fail."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def mixers(test: Callable[..., None]) -> Callable[..., None]:
 
 @mixers
 def test_model_is_the_papers(model: str, conv: int) -> None:
-    """Two blocks x + mixer(norm x), x + norm x; a tied head; logits of the answers alone."""
+    """It has two blocks x + mixer(norm x), x + norm x, a tied head, and logits of the answers only."""
     net = build(model, conv)
     tokens, asked, _ = paper.sequences(5, 16, 2, 20)
     x = net.embedding(tokens)
@@ -111,7 +111,7 @@ def test_softmax_attention() -> None:
 
 @mixers
 def test_state_size(model: str, conv: int) -> None:
-    """Softmax attention keeps keys and values of L tokens; linear attention S and z; the delta rules S."""
+    """Softmax attention keeps keys and values of L tokens, linear attention S and z, the delta rules S."""
     L, d = 16, 8
     tail = 3 * (3 * d) if conv else 0
     expected = {"softmax": 2 * L * d, "linear": d * d + d, "delta": d * d, "gated_delta": d * d}[model] + tail
@@ -157,7 +157,7 @@ def rows(accuracy: Callable[[dict[str, Any]], float], scale: str = "paper") -> l
 
 
 def as_expected(run: dict[str, Any]) -> float:
-    """All claims hold: recall grows with d, falls with L, and needs a convolution, or softmax attention."""
+    """An accuracy under which all claims hold: it grows with d, falls with L, and needs a convolution or softmax."""
     if run["model"] == "softmax":
         return 0.995
     if not run["conv"]:
@@ -166,16 +166,16 @@ def as_expected(run: dict[str, Any]) -> float:
 
 
 def planted(accuracy: float, **where: Any) -> list[dict[str, Any]]:
-    """All as expected, but for the runs with these settings."""
+    """Rows as expected, except for the runs with these settings."""
     return rows(lambda run: accuracy if where.items() <= run.items() else as_expected(run))
 
 
-# for each claim runs in which it does not hold
+# claim → runs in which it does not hold
 PLANTED = {
     "attention-positions": planted(0.98, model="softmax", conv=0, L=128, d=64),
     "attention-convolution": planted(0.98, model="softmax", conv=4, L=64, d=512),
     "linear-alone": planted(0.991, model="linear", conv=0, L=64, d=64),
-    "convolution": planted(0.81, model="gated_delta", conv=0, L=64, d=64),  # as with one
+    "convolution": planted(0.81, model="gated_delta", conv=0, L=64, d=64),  # as good as with a convolution
     "delta-over-linear": planted(0.7, model="delta", conv=4, L=128, d=64),
     "state": planted(0.97, model="linear", conv=4, L=64, d=128),
     "length": planted(0.7, model="delta", conv=4, L=64, d=256),
@@ -198,7 +198,7 @@ def test_too_little_training_decides_nothing() -> None:
 
 
 def test_differences_among_solutions_count_for_nothing() -> None:
-    """Runs end above 99 %: then 0.991 is no less than 1."""
+    """Runs end once they exceed 99 %, so 0.991 counts as much as 1."""
     flat = rows(lambda run: 1.0 if run["model"] == "linear" else 0.991)
     assert paper.measure_delta(flat).spread == [0, 0]
     assert paper.measure_delta(flat).holds is False

@@ -34,7 +34,7 @@ MATRIX = {"sm_80": OLDER, "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-class Case(NamedTuple):
+class StaticCase(NamedTuple):
     """A cell, the sizes of its state, and what q and k pass on the way to it."""
 
     decay: int  # 0 none, 1 per head, 2 per key channel
@@ -51,10 +51,10 @@ class Case(NamedTuple):
 
 SIZES = [(64, 64), (128, 128), (256, 256), (768, 128)]
 CELLS = [(decay, erase) for decay in (0, 1, 2) for erase in (0, 1)]
-CASES = [Case(*cell, *size) for size in SIZES for cell in CELLS]
-CASES += [Case(*cell, *size, "float32") for size in SIZES for cell in CELLS]
+CASES = [StaticCase(*cell, *size) for size in SIZES for cell in CELLS]
+CASES += [StaticCase(*cell, *size, "float32") for size in SIZES for cell in CELLS]
 CASES += [
-    Case(*cell, *size, feature_map=feature_map, norm=norm, denominator=denominator)
+    StaticCase(*cell, *size, feature_map=feature_map, norm=norm, denominator=denominator)
     for cell, size, feature_map, norm, denominator in [
         ((0, 0), (64, 64), "elu+1", "", 1),
         ((1, 0), (128, 128), "elu+1", "", 1),
@@ -67,9 +67,9 @@ CASES += [
         ((2, 1), (128, 128), "", "", 1),
     ]
 ]
-CASES += [Case(*cell, 512, 128, "float32", "relu", "l2") for cell in CELLS]
+CASES += [StaticCase(*cell, 512, 128, "float32", "relu", "l2") for cell in CELLS]
 CASES += [
-    Case(*cell, *size, writes=writes, erase_before_decay=before)
+    StaticCase(*cell, *size, writes=writes, erase_before_decay=before)
     for size in SIZES[:2]
     for cell, writes, before in [
         ((0, 2), 1, 0),
@@ -83,7 +83,7 @@ CASES += [
 ]
 
 
-def launches(case: Case) -> list[tuple[str, Any, dict[str, Any]]]:
+def launches(case: StaticCase) -> list[tuple[str, Any, dict[str, Any]]]:
     """Name, kernel and arguments of what a forward in both forms and a backward start."""
 
     def empty(*size: int, dtype: torch.dtype = torch.float32, writes: int = 1) -> torch.Tensor:
@@ -170,7 +170,7 @@ def resources(binary: Any) -> tuple[int, int]:
     return number("REG", usage.stdout), number("STACK", usage.stdout)
 
 
-def rows(target: str, case: Case, only: str | None = None) -> Iterator[dict[str, Any]]:
+def compiled_rows(target: str, case: StaticCase, only: str | None = None) -> Iterator[dict[str, Any]]:
     """A row of the table for each kernel of a case, or for the kernel `only`."""
     amd = target.startswith("gfx")
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
@@ -195,7 +195,7 @@ def rows(target: str, case: Case, only: str | None = None) -> Iterator[dict[str,
         }
 
 
-def cases(target: str) -> list[Case]:
+def cases(target: str) -> list[StaticCase]:
     """What the backend serves there; for sm_100 and sm_120, whose assembler is slow, only what matters most."""
     memory = LIMITS[target] * 1024 * (2 if target.startswith("gfx") else 1)
     served = []
@@ -212,7 +212,7 @@ def main(path: Path, *targets: str) -> None:
     """Compiles the cases for the targets named, default all, and replaces their rows in the table at `path`."""
     targets = targets or tuple(LIMITS)
     kept = [row for row in read(path) if row["target"] not in targets]
-    made = [row for target in targets for case in cases(target) for row in rows(target, case)]
+    made = [row for target in targets for case in cases(target) for row in compiled_rows(target, case)]
     table = sorted(kept + made, key=lambda row: list(LIMITS).index(row["target"]))
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, table[0], lineterminator="\n")

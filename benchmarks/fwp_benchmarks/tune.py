@@ -109,7 +109,7 @@ def times(rule: str, D: int, device: str, candidates: list[tiling.Tiles]) -> lis
     return [median(found[i]) if i in found else math.inf for i in range(len(candidates))]
 
 
-def rows(device: str = "cuda") -> Iterator[dict[str, Any]]:
+def tuned_rows(device: str = "cuda") -> Iterator[dict[str, Any]]:
     """Tunes bfloat16 for each cell and width, and adds each row to the table as it is found."""
     where, table = tiling.architecture(torch.device(device)), dict(tiling.measured())
     for (decay, erase), rule in RULES.items():

@@ -266,12 +266,12 @@ def _split(inputs: Sequence[Any]) -> tuple[Any, Any]:
 @_forward.register_fake
 def _(*inputs):  # type: ignore[no-untyped-def]
     core = _Inputs(*inputs[:-1]).core()
-    rows = (*core.q.shape[:2], max(core.q.shape[2], core.heads))
-    o = core.q.new_empty(*rows, core.v.shape[-1])
+    shape = (*core.q.shape[:2], max(core.q.shape[2], core.heads))
+    o = core.q.new_empty(*shape, core.v.shape[-1])
     S = core.q.new_empty(core.sequences, core.heads, core.width, core.v.shape[-1], dtype=core.dtype)
     if not core.denominator:
         return o, S, o.new_empty(0), o.new_empty(0)
-    return o, S, S.new_empty(S.shape[:3]), S.new_empty(*rows, 1)
+    return o, S, S.new_empty(S.shape[:3]), S.new_empty(*shape, 1)
 
 
 @_backward.register_fake
@@ -370,11 +370,11 @@ def _vmap_backward(call: Callable[..., Any]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
         (given, upstream), (at, upstream_at) = _split(inputs), _split(in_dims)
         axis = _Axis(info.batch_size, given.cu_seqlens)
-        rows = [axis.tokens(x, i) for x, i in zip(upstream[:3], upstream_at)]
+        outputs = [axis.tokens(x, i) for x, i in zip(upstream[:3], upstream_at)]
         states = [axis.states(x, i) for x, i in zip(upstream[3:], upstream_at[3:])]
-        grads = call(*axis.inputs(given, at), *rows, *states)
+        grads = call(*axis.inputs(given, at), *outputs, *states)
         back = [axis.split_tokens] * len(TOKENS) + [axis.split_states] * len(STATES)
-        found = [x if of is None else split(x) for x, of, split in zip(grads, given, back)]
+        found = [grad if x is None else split(grad) for grad, x, split in zip(grads, given, back)]
         return type(grads)(found), type(grads)(None if x is None else 0 for x in given[:DIFFERENTIABLE])
 
     return rule

@@ -116,9 +116,7 @@ class SlowFastNet(nn.Module):
     def begin_online(self, slow: Weights, x: Tensor) -> Online:
         """Time step 0 of one stream: w(0) = □w(0) and, as in the paper, ∂w(0)/∂W_S = 0. x […]; slow as below."""
         w = self._run_slow(slow, x)
-        p = {
-            name: {of: weight.new_zeros(*self.shapes[name], *weight.shape) for of, weight in slow.items()} for name in w
-        }
+        p = {name: {W: weight.new_zeros(*self.shapes[name], *weight.shape) for W, weight in slow.items()} for name in w}
         return Online(w, p)
 
     def step_online(
@@ -156,16 +154,15 @@ class SlowFastNet(nn.Module):
         slope = {name: self._slope(w[name]) for name in w}
         after = {
             name: {
-                of: slope[name].reshape(*slope[name].shape, *[1] * slow[of].dim()) * (p[name][of] + jacobian[name][of])
-                for of in slow
+                W: slope[name].reshape(*slope[name].shape, *[1] * slow[W].dim()) * (p[name][W] + jacobian[name][W])
+                for W in slow
             }
             for name in w
         }
         delta, y = grad(error, has_aux=True)(before if self.read == "before" else w)
         at = p if self.read == "before" else after
         gradient = {
-            of: torch.stack([torch.tensordot(d, at[name][of], d.dim()) for name, d in delta.items()]).sum(0)
-            for of in slow
+            W: torch.stack([torch.tensordot(d, at[name][W], d.dim()) for name, d in delta.items()]).sum(0) for W in slow
         }
         return gradient, y, Online(w, after)
 

@@ -1,4 +1,4 @@
-"""What the kernels take, by name: the tensors of a call, and the constants that they are compiled for."""
+"""Named tuples of the kernels' arguments: the tensors of a call, and the constants that kernels are compiled for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Strided(NamedTuple):
-    """A tensor [B, T, heads, features] whose features are neighbours in memory."""
+    """A tensor [B, T, heads, features] whose features are contiguous in memory."""
 
     pointer: Tensor
     batch: int  # strides
@@ -17,7 +17,7 @@ class Strided(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The inputs of the recurrence. n = WRITES tokens of k, v and the gates belong to one token of q."""
+    """The inputs of the recurrence. Each token of q has n = WRITES tokens of k, v and the gates."""
 
     q: Strided  # [B, T, Hq, D]
     k: Strided  # [B, n·T, Hk, D]
@@ -26,12 +26,12 @@ class Inputs(NamedTuple):
     a: Strided | None = None  # [B, n·T, H, K], erase keys; None: φ(k)
     e: Strided | None = None  # [B, n·T, H, 1]; None: 1 if something is erased
     w: Strided | None = None  # [B, n·T, H, 1]; None: 1
-    q_norms: Strided | None = None  # [B, T, Hq, 1], factors of the norm of φ(q); None: a block holds all features
+    q_norms: Strided | None = None  # [B, T, Hq, 1], factors of φ(q)'s norm; None: a block holds all features
     k_norms: Strided | None = None  # [B, n·T, Hk, 1]
 
 
 class OutputGradients(NamedTuple):
-    """The gradient of the outputs, and with a denominator what divides them."""
+    """The gradient of the outputs, and with a denominator also n and the gradient of n."""
 
     d_o: Strided | None = None  # [B, T, H·READERS, V]; None: 0
     den: Strided | None = None  # [B, T, H·READERS, 1]; None: no denominator
@@ -39,14 +39,14 @@ class OutputGradients(NamedTuple):
 
 
 class States(NamedTuple):
-    """S and z of several places, or their gradients. Each None: 0 as an input, not wanted as an output."""
+    """S and z at several places, or their gradients. None means 0 for an input, and not wanted for an output."""
 
     S: Tensor | None = None  # [·, H, K, V]
     z: Tensor | None = None  # [·, H, K]
 
 
 class Packing(NamedTuple):
-    """Where packed sequences lie; all None without packing. A segment stands for a sequence where one is cut."""
+    """Places of packed sequences, or of their segments if sequences are cut. All None without packing."""
 
     borders: Tensor | None = None  # [segments + 1], in tokens of k
     slots: Tensor | None = None  # [segments], the slot of each segment's first chunk
@@ -54,7 +54,7 @@ class Packing(NamedTuple):
 
 
 class Phi(NamedTuple):
-    """How x of D features becomes SCALE · norm(φ(x)) of K features; the numbers are explained in `features.py`."""
+    """How x with D features becomes SCALE · norm(φ(x)) with K features. `features.py` explains MAP and NORM."""
 
     K: int
     D: int

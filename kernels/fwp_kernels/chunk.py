@@ -1,15 +1,15 @@
 """The chunk form: C tokens at a time by matrix products.
 
-Per sequence and state head, for a chunk that starts from S₀, with a = k unless erase keys are given. G is the running
-sum of g in the chunk. G^q is the readers' and G^a the erasers': G, or G of the token before with read "before" (then
-j < i in P too) and where erasing comes before the decay. Every exponent is ≤ 0::
+These equations hold per sequence and state head for a chunk that starts from S₀. a = k unless erase keys are given. G
+is the running sum of g in the chunk. G^q is G at the readers, or with read "before" G of the token before, and then
+j < i in P too. G^a is G at the erasers, or G of the token before if they erase before the decay. Exponents are ≤ 0::
 
     A_ij = e_i Σ_d a_id k_jd exp(G^a_i − G_j)_d  for j < i   P_ij = Σ_d q_id k_jd exp(G^q_i − G_j)_d  for j ≤ i
     (I + A) X = w ⊙ V − e ⊙ (a ⊙ exp G^a) S₀
     O = (q ⊙ exp G^q) S₀ + P X                              S = exp(G_C) S₀ + (exp(G_C − G) ⊙ k)ᵀ X
 
-A denominator reads z, one more column of S in which X is 1. With several writes per read, q, O and P have rows only for
-the writes that a token of q reads at.
+A denominator reads z, one more column of S in which X is 1. With several writes per read, only those writes at which a
+token of q reads have rows in q, O and P.
 
 Source: 2006.16236, 2406.06484 (the delta rule by chunks), 2510.26692 (a decay per channel).
 """
@@ -82,7 +82,7 @@ def sums_kernel(
 @triton.jit(do_not_specialize=["T", "NC"])
 def pairs_kernel(
     p,  # Inputs
-    p_P,  # out [B, T, H·READERS, C], or None: made in the walks unless the decay is per channel
+    p_P,  # out [B, T, H·READERS, C], or None: the walks make it, unless the decay is per channel
     p_A_inv,  # out [B, n·T, H, C], or None: nothing is erased
     packing,  # Packing
     T,  # tokens of k
@@ -137,7 +137,7 @@ def walk_kernel(
     p_X,  # out [B, n·T, H, V] or None
     p_before,  # States before each segment, [segments, H, …]
     p_after,  # out, States after each segment
-    p_kept,  # out, States before chunks: S of each CHECKPOINT_EVERY-th at `kept_at`, z of each
+    p_kept,  # out, States before chunks: S every CHECKPOINT_EVERY chunks at `kept_at`, z before each
     p_decay,  # out [segments, H, GATE_WIDTH], the product of the decays, or None
     packing,  # Packing
     T,  # tokens of k
@@ -150,9 +150,9 @@ def walk_kernel(
 ):
     """X, O and S of the equations above, chunk after chunk.
 
-    A program takes a segment, a head and a block of V, with [K, BV] of S and z in registers, and goes through its
-    chunks. Without v and S before the segment it starts from the identity, so that S ends as the matrix M by which the
-    segment passes on a state.
+    A program takes a segment, a head and a block of V. It goes through the segment's chunks with [K, BV] of S and z in
+    registers. Without v and without S before the segment it starts from the identity. S then ends as the segment's
+    matrix M.
     """
     C: tl.constexpr = s.C
     segment, h, block, k_offsets, v_offsets, mask = state_block(s.H, s.K, s.V, BK, BV)
@@ -166,7 +166,7 @@ def walk_kernel(
         b_S += (k_offsets[:, None] == v_offsets[None, :]).to(s.ACC)
     b_z = load_vector(p_before.z, segment * s.H + h, k_offsets, s.K, s.ACC)
     z_mask = (k_offsets < s.K)[None, :]
-    first_block = block == 0  # the programs of the other V blocks find the same z
+    first_block = block == 0  # programs of other V blocks compute the same z
     if p_decay is not None:
         g = tl.zeros([1, channels.shape[0]], s.ACC)
     for c in tl.range(tl.cdiv(length, C).to(tl.int32), disable_licm=True):

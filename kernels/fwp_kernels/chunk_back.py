@@ -1,23 +1,24 @@
-"""The backward of the chunk form, by the chain rule from the equations and in the letters of `chunk.py`.
+"""The backward of the chunk form: the chain rule for the equations of `chunk.py`, in the same letters.
 
-Only the inputs were kept. The forward's kernels make (I + A)⁻¹, P, X and S₀ again, then the chunks are walked back::
+Only the inputs are saved. The forward's kernels compute (I + A)⁻¹, P, X and S₀ again. Then a walk goes back through the
+chunks::
 
     dX = Pᵀ dO + (exp(G_C − G) ⊙ k) dS,  dR = (I + A)⁻ᵀ dX,  dV = w ⊙ dR,  dw = Σ_v v ⊙ dR
     dS₀ = exp(G_C) dS + (q ⊙ exp G^q)ᵀ dO − (e ⊙ a ⊙ exp G^a)ᵀ dR
 
-and then, all chunks at once, from dP = dO Xᵀ and dA = −dR Xᵀ (visible pairs), with D the decays of each pair::
+All chunks then run at once, with dP = dO Xᵀ and dA = −dR Xᵀ for visible pairs and the decay D of each pair::
 
     dq      = exp G^q ⊙ (dO S₀ᵀ) + Σ_j (dP ⊙ D)_ij k_j
     d(e a)  = −exp G^a ⊙ (dR S₀ᵀ) + Σ_j (dA ⊙ D)_ij k_j,   de = a · d(e a),   da = e ⊙ d(e a)
     dk      = exp(G_C − G) ⊙ (X dSᵀ) + Σ_i (dP ⊙ D)_ij q_i + Σ_i (dA ⊙ D)_ij e_i a_i      + da where a is k
-    dg_s    = the gradients of all that passed the gate of s: from S₀ to readers and erasers i ≥ s, from writers j < s
-              to the end, from S₀ to the end, from j < s to i ≥ s in the chunk
+    dg_s    = the sum of x · dx over everything x that the gate of s decays: S₀ for readers and erasers i ≥ s, writes
+              j < s at the chunk's end, S₀ at the chunk's end, and writes j < s for readers and erasers i ≥ s
 
-The walks keep S₀ and dS of one chunk in CHECKPOINT_EVERY. Those of the chunks between are recomputed from it by the
+The walks keep S₀ and dS every CHECKPOINT_EVERY chunks. Those of the chunks between are recomputed from them by the
 equations above.
 
-With a denominator, O and the denominators n are kept too. The gradient of what they divide is dO / n, and that of n, in
-the column of z, dn = −Σ_v dO ⊙ O / n.
+With a denominator, O and the denominators n are saved too. The gradient of the quotient's numerator is dO / n. That of
+n is dn = −Σ_v dO ⊙ O / n, which belongs to the column z.
 """
 
 import triton
@@ -84,7 +85,7 @@ def denominator_back_kernel(
 
 @triton.jit
 def load_divided(up, rows, reader, d, s: tl.constexpr):
-    """The gradient of what the denominators divide, or of the outputs without denominators: [C, len(d)]."""
+    """dO [C, len(d)], divided by the denominators if there are any."""
     x = load(up.d_o, rows, reader, d, s.V)
     if up.den is not None:
         x = quotient(x.to(s.ACC), load(up.den, rows, reader, tl.arange(0, 1), 1))
@@ -99,10 +100,10 @@ def walk_back_kernel(
     up,  # OutputGradients
     p_dR,  # out [B, n·T, H, V] or None
     p_dv,  # out [B, n·T, H, V] or None
-    p_dw,  # out [B, n·T, H, V blocks] or None: each V block's share
+    p_dw,  # out [B, n·T, H, V blocks] or None: one part per V block
     p_d_after,  # gradients of the States after each segment, [segments, H, …]
     p_d_before,  # out, gradients of the States before each segment
-    p_d_kept,  # out, gradients of the States after chunks: S of the last of CHECKPOINT_EVERY, z of each
+    p_d_kept,  # out, gradients of the States after chunks: S every CHECKPOINT_EVERY chunks, z after each
     packing,  # Packing
     T,  # tokens of k
     NC,  # chunks of a sequence without packing
@@ -185,7 +186,7 @@ def walk_back_kernel(
 
 @triton.jit
 def load_written(p, p_X, rows, h, d, s: tl.constexpr):
-    """X [C, len(d)], what the tokens write: kept by the walk where something is erased, else w ⊙ v."""
+    """X [C, len(d)], what the tokens write: loaded if something is erased, else w ⊙ v."""
     if p_X is not None:
         x = load(p_X, rows, h, d, s.V)
     else:
@@ -197,9 +198,9 @@ def load_written(p, p_X, rows, h, d, s: tl.constexpr):
 
 @triton.jit
 def recompute_S(p, p_X, p_kept_S, slots, NC, at, k_offsets, channels, v_offsets, s: tl.constexpr):
-    """S₀ of the chunk `at` in ACC, from the state that was kept last and the writes since.
+    """S₀ of the chunk `at`, recomputed from the last kept state before it.
 
-    [len(k_offsets), len(v_offsets)]
+    Returns [len(k_offsets), len(v_offsets)] in ACC.
     """
     EVERY: tl.constexpr = s.CHECKPOINT_EVERY
     index = kept_at(slots, at.n, at.c, NC, EVERY) * s.H + at.h
@@ -219,9 +220,9 @@ def recompute_S(p, p_X, p_kept_S, slots, NC, at, k_offsets, channels, v_offsets,
 
 @triton.jit
 def recompute_dS(p, up, p_dR, p_d_kept_S, slots, NC, at, k_offsets, channels, v_offsets, s: tl.constexpr):
-    """dS after the chunk `at` in ACC, from the next that was kept and back through the chunks between.
+    """dS after the chunk `at`, recomputed from the next kept gradient after it.
 
-    [len(k_offsets), len(v_offsets)]
+    Returns [len(k_offsets), len(v_offsets)] in ACC.
     """
     EVERY: tl.constexpr = s.CHECKPOINT_EVERY
     index = kept_at(slots, at.n, at.c, NC, EVERY) * s.H + at.h
@@ -250,7 +251,7 @@ def recompute_dS(p, up, p_dR, p_d_kept_S, slots, NC, at, k_offsets, channels, v_
 
 @triton.jit
 def per_gate(x, DECAY: tl.constexpr):
-    """x [C, K] for a gate per channel, its sum over K [C, 1] for a gate per head."""
+    """x [C, K] for gates per channel, or its sum over K [C, 1] for a gate per head."""
     if DECAY == 1:
         return tl.sum(x, 1)[:, None]
     else:
@@ -263,13 +264,13 @@ def gradients_kernel(
     p_X,  # [B, n·T, H, V], or None: nothing is erased
     up,  # OutputGradients
     p_dR,  # [B, n·T, H, V], or None: nothing is erased
-    p_dq,  # out [B, T, H·READERS, K]: of q where each of its features is mapped alone, else of φ(q)
+    p_dq,  # out [B, T, H·READERS, K]: of q if the map takes each feature alone, else of φ(q)
     p_dk,  # out [B, n·T, H, K], likewise
-    p_dg,  # out [B, n·T, H, K], or [B, n·T, H, K blocks] for a gate per head: each K block's share; or None
+    p_dg,  # out [B, n·T, H, K], or [B, n·T, H, K blocks] for a gate per head, one part per K block; or None
     p_da,  # out [B, n·T, H, K] or None: a is k
-    p_de,  # out [B, n·T, H, K blocks] or None: each K block's share
-    p_kept,  # States, what `walk_kernel` kept
-    p_d_kept,  # their gradients, what `walk_back_kernel` kept
+    p_de,  # out [B, n·T, H, K blocks] or None: one part per K block
+    p_kept,  # States that `walk_kernel` kept
+    p_d_kept,  # gradients that `walk_back_kernel` kept
     packing,  # Packing
     T,  # tokens of k
     NC,  # chunks of a sequence without packing
@@ -299,11 +300,11 @@ def gradients_kernel(
     at = Place(n, h, c, first, end)
     b_k = keys(p, rows, h, d, s).to(s.ACC)
 
-    # Writers to the state after the chunk, erasers from the state before it.
+    # Gradients of writers through the state after the chunk, and of erasers through the state before it.
     b_dk = tl.zeros([C, BK], s.ACC)
     b_dea = tl.zeros([C, BK], s.ACC)  # d(e a)
     dA = tl.zeros([C, C], s.ACC)
-    through = tl.zeros([1, BK], s.ACC)  # Σ_v S₀ ⊙ dS
+    b_SdS = tl.zeros([1, BK], s.ACC)  # Σ_v S₀ ⊙ dS
     for part in range(tl.cdiv(s.V, BV)):
         v_offsets = part * BV + tl.arange(0, BV)
         b_dS = recompute_dS(p, up, p_dR, p_d_kept.S, packing.slots, NC, at, d, channels, v_offsets, s)
@@ -311,7 +312,7 @@ def gradients_kernel(
         b_dk += dot(x, tl.trans(b_dS), s.DOT, s.ACC)
         if s.DECAY > 0 or p_dR is not None:
             b_S = recompute_S(p, p_X, p_kept.S, packing.slots, NC, at, d, channels, v_offsets, s)
-            through += tl.sum(b_S * b_dS, 1)[None, :]
+            b_SdS += tl.sum(b_S * b_dS, 1)[None, :]
             if p_dR is not None:
                 b_dR = load(p_dR, rows, h, v_offsets, s.V)
                 b_dea -= dot(b_dR, tl.trans(b_S), s.DOT, s.ACC)
@@ -321,24 +322,24 @@ def gradients_kernel(
         b_z = tl.load(vector_at(p_kept.z, slot * s.H + h, d, s.K), mask=z_mask, other=0.0)
         b_dz = tl.load(vector_at(p_d_kept.z, slot * s.H + h, d, s.K), mask=z_mask, other=0.0)
         b_dk += b_dz
-        through += b_z * b_dz
+        b_SdS += b_z * b_dz
     if s.DECAY > 0:
         b_dk = to_end(b_dk, gates, s)
-        # The gradient of a gate is b_dg, plus the sum of b_dG over its token and the later ones.
+        # In the end the gradient of a gate is b_dg plus the sum of b_dG over its own and all later tokens.
         b_dG = -per_gate(b_k * b_dk, s.DECAY)
-        b_dg = per_gate(through * tl.exp(load_last(gates, s)), s.DECAY)
+        b_dg = per_gate(b_SdS * tl.exp(load_last(gates, s)), s.DECAY)
         b_dg += tl.zeros_like(b_dG) - tl.sum(b_dG, 0)[None, :]
 
     if p_dR is not None:
         b_a = erase_keys(p, b_k, rows, h, d, s).to(s.ACC)
         b_e = per_token(p.e, rows, h, s.ACC)
-        d_eraser, d_writer, dG, late = product_gradients(dA, b_e * b_a, b_k, gates, False, s.ERASE_BEFORE_DECAY, s)
+        d_eraser, d_writer, dG, dG_eraser = product_gradients(dA, b_e * b_a, b_k, gates, False, s.ERASE_BEFORE_DECAY, s)
         if s.DECAY > 0:
             b_dea = from_start(b_dea, gates, s.ERASE_BEFORE_DECAY, s)
             from_S = per_gate(b_e * b_a * b_dea, s.DECAY)
             b_dG += from_S + dG
-            if s.ERASE_BEFORE_DECAY:  # its gates are those of the token before
-                b_dg -= from_S + late
+            if s.ERASE_BEFORE_DECAY:  # erasers don't see their own token's gate
+                b_dg -= from_S + dG_eraser
         b_dea += d_eraser
         if p.a is None:
             b_dk += d_writer + b_e * b_dea
@@ -366,7 +367,7 @@ def gradients_kernel(
                 b_dden = load(up.d_den, reading, reader, one, 1)
                 b_dq += b_dden * b_z
                 dP += b_dden
-            d_reader, d_writer, dG, lagging = product_gradients(
+            d_reader, d_writer, dG, dG_reader = product_gradients(
                 dP, b_q, b_k, gates, not s.READ_BEFORE, s.READ_BEFORE, s
             )
             b_dk += d_writer
@@ -374,8 +375,8 @@ def gradients_kernel(
                 b_dq = from_start(b_dq, gates, s.READ_BEFORE, s)
                 border = b_q * b_dq
                 b_dG += per_gate(border, s.DECAY) + dG
-                if s.READ_BEFORE:  # its gates are those of the token before
-                    b_dg -= per_gate(border, s.DECAY) + lagging
+                if s.READ_BEFORE:  # readers don't see their own token's gate
+                    b_dg -= per_gate(border, s.DECAY) + dG_reader
             b_dq += d_reader
             if s.Q_PHI.MAP < 4 and s.Q_PHI.NORM == 0:
                 b_dq *= slope(p.q, reading, reader // s.HEADS_PER_Q, d, s.Q_PHI, s.ACC) * s.Q_PHI.SCALE

@@ -1,10 +1,10 @@
-"""The device functions that the kernels are made of.
+"""The device functions that kernels share.
 
 The README beside this package explains letters and prefixes. `p` are the tensors of `arguments.Inputs`, and `s` the
 constants of `arguments.Switches`.
 
-Gates are summed within chunks, from a floor whose exponential is 0 (an exact reset, −inf too). Every exponent is ≤ 0:
-nothing overflows, and a gate of −1e4 costs the decays after it few digits.
+Gates are summed within chunks. Each counts at least a floor whose exponential is 0, so that resets are exact, those of
+−inf too, and a gate of −1e4 costs the decays after it few digits. Every exponent is ≤ 0, so nothing overflows.
 """
 
 from typing import Any, NamedTuple
@@ -18,18 +18,18 @@ class Rows(NamedTuple):
 
     n: Any  # batch row
     t: Any  # [C], tokens
-    present: Any  # [C], which of them exist
+    present: Any  # [C], whether the token exists
 
 
 class Gates(NamedTuple):
-    """The decays of a chunk. Rows beyond the sequence's end repeat its last one, so no exponent is ever positive."""
+    """The decays of a chunk. Rows beyond the sequence's end repeat its last row, so that no exponent is positive."""
 
     G: Any  # [B, n·T, H, GATE_WIDTH] or None
     n: Any  # batch row
     h: Any  # state head
     start: Any  # first token of the chunk
     end: Any  # end of the sequence
-    channels: Any  # the features of G that are wanted
+    channels: Any  # the features of G to load
 
 
 class Place(NamedTuple):
@@ -59,7 +59,7 @@ def rows_from(n, start, end, C: tl.constexpr):
 
 @triton.jit
 def reading_rows(rows, s: tl.constexpr):
-    """The rows of q, o and P that read at these writes, and none for writes that nobody reads at.
+    """The rows of q, o and P that read at these writes. Writes without a read have no row.
 
     With several writes per read, token t of q reads after write WRITES t + WRITES − 1, or before write WRITES t.
     """
@@ -86,7 +86,7 @@ def store(x, rows, h, d, D: tl.constexpr, value):
 
 @triton.jit
 def per_token(x, rows, h, ACC: tl.constexpr):
-    """The one number of each token and head: [C, 1] in ACC, 1 if x is None."""
+    """The numbers of tokens and head h in x: [C, 1] in ACC, 1 if x is None."""
     if x is not None:
         return load(x, rows, h, tl.arange(0, 1), 1).to(ACC)
     else:
@@ -95,7 +95,7 @@ def per_token(x, rows, h, ACC: tl.constexpr):
 
 @triton.jit
 def erase_keys(p, b_k, rows, h, d, s: tl.constexpr):
-    """The keys whose values are erased, [C, len(d)]: a, or the keys k that are written to."""
+    """The keys along which values are erased, [C, len(d)]: a, or k without erase keys."""
     if p.a is not None:
         return load(p.a, rows, h, d, s.K)
     else:
@@ -104,13 +104,13 @@ def erase_keys(p, b_k, rows, h, d, s: tl.constexpr):
 
 @triton.jit
 def dot(a, b, DOT: tl.constexpr, ACC: tl.constexpr):
-    """a b, the operands rounded to DOT, summed in ACC. float32 operands stay float32."""
+    """a b, with operands rounded to DOT and sums in ACC. float32 operands stay float32, without tf32."""
     return tl.dot(a.to(DOT), b.to(DOT), input_precision="ieee", out_dtype=ACC)
 
 
 @triton.jit
 def quotient(x, den):
-    """x / den, 0 where den is 0. The reciprocal of a small den would overflow."""
+    """x / den, 0 where den is 0. It divides, since the reciprocal of a small den would overflow."""
     return tl.where(den == 0, 0.0, x / tl.where(den == 0, 1.0, den))
 
 
@@ -169,7 +169,7 @@ def load_vector(p_z, index, k_offsets, K: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def span(borders, n, T):
-    """First token and length of sequence n. Without packing it is row n of the batch, with all its T tokens."""
+    """First token and length of sequence n. Without packing that is batch row n with T tokens."""
     if borders is None:
         first = n * 0
         length = first + T
@@ -181,7 +181,7 @@ def span(borders, n, T):
 
 @triton.jit
 def chunk_of(slot, packing, NC):
-    """Sequence n and chunk c that a slot stands for. Spare slots lie behind the end of their sequence."""
+    """Sequence n and chunk c of a slot. Spare slots give chunks behind the end of their sequence."""
     if packing.borders is None:
         n = slot // NC
         c = slot % NC
@@ -193,9 +193,9 @@ def chunk_of(slot, packing, NC):
 
 @triton.jit
 def segment_of(segment, packing, T, NS, CS, C: tl.constexpr):
-    """Batch row, first chunk in it, first token and length of a segment: CS chunks of a sequence, or all of it.
+    """Batch row, first chunk in it, first token and length of a segment.
 
-    Without packing a row has NS segments. With packing the borders are those of segments.
+    Without packing a row has NS segments of CS chunks. With packing the borders are those of segments.
     """
     if packing.borders is None:
         n = segment // NS
@@ -211,9 +211,9 @@ def segment_of(segment, packing, T, NS, CS, C: tl.constexpr):
 
 @triton.jit
 def kept_at(slots, n, c, NC, EVERY: tl.constexpr):
-    """Index of the kept state of the group of EVERY chunks that chunk c of sequence n is in.
+    """Index of the state that is kept for chunk c of sequence n and the other chunks of its group of EVERY.
 
-    No two sequences share a group: at most (chunks before + n (EVERY − 1)) / EVERY groups, rounded up, lie before n.
+    No two sequences share a group. At most (chunks before + n (EVERY − 1)) / EVERY groups, rounded up, precede n.
     """
     if slots is None:
         before = n * NC
@@ -226,9 +226,9 @@ def kept_at(slots, n, c, NC, EVERY: tl.constexpr):
 
 
 @triton.jit
-def load_sums(gates, i, LAG: tl.constexpr, s: tl.constexpr):
-    """G of tokens start + i of the chunk. With LAG that of the tokens before them, 0 at the start."""
-    t = tl.minimum(gates.start + i - LAG, gates.end - 1)
+def load_sums(gates, i, BEFORE_DECAY: tl.constexpr, s: tl.constexpr):
+    """G of tokens start + i of the chunk. BEFORE_DECAY: G of the token before each, 0 at the start."""
+    t = tl.minimum(gates.start + i - BEFORE_DECAY, gates.end - 1)
     return load(gates.G, Rows(gates.n, t, t >= gates.start), gates.h, gates.channels, s.GATE_WIDTH)
 
 
@@ -239,10 +239,10 @@ def load_last(gates, s: tl.constexpr):
 
 
 @triton.jit
-def from_start(x, gates, LAG: tl.constexpr, s: tl.constexpr):
+def from_start(x, gates, BEFORE_DECAY: tl.constexpr, s: tl.constexpr):
     """x [C, ·] decayed from the chunk's start to each token."""
     x = x.to(gates.G.pointer.dtype.element_ty)
-    return x * tl.exp(load_sums(gates, tl.arange(0, x.shape[0]), LAG, s))
+    return x * tl.exp(load_sums(gates, tl.arange(0, x.shape[0]), BEFORE_DECAY, s))
 
 
 @triton.jit
@@ -259,72 +259,72 @@ def decay_over_chunk(S, gates, s: tl.constexpr):
 
 
 @triton.jit
-def decayed(x, gates, LAG: tl.constexpr, END: tl.constexpr, s: tl.constexpr):
+def decayed(x, gates, BEFORE_DECAY: tl.constexpr, END: tl.constexpr, s: tl.constexpr):
     """x [C, ·] decayed from the chunk's start to each token, or with END from each token to the chunk's end."""
     if END:
         return to_end(x, gates, s)
     else:
-        return from_start(x, gates, LAG, s)
+        return from_start(x, gates, BEFORE_DECAY, s)
 
 
 @triton.jit
-def read_state(x, S, gates, LAG: tl.constexpr, END: tl.constexpr, s: tl.constexpr):
-    """decayed(x) S for x [C, K]. A gate per head scales the product's rows, so that x goes into it as it was loaded."""
+def read_state(x, S, gates, BEFORE_DECAY: tl.constexpr, END: tl.constexpr, s: tl.constexpr):
+    """decayed(x) S for x [C, K]. A gate per head scales the rows of the product, so that its operand is x as loaded."""
     if s.DECAY == 2:
-        y = dot(decayed(x, gates, LAG, END, s), S, s.DOT, s.ACC)
+        y = dot(decayed(x, gates, BEFORE_DECAY, END, s), S, s.DOT, s.ACC)
     else:
         y = dot(x, S, s.DOT, s.ACC)
         if s.DECAY == 1:
-            y = decayed(y, gates, LAG, END, s)
+            y = decayed(y, gates, BEFORE_DECAY, END, s)
     return y
 
 
 @triton.jit
-def write_state(x, y, gates, LAG: tl.constexpr, END: tl.constexpr, s: tl.constexpr):
+def write_state(x, y, gates, BEFORE_DECAY: tl.constexpr, END: tl.constexpr, s: tl.constexpr):
     """decayed(x)ᵀ y for x [C, K] and y [C, V]. A gate per head scales the rows of y."""
     if s.DECAY == 2:
-        x = decayed(x, gates, LAG, END, s)
+        x = decayed(x, gates, BEFORE_DECAY, END, s)
     elif s.DECAY == 1:
-        y = decayed(y, gates, LAG, END, s)
+        y = decayed(y, gates, BEFORE_DECAY, END, s)
     return dot(tl.trans(x), y, s.DOT, s.ACC)
 
 
-# The denominator: z is a column of S, of value 1, that nothing erases and no strength weighs. It is a row [1, K] in
-# ACC, read and written by sums, since a matrix product takes at least 16 columns.
+# The denominator: z is one more column of S, in which every write is 1 and nothing is erased. It is a row [1, K] in
+# ACC, read and written by sums, since a matrix product needs at least 16 columns.
 
 
 @triton.jit
-def read_vector(x, z, gates, LAG: tl.constexpr, s: tl.constexpr):
+def read_vector(x, z, gates, BEFORE_DECAY: tl.constexpr, s: tl.constexpr):
     """`read_state` of z from the chunk's start: [C, 1]."""
     if s.DECAY == 2:
-        x = from_start(x, gates, LAG, s)
+        x = from_start(x, gates, BEFORE_DECAY, s)
     y = tl.sum(x.to(s.ACC) * z, 1)[:, None]
     if s.DECAY == 1:
-        y = from_start(y, gates, LAG, s)
+        y = from_start(y, gates, BEFORE_DECAY, s)
     return y
 
 
 @triton.jit
-def write_vector(x, y, gates, LAG: tl.constexpr, END: tl.constexpr, s: tl.constexpr):
+def write_vector(x, y, gates, BEFORE_DECAY: tl.constexpr, END: tl.constexpr, s: tl.constexpr):
     """`write_state` of y [C, 1] to z: [1, K]."""
     if s.DECAY == 2:
-        x = decayed(x, gates, LAG, END, s)
+        x = decayed(x, gates, BEFORE_DECAY, END, s)
     elif s.DECAY == 1:
-        y = decayed(y, gates, LAG, END, s)
+        y = decayed(y, gates, BEFORE_DECAY, END, s)
     return tl.sum(x.to(s.ACC) * y, 0)[None, :]
 
 
 # ---- products of pairs of tokens ----
 
-# M_ij = Σ_d a_id b_jd exp(G_i − G_j)_d, with LAG exp(G_{i−1} − G_j)_d. A decay per channel can't be taken out of the
-# sum over d. But where i lies in the later half of a block of tokens and j in its earlier half, it is the product of
-# i's decay since the middle and j's until the middle. Each pair is in one such block of some size 2, 4, …, C, so
-# log2 C masked products make all pairs.
+# M_ij = Σ_d a_id b_jd exp(G_i − G_j)_d, with BEFORE_DECAY exp(G_{i−1} − G_j)_d. A decay per channel can't be taken out
+# of the sum over d. But let i lie in the later half of a block of tokens and j in the earlier half. Then the decay is
+# that from j to the middle times that from the middle to i. Each pair lies so in one block of size 2, 4, …, C, so
+# log₂ C masked products make all pairs.
 
 
 @triton.jit
 def visible(C: tl.constexpr, DIAGONAL: tl.constexpr):
-    """Which j each i sees: j < i, with DIAGONAL j ≤ i. [C, C]"""
+    """Whether i sees j, [C, C]: j < i, or with DIAGONAL j ≤ i."""
     i = tl.arange(0, C)
     if DIAGONAL:
         return i[:, None] >= i[None, :]
@@ -333,39 +333,39 @@ def visible(C: tl.constexpr, DIAGONAL: tl.constexpr):
 
 
 @triton.jit
-def half_block_decays(gates, half, LAG: tl.constexpr, s: tl.constexpr):
-    """Decays in blocks of 2 half tokens, and which pairs share a block [C, C].
+def half_block_decays(gates, half, BEFORE_DECAY: tl.constexpr, s: tl.constexpr):
+    """The decays of the two halves of blocks of 2 half tokens, and whether i and j share a block [C, C].
 
-    The first [C, ·] are those since the block's middle, 0 in the earlier half; the second those until the middle, 0 in
-    the later half.
+    The first decays [C, ·] are those from the block's middle to each token of the later half, 0 in the earlier half.
+    The second are those from each token of the earlier half to the middle, 0 in the later half.
     """
     i = tl.arange(0, s.C)
     middle = load_sums(gates, i // (2 * half) * (2 * half) + half - 1, False, s)
     late = ((i // half) % 2 == 1)[:, None]
-    # masked before the exponential, where exponents would be positive
-    after = tl.exp(tl.where(late, load_sums(gates, i, LAG, s) - middle, -float("inf")))
+    # exponents that would be positive are masked before the exponential
+    after = tl.exp(tl.where(late, load_sums(gates, i, BEFORE_DECAY, s) - middle, -float("inf")))
     before = tl.exp(tl.where(late, -float("inf"), middle - load_sums(gates, i, False, s)))
     return after, before, i[:, None] // (2 * half) == i[None, :] // (2 * half)
 
 
 @triton.jit
-def decays_between(gates, LAG: tl.constexpr, s: tl.constexpr):
+def decays_between(gates, BEFORE_DECAY: tl.constexpr, s: tl.constexpr):
     """exp(G_i − G_j) for a gate per head, 1 above the diagonal: [C, C]."""
     i = tl.arange(0, s.C)
-    later = load_sums(gates, i, LAG, s)
+    later = load_sums(gates, i, BEFORE_DECAY, s)
     earlier = load_sums(gates, i, False, s)
     return tl.exp(tl.where(i[:, None] > i[None, :], later - tl.trans(earlier), 0.0))
 
 
 @triton.jit
-def products_between(a, b, gates, half, LAG: tl.constexpr, s: tl.constexpr):
-    """The pairs of M that lie in the two halves of blocks of 2 half tokens."""
-    after, before, together = half_block_decays(gates, half, LAG, s)
+def products_between(a, b, gates, half, BEFORE_DECAY: tl.constexpr, s: tl.constexpr):
+    """The M_ij with i in the later half and j in the earlier half of a block of 2 half tokens, else 0."""
+    after, before, together = half_block_decays(gates, half, BEFORE_DECAY, s)
     return tl.where(together, dot(a * after, tl.trans(b * before), s.DOT, after.dtype), 0.0)
 
 
 @triton.jit
-def products(a, b, gates, DIAGONAL: tl.constexpr, LAG: tl.constexpr, s: tl.constexpr):
+def products(a, b, gates, DIAGONAL: tl.constexpr, BEFORE_DECAY: tl.constexpr, s: tl.constexpr):
     """M [C, C] of some features a and b [C, ·], 0 where i doesn't see j."""
     C: tl.constexpr = s.C
     if s.DECAY == 2:
@@ -373,35 +373,35 @@ def products(a, b, gates, DIAGONAL: tl.constexpr, LAG: tl.constexpr, s: tl.const
         a = a.to(s.ACC)
         b = b.to(s.ACC)
         for level in tl.range(log2(C), num_stages=1, disable_licm=True):
-            M += products_between(a, b, gates, 1 << level, LAG, s)
+            M += products_between(a, b, gates, 1 << level, BEFORE_DECAY, s)
         if DIAGONAL:
             i = tl.arange(0, C)
             M = tl.where(i[:, None] == i[None, :], tl.sum(a * b, 1)[:, None], M)
     else:
         M = dot(a, tl.trans(b), s.DOT, s.ACC)
         if s.DECAY == 1:
-            M *= decays_between(gates, LAG, s)
+            M *= decays_between(gates, BEFORE_DECAY, s)
         M = tl.where(visible(C, DIAGONAL), M, 0.0)
     return M
 
 
 @triton.jit
-def product_gradients(dM, a, b, gates, DIAGONAL: tl.constexpr, LAG: tl.constexpr, s: tl.constexpr):
-    """Gradients of Σ dM ⊙ products(a, b): of a, of b and of G, and with LAG the part of the last that a causes.
+def product_gradients(dM, a, b, gates, DIAGONAL: tl.constexpr, BEFORE_DECAY: tl.constexpr, s: tl.constexpr):
+    """The gradients da, db and dG of Σ dM ⊙ products(a, b), and dG_a: with BEFORE_DECAY the part of dG through a.
 
-    Those of a and b are [C, ·]; those of G are [C, ·] too, or [C, 1] for a gate per head, summed over these features.
-    A pair (i, j) adds to that of G_i what it takes from that of G_j, with a and b as the products see them, rounded. So
-    in the gradient of a gate, a sum over G, pairs that lie on one side of it cancel to the last digits of ACC.
+    da and db are [C, ·]. dG and dG_a are [C, ·] too, or for a gate per head [C, 1], summed over these features. A pair
+    (i, j) adds to dG_i what it subtracts from dG_j, with a and b rounded as in the products. The gradient of a gate is
+    a sum over dG, in which pairs that lie on one side of the gate therefore cancel to the last digits of ACC.
     """
     C: tl.constexpr = s.C
     dM = tl.where(visible(C, DIAGONAL), dM, 0.0)
     if s.DECAY == 2:
-        lagging = tl.zeros_like(a)
+        dG_a = tl.zeros_like(a)
         da = tl.zeros_like(a)
         db = tl.zeros_like(a)
         dG = tl.zeros_like(a)
         for level in tl.range(log2(C), num_stages=1, disable_licm=True):
-            after, before, together = half_block_decays(gates, 1 << level, LAG, s)
+            after, before, together = half_block_decays(gates, 1 << level, BEFORE_DECAY, s)
             near = tl.where(together, dM, 0.0)
             a_seen = (a * after).to(s.DOT)
             b_seen = (b * before).to(s.DOT)
@@ -410,8 +410,8 @@ def product_gradients(dM, a, b, gates, DIAGONAL: tl.constexpr, LAG: tl.constexpr
             da += after * da_seen
             db += before * db_seen
             dG += a_seen.to(s.ACC) * da_seen - b_seen.to(s.ACC) * db_seen
-            if LAG:
-                lagging += a_seen.to(s.ACC) * da_seen
+            if BEFORE_DECAY:
+                dG_a += a_seen.to(s.ACC) * da_seen
         if DIAGONAL:
             i = tl.arange(0, C)
             own = tl.sum(tl.where(i[:, None] == i[None, :], dM, 0.0), 1)[:, None]
@@ -419,15 +419,15 @@ def product_gradients(dM, a, b, gates, DIAGONAL: tl.constexpr, LAG: tl.constexpr
             db += own * a
     else:
         dG = tl.zeros([C, 1], s.ACC)
-        lagging = dG
+        dG_a = dG
         if s.DECAY == 1:
-            dM *= decays_between(gates, LAG, s)
-            pairs = dM * dot(a, tl.trans(b), s.DOT, s.ACC)  # before dM is rounded as an operand
-            lagging = tl.sum(pairs, 1)[:, None]
-            dG = lagging - tl.sum(pairs, 0)[:, None]
+            dM *= decays_between(gates, BEFORE_DECAY, s)
+            pairs = dM * dot(a, tl.trans(b), s.DOT, s.ACC)  # dM is not yet rounded as an operand
+            dG_a = tl.sum(pairs, 1)[:, None]
+            dG = dG_a - tl.sum(pairs, 0)[:, None]
         da = dot(dM, b, s.DOT, s.ACC)
         db = dot(tl.trans(dM), a, s.DOT, s.ACC)
-    return da, db, dG, lagging
+    return da, db, dG, dG_a
 
 
 # ---- the inverse ----
@@ -435,7 +435,7 @@ def product_gradients(dM, a, b, gates, DIAGONAL: tl.constexpr, LAG: tl.constexpr
 
 @triton.jit
 def substitution(A, ACC: tl.constexpr):
-    """(I + A)⁻¹ of each of the strictly lower A [B, C, C], row by row."""
+    """(I + A)⁻¹ of each strictly lower triangular matrix of A [B, C, C], row by row."""
     C: tl.constexpr = A.shape[1]
     row = tl.arange(0, C)[None, :, None]
     X = (row == tl.arange(0, C)[None, None, :]).to(ACC) + tl.zeros_like(A)
@@ -448,9 +448,10 @@ def substitution(A, ACC: tl.constexpr):
 
 @triton.jit
 def inverse(A, ACC: tl.constexpr):
-    """(I + A)⁻¹ of a strictly lower A [C, C], C ≤ 64, in ACC: exact up to rounding however alike the keys are.
+    """(I + A)⁻¹ of a strictly lower triangular A [C, C], C ≤ 64, in ACC.
 
-    A power series is not. Beyond 32 rows by [[X, 0], [−Y A₂₁ X, Y]] from the inverses X and Y of the halves.
+    It is exact up to rounding however alike the keys are, which a power series is not. Above 32 rows it is
+    [[X, 0], [−Y A₂₁ X, Y]] with the inverses X and Y of the diagonal blocks.
     """
     C: tl.constexpr = A.shape[0]
     if C <= 32:

@@ -1,9 +1,9 @@
-"""Feature maps φ and their norms, made where q and k are loaded, and their gradients.
+"""Feature maps φ and their norms, applied where q and k are loaded, and their gradients.
 
 x [B, T, H, D] becomes SCALE · norm(φ(x)) [B, T, H, K], computed in ACC and then rounded to x's dtype. MAP is 0 for
 φ(x) = x, 1 for relu, 2 for elu + 1, 3 for exp and 4 for DPFP, whose feature 2D(i − 1) + j is r_j r_{j−i} with
 r = relu([x, −x]) (2102.11174, equation 37). NORM is 0 for none, 1 for the sum of the features, 2 for the root of the
-sum of their squares. These constants travel as `phi`, an `arguments.Phi`.
+sum of their squares. Kernels take these constants as `phi`, an `arguments.Phi`.
 """
 
 import triton
@@ -44,7 +44,7 @@ def mapped(x, rows, h, f, phi: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def sum_for(b, NORM: tl.constexpr):
-    """The sum of these features, or of their squares for NORM 2: [C, 1]."""
+    """The sum of the features b, or of their squares for NORM 2: [C, 1]."""
     if NORM == 2:
         b *= b
     return tl.sum(b, 1)[:, None]
@@ -52,7 +52,7 @@ def sum_for(b, NORM: tl.constexpr):
 
 @triton.jit
 def norm_factor(total, NORM: tl.constexpr):
-    """What the norm multiplies features by, from that sum over all of them."""
+    """The factor by which the norm multiplies features, from `sum_for` all of them."""
     if NORM == 1:
         y = quotient(tl.full(total.shape, 1.0, total.dtype), total)
     else:
@@ -91,7 +91,7 @@ def keys(p, rows, h, f, s: tl.constexpr):
 
 @triton.jit
 def slope(x, rows, h, f, phi: tl.constexpr, ACC: tl.constexpr):
-    """φ' of a map that takes each feature alone: [C, len(f)]."""
+    """φ'(x) for a map that takes each feature alone: [C, len(f)]."""
     b = load(x, rows, h, f, phi.D).to(ACC)
     if phi.MAP == 0:
         b = tl.full(b.shape, 1.0, ACC)
@@ -137,7 +137,7 @@ def norms_kernel(
 
 @triton.jit
 def summed(d_y, rows, h, f, SHARE: tl.constexpr, phi: tl.constexpr, ACC: tl.constexpr):
-    """Gradients of features f before they were scaled, summed over the SHARE heads that share head h: [C, len(f)]."""
+    """Gradients of features f before the scale, summed over the SHARE heads that share head h: [C, len(f)]."""
     total = tl.zeros([rows.t.shape[0], f.shape[0]], ACC)
     for i in range(SHARE):
         total += load(d_y, rows, h * SHARE + i, f, phi.K)
@@ -146,7 +146,7 @@ def summed(d_y, rows, h, f, SHARE: tl.constexpr, phi: tl.constexpr, ACC: tl.cons
 
 @triton.jit
 def before_norm(d_y, b, along, factor, NORM: tl.constexpr):
-    """Gradient of features b [C, ·] from the gradient d_y of factor · b; along [C, 1] is Σ_f d_y factor b."""
+    """The gradient of features b [C, ·] from the gradient d_y of factor · b. along [C, 1] is Σ_f d_y factor b."""
     if NORM == 0:
         return d_y
     elif NORM == 1:
@@ -193,7 +193,7 @@ def features_back_kernel(
         else:
             b_dx = tl.zeros([BT, BK], ACC)
             for half in range(2):
-                # r_j is in the features that begin with it, r_j r_{j−i}, and in those that end with it, r_{j+i} r_j
+                # r_j is the first factor of the features r_j r_{j−i} and the second one of r_{j+i} r_j
                 j = tl.where(d < D, d, 0) + half * D
                 own = rectified(p_x, rows, h, j, D, ACC)
                 b_dr = tl.zeros([BT, BK], ACC)

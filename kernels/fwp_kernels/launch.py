@@ -21,10 +21,10 @@ from .tiling import ROWS, cdiv, power_of_2
 
 
 class Prepared(NamedTuple):
-    """What depends on no state."""
+    """The results of `prepare`, which depend on no state."""
 
-    inputs: Inputs  # with the gates' sums
-    P: Strided | None  # [B, T, readers, C], only with a decay per channel: else the walks make it
+    inputs: Inputs  # with the running sums of the gates
+    P: Strided | None  # [B, T, readers, C], only with a decay per channel; else the walks make it
     A_inv: Strided | None  # [B, n·T, H, C], only where something is erased
 
 
@@ -55,7 +55,7 @@ class Kernels:
         return layout(self.p, self.cut)
 
     def inputs(self) -> Inputs:
-        """The inputs without gates and norms."""
+        """The inputs without sums of gates and factors of norms."""
         p = self.p
         a, e, w = self.optional(p.a), self.optional(p.e), self.optional(p.w)
         return Inputs(self.strided(p.q), self.strided(p.k), self.strided(p.v), None, a, e, w)
@@ -67,7 +67,7 @@ class Kernels:
         return (None, None) if p.norm is None else (self.norms(p.q, p.q_phi), self.norms(p.k, p.k_phi))
 
     def normed(self, inputs: Inputs) -> Inputs:
-        """The inputs with those."""
+        """The inputs with the factors of the norms."""
         q_norms, k_norms = self.q_and_k_norms
         return inputs._replace(q_norms=q_norms, k_norms=k_norms)
 
@@ -75,11 +75,11 @@ class Kernels:
         """x [B, T, H] or [B, T, H, D] as the kernels take it."""
         if x.dim() == 4 and x.shape[3] > 1 and x.stride(3) != 1:
             x = x.contiguous()
-        # packed: sequences lie in the one batch row, wherever they begin
+        # packed sequences all lie in batch row 0
         return Strided(x, 0 if self.p.cu_seqlens is not None else x.stride(0), x.stride(1), x.stride(2))
 
     def optional(self, x: Tensor | None) -> Strided | None:
-        """The same of what may be missing."""
+        """`strided`, or None for None."""
         return None if x is None else self.strided(x)
 
     def states(self, count: int) -> States:
@@ -97,8 +97,8 @@ class Kernels:
         """Uninitialised [B, tokens, heads, features]."""
         return self.p.q.new_empty(self.p.B, tokens, heads, features, dtype=dtype)
 
-    def of_chunks(self) -> dict[str, Any]:
-        """What the kernels of the chunk form take."""
+    def chunk_arguments(self) -> dict[str, Any]:
+        """The arguments of all kernels of the chunk form."""
         p, tiles = self.p, self.p.tiles
         return {
             "packing": self.layout.packing,
@@ -109,10 +109,10 @@ class Kernels:
             "num_stages": tiles.stages,
         }
 
-    def of_walks(self) -> dict[str, Any]:
-        """What the walks take."""
+    def walk_arguments(self) -> dict[str, Any]:
+        """The arguments of both walks."""
         place = {"NS": self.layout.segments_of_row, "CS": self.layout.chunks_of_segment}
-        return self.of_chunks() | place | {"BK": power_of_2(self.p.K)}
+        return self.chunk_arguments() | place | {"BK": power_of_2(self.p.K)}
 
     # ---- each kernel ----
 
@@ -171,7 +171,7 @@ class Kernels:
         return found
 
     def prepare(self) -> Prepared:
-        """The gates' sums, P and (I + A)⁻¹."""
+        """The running sums of the gates, P and (I + A)⁻¹."""
         p, inputs = self.p, self.inputs()
         block, P, A_inv = power_of_2(p.K, p.tiles.block), None, None
         if p.g is not None:
@@ -197,7 +197,7 @@ class Kernels:
             A_inv = self.strided(self.buffer(p.tokens, p.H, p.C, p.operand))
         if P is not None or A_inv is not None:
             pairs_kernel[(self.layout.slots * p.H,)](
-                p=self.normed(inputs), p_P=P, p_A_inv=A_inv, BK=block, **self.of_chunks()
+                p=self.normed(inputs), p_P=P, p_A_inv=A_inv, BK=block, **self.chunk_arguments()
             )
         return Prepared(inputs, P, A_inv)
 
@@ -213,9 +213,10 @@ class Kernels:
         decay: Tensor | None = None,
         matrix: bool = False,
     ) -> None:
-        """From the states before each segment to the outputs that are given.
+        """Walks forward from the states before each segment, and fills the outputs that are given.
 
-        matrix: from the identity, writing nothing, so that the S after a segment [segments, H, K, K] is its M.
+        matrix: starts from the identity and writes nothing, so that `after` gets the M of each segment as S
+        [segments, H, K, K].
         """
         s, inputs = self.switches, prepared.inputs
         if matrix:
@@ -233,7 +234,7 @@ class Kernels:
             p_kept=kept,
             p_decay=decay,
             BV=BV,
-            **self.of_walks() | {"s": s},
+            **self.walk_arguments() | {"s": s},
         )
 
     def walk_back(
@@ -247,7 +248,7 @@ class Kernels:
         dv: Tensor | None = None,
         dw: Tensor | None = None,
     ) -> None:
-        """From the gradients of the states after each segment to those that are given."""
+        """Walks back from the gradients of the states after each segment, and fills the gradients that are given."""
         p = self.p
         BV = power_of_2(p.V, p.tiles.walk)
         walk_back_kernel[(self.layout.segments * p.H * cdiv(p.V, BV),)](
@@ -262,11 +263,11 @@ class Kernels:
             p_d_before=d_before,
             p_d_kept=d_kept,
             BV=BV,
-            **self.of_walks(),
+            **self.walk_arguments(),
         )
 
     def segments(self, prepared: Prepared) -> Segments:
-        """What each segment makes of a state of 0, and how it passes on a state."""
+        """N and M of each segment, or in place of M the product of its decays."""
         p, count = self.p, self.layout.segments
         N, M, decay = self.states(count), None, None
         if p.g is not None and (not p.erases or N.z is not None):
@@ -278,7 +279,7 @@ class Kernels:
         return Segments(N, M, decay)
 
     def join(self, segments: Segments, before: States, after: States, back: bool = False) -> States:
-        """The states before each segment, from those before the first. Those after the last go to `after`."""
+        """The states before each segment, from those before the first one. Fills `after` with those after the last."""
         p, starts = self.p, self.states(self.layout.segments)
         BK, BV = power_of_2(p.K), power_of_2(p.V, 16)
         join_kernel[(p.N * p.H * cdiv(p.V, BV),)](
@@ -326,15 +327,15 @@ def contiguous(S: Tensor | None, z: Tensor | None) -> States:
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
-    """A context in which kernels start on the GPU that holds x, which need not be the current one."""
+    """A context in which kernels start on the GPU of x, even if it is not the current one."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def forward(p: Problem, form: str, over: bool = False) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """o [B, T, readers, V] and the final S [N, H, K, V]; z [N, H, K] and denominators [B, T, readers, 1], or None.
 
-    over: the recurrent form writes S over the initial one, each block by the program that read it. z is read by the
-    programs of all V blocks, so it gets a place of its own.
+    over: the recurrent form writes S over the initial S, since only the program that writes a block reads it. z gets
+    new memory, since the programs of all V blocks read it.
     """
     kernels = Kernels(p)
     before = kernels.before
@@ -364,9 +365,9 @@ def forward(p: Problem, form: str, over: bool = False) -> tuple[Tensor, Tensor, 
 
 
 class Gradients(NamedTuple):
-    """Buffers for the gradients of the inputs, as the kernels write them, and dR.
+    """Buffers for dR and for the gradients of the inputs as kernels write them.
 
-    In the input's dtype where a kernel writes its final gradient, else in the accumulator's.
+    A buffer has the input's dtype if a kernel writes the final gradient, else the accumulator's.
     """
 
     dq: Tensor  # [B, T, readers, K]
@@ -380,25 +381,25 @@ class Gradients(NamedTuple):
 
     @classmethod
     def empty(cls, kernels: Kernels) -> Gradients:
-        """Uninitialised ones."""
+        """Uninitialised buffers."""
         p = kernels.p
         NK, NV = cdiv(p.K, power_of_2(p.K, p.tiles.block)), cdiv(p.V, power_of_2(p.V, p.tiles.walk))
 
-        def of_heads(heads: int, like: Tensor, features: int, final: bool = True) -> Tensor:
+        def per_head(heads: int, like: Tensor, features: int, final: bool = True) -> Tensor:
             final = final and like.shape[2] == heads
             return kernels.buffer(like.shape[1], heads, features, like.dtype if final else p.accumulator)
 
-        def of_gates(gate: Tensor | None, shares: int) -> Tensor | None:
+        def per_gate(gate: Tensor | None, shares: int) -> Tensor | None:
             return None if gate is None else kernels.buffer(p.tokens, p.H, shares, p.accumulator)
 
         return cls(
-            dq=of_heads(p.readers, p.q, p.K, p.maps_alone),
-            dk=of_heads(p.H, p.k, p.K, p.maps_alone),
-            dv=of_heads(p.H, p.v, p.V),
-            dg=of_gates(p.g, p.K if p.decay == 2 else NK),
+            dq=per_head(p.readers, p.q, p.K, p.maps_alone),
+            dk=per_head(p.H, p.k, p.K, p.maps_alone),
+            dv=per_head(p.H, p.v, p.V),
+            dg=per_gate(p.g, p.K if p.decay == 2 else NK),
             da=None if p.a is None else kernels.buffer(p.tokens, p.H, p.K, p.a.dtype),
-            de=of_gates(p.e, NK),
-            dw=of_gates(p.w, NV),
+            de=per_gate(p.e, NK),
+            dw=per_gate(p.w, NV),
             dR=kernels.buffer(p.tokens, p.H, p.V, p.operand) if p.erases else None,
         )
 
@@ -411,9 +412,9 @@ def backward(
     d_S: Tensor | None,
     d_z: Tensor | None,
 ) -> list[Tensor | None]:
-    """Gradients of q, k, v, g, a, e, w, S, z, None for what is None.
+    """The gradients of q, k, v, g, a, e, w, S and z; None for inputs that are None.
 
-    o, den: the outputs and their denominators, None without. d_o, d_S or d_z None: their gradient is 0.
+    o, den: outputs and denominators, None without a denominator. d_o, d_S, d_z: None means 0.
     """
     if p.empty:
         inputs = (p.q, p.k, p.v, p.g, p.a, p.e, p.w)
@@ -437,12 +438,12 @@ def backward(
             first = kernels.join(segments, before, States())
             kernels.walk_back(prepared, upstream, States(), d_before=segments.N)
             last, d_first = kernels.join(segments, d_after, d_before, back=True), States()
-        _through_chunks(kernels, prepared, upstream, grads, first, last, d_first)
-        dq, dk, dv = _of_inputs(kernels, grads)
-    return [dq, dk, dv, *_of_gates(p, grads), *d_before]
+        _run_all(kernels, prepared, upstream, grads, first, last, d_first)
+        dq, dk, dv = _input_gradients(kernels, grads)
+    return [dq, dk, dv, *_gate_gradients(p, grads), *d_before]
 
 
-def _through_chunks(
+def _run_all(
     kernels: Kernels,
     prepared: Prepared,
     upstream: OutputGradients,
@@ -451,7 +452,7 @@ def _through_chunks(
     d_after: States,
     d_before: States,
 ) -> None:
-    """Walks forward, back, and takes all chunks at once: fills `grads` and d_before."""
+    """Walks forward and back, then runs `gradients` on all chunks: fills `grads` and d_before."""
     p, slots = kernels.p, kernels.layout.slots
     kept, d_kept = (
         States(S, kernels.vectors(slots))
@@ -477,16 +478,16 @@ def _through_chunks(
         p_d_kept=d_kept,
         BK=BK,
         BV=power_of_2(p.V, p.tiles.block),
-        **kernels.of_chunks() | {"num_stages": 1},
+        **kernels.chunk_arguments() | {"num_stages": 1},
     )
 
 
-def _of_inputs(kernels: Kernels, grads: Gradients) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v from those of heads and features."""
+def _input_gradients(kernels: Kernels, grads: Gradients) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v from those per head and feature."""
     p = kernels.p
 
     def summed(x: Tensor, like: Tensor) -> Tensor:
-        """The sum over the heads that share one."""
+        """The sum over the heads that share a head of `like`."""
         return x if x.shape[2] == like.shape[2] else x.unflatten(2, (like.shape[2], -1)).sum(3).to(like.dtype)
 
     if p.maps_alone:
@@ -497,8 +498,8 @@ def _of_inputs(kernels: Kernels, grads: Gradients) -> tuple[Tensor, Tensor, Tens
     return dq, dk, summed(grads.dv, p.v)
 
 
-def _of_gates(p: Problem, grads: Gradients) -> list[Tensor | None]:
-    """The gradients of g, a, e and w from the shares of blocks."""
+def _gate_gradients(p: Problem, grads: Gradients) -> list[Tensor | None]:
+    """The gradients of g, a, e and w, summed over the parts of blocks."""
 
     def summed(x: Tensor | None, like: Tensor | None) -> Tensor | None:
         return None if x is None or like is None else x.sum(-1).to(like.dtype)

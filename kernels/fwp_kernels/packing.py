@@ -1,4 +1,4 @@
-"""Where chunks and segments lie: in rows of a batch, or in packed sequences whose lengths only the GPU knows."""
+"""Where chunks and segments lie, in batch rows or in packed sequences. Only the GPU knows the lengths of the latter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .arguments import Packing
 from .problem import Problem
 from .tiling import cdiv, power_of_2
 
-SHORTEST = 8  # chunks of a segment, at least: fewer are not worth the launches
+SHORTEST = 8  # least chunks of a segment; fewer are not worth the launches
 
 
 class Layout(NamedTuple):
@@ -20,41 +20,40 @@ class Layout(NamedTuple):
 
     packing: Packing
     firsts: Tensor | None  # [N + 1], the first segment of each packed sequence that is cut
-    slots: int  # places for chunks; with packing some are spare
+    slots: int  # number of places for chunks; with packing some are spare
     segments: int
     segments_of_row: int  # without packing
     chunks_of_segment: int  # without packing
 
     def kept(self, every: int) -> int:
-        """The most states that are kept, as `kept_at` in device.py counts."""
+        """The largest number of kept states, as `kept_at` in device.py counts them."""
         return (self.slots + (self.segments + 1) * (every - 1)) // every
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Programs that run at once: a walk takes the registers of a whole multiprocessor."""
+    """The number of multiprocessors. Each runs one program of a walk at a time, which takes all its registers."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def segment_length(chunks: int, sequences: int, fill: int, least: int) -> int:
-    """How many chunks a segment has where walks are cut into segments that run side by side; 0: they are not cut.
+    """The number of chunks of a segment. 0: sequences are not cut into segments.
 
-    Of all `chunks` it makes `fill` segments, but only where the sequences have `least` segments or more on average.
-    A pure function of shapes and the GPU, so that the same call always computes the same.
+    All `chunks` together make `fill` segments, but only if the sequences have at least `least` segments on average. It
+    depends only on shapes and the GPU, so that equal calls give equal bits.
     """
     length = max(SHORTEST, cdiv(chunks, max(1, fill)))
     return length if chunks >= least * sequences * length else 0
 
 
 def segment_chunks(p: Problem) -> int:
-    """Chunks of a segment, a multiple of those that share a kept state; 0: sequences aren't cut."""
+    """Chunks of a segment, a multiple of checkpoint_every; 0: sequences aren't cut."""
     if p.empty:
         return 0
     length = p.segment
     if length is None:
         programs = p.H * cdiv(p.V, power_of_2(p.V, p.tiles.walk))
-        # A cut walk takes the time of its segments' own states and of the outputs; with erasing also that of the
-        # matrices, which are K wide.
+        # A cut walk takes the time of N and of the outputs. With erasing it also takes that of M, which has K columns.
         least = 3 + (cdiv(p.K, p.V) if p.erases else 0)
         length = segment_length(p.B * p.chunks, p.N, multiprocessors(p.v.device) // programs, least)
     return cdiv(length, p.tiles.checkpoint_every) * p.tiles.checkpoint_every
@@ -63,7 +62,7 @@ def segment_chunks(p: Problem) -> int:
 def layout(p: Problem, length: int) -> Layout:
     """The layout with segments of `length` chunks, 0: sequences aren't cut.
 
-    Made without asking the GPU: packed sequences have at most T // C + N chunks, and no more are launched.
+    It asks the GPU for nothing: packed sequences have at most n·T // C + N chunks, and so many are launched.
     """
     if p.borders is None:
         per = cdiv(p.chunks, length) if length else 1
@@ -72,17 +71,17 @@ def layout(p: Problem, length: int) -> Layout:
     if length:
         size, segments = length * p.C, p.tokens // (length * p.C) + p.N
         counts = (borders.diff() + size - 1) // size
-        first, of = _starts(counts, segments)
+        first, owner = _starts(counts, segments)
         firsts = torch.cat([first, counts.sum(0, keepdim=True)])
-        inner = torch.arange(segments, device=borders.device) - first[of]
-        borders = torch.cat([torch.minimum(borders[of] + inner * size, borders[of + 1]), borders[-1:]])
+        inner = torch.arange(segments, device=borders.device) - first[owner]
+        borders = torch.cat([torch.minimum(borders[owner] + inner * size, borders[owner + 1]), borders[-1:]])
     most = p.tokens // p.C + p.N
     slots, owners = _starts((borders.diff() + p.C - 1) // p.C, most)
     return Layout(Packing(borders, slots, owners), firsts, most, segments, 1, p.chunks)
 
 
 def _starts(parts: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Where each sequence's parts begin, and the sequence of each of the `most` parts there can be."""
+    """The first part of each sequence, and the sequence of each of `most` parts. parts: their number per sequence."""
     ends = parts.cumsum(0)
     at = torch.arange(most, device=ends.device)
     return ends - parts, torch.searchsorted(ends, at, right=True).clamp_(max=len(parts) - 1)

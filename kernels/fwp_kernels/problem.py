@@ -1,4 +1,4 @@
-"""What is to be computed: the inputs of `fwp.core.Core` that the kernels serve, and what follows from their shapes.
+"""The problem that kernels solve: the inputs of `fwp.core.Core`, and what follows from their shapes.
 
 Nothing here starts a kernel or waits for a GPU.
 """
@@ -46,13 +46,13 @@ class Problem:
     cu_seqlens: Tensor | None  # [N + 1], in tokens of q
     read_before: bool
     eps: float | None = None  # None: no denominator
-    feature_map: str | None = None  # what q and k are yet to pass: one of MAPS or "dpfp-ν", a norm, and q's scale
+    feature_map: str | None = None  # still to be applied to q and k: one of MAPS or "dpfp-ν", a norm, and q's scale
     norm: str | None = None
     scale: float = 1.0
     writes: int = 1
     erase_before_decay: bool = False
     chunk: int | None = None  # tokens of a chunk; None: the table's
-    segment: int | None = None  # chunks of a segment, 0: sequences aren't cut; None: as `packing.segment_length` says
+    segment: int | None = None  # chunks of a segment; 0: sequences aren't cut; None: `packing.segment_length` decides
 
     @property
     def B(self) -> int:
@@ -126,7 +126,7 @@ class Problem:
 
     @property
     def accumulator(self) -> torch.dtype:
-        """The dtype of states, sums and all that isn't an operand of a matrix product."""
+        """The dtype of states, sums and everything but operands of matrix products."""
         return torch.float64 if self.v.dtype == torch.float64 else torch.float32
 
     @property
@@ -136,7 +136,7 @@ class Problem:
 
     @cached_property
     def borders(self) -> Tensor | None:
-        """Where packed sequences begin and end in the tokens of k."""
+        """The borders of packed sequences, in tokens of k."""
         if self.cu_seqlens is None or self.writes == 1:
             return self.cu_seqlens
         return self.cu_seqlens * self.writes
@@ -159,13 +159,13 @@ class Problem:
 
     @cached_property
     def k_phi(self) -> Phi:
-        """What k passes."""
+        """The feature map and norm of k."""
         number = 4 if self.nu else MAPS.index(self.feature_map)
         return Phi(self.K, self.k.shape[3], number, NORMS.index(self.norm), 1.0)
 
     @property
     def q_phi(self) -> Phi:
-        """What q passes."""
+        """The feature map, norm and scale of q."""
         k_phi = self.k_phi
         return k_phi if self.scale == 1.0 else k_phi._replace(SCALE=self.scale)
 

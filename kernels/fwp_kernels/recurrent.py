@@ -1,6 +1,6 @@
 """The recurrent form: the recurrence of `fwp.core` itself, token by token, with a part of S in registers.
 
-It serves decoding and short inputs. Its gradient is that of the chunk form, which is the same function.
+It serves decoding and short inputs. The chunk form computes its gradient, since both are the same function.
 """
 
 import triton
@@ -18,7 +18,7 @@ def load_token(x, n, t, h, d, D: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def load_number(x, n, t, h, ACC: tl.constexpr):
-    """The one number of token t and head h in ACC."""
+    """The number that token t and head h have in x, in ACC."""
     return tl.load(x.pointer + n * x.batch + t * x.token + h * x.head).to(ACC)
 
 
@@ -31,7 +31,7 @@ def one_row(n, t):
 
 @triton.jit
 def retrieved(p, b_S, b_k, n, t, h, k_offsets, s: tl.constexpr):
-    """e Sᵀ a for token t, with k for a and 1 for e where there are none: [V]."""
+    """e Sᵀ a for token t: [V]. Without erase keys a is k, and without strengths e is 1."""
     b_a = b_k
     if p.a is not None:
         b_a = load_token(p.a, n, t, h, k_offsets, s.K, s.ACC)
@@ -80,7 +80,7 @@ def token_kernel(
     first, length = span(p_borders, n, T)
     b_S = load_state(p_before.S, n * s.H + h, k_offsets, v_offsets, s.K, s.V, s.ACC)
     b_z = tl.sum(load_vector(p_before.z, n * s.H + h, k_offsets, s.K, s.ACC), 0)
-    first_block = block == 0  # the programs of the other V blocks find the same z
+    first_block = block == 0  # programs of other V blocks compute the same z
     for step in range(length.to(tl.int32)):
         t = first + step
         reads = t % s.WRITES == (0 if s.READ_BEFORE else s.WRITES - 1)

@@ -1,9 +1,9 @@
-"""Two levels of a walk over T: segments of whole chunks run side by side, then their states are joined in order.
+"""A walk over T in two levels: segments of whole chunks run in parallel, then their states are joined in order.
 
-A segment changes the state before it linearly: S ← M S + N. N is what a walk makes of S = 0. M is the product of the
-decays if nothing is erased, else the matrix that a walk makes of the identity when nothing is written. So the states
-before all segments follow by a short recurrence, and the outputs by an ordinary walk from each. Gradients go the other
-way: dS ← Mᵀ dS + N', where N' is what a walk back makes of dS = 0.
+A segment changes the state linearly: S ← M S + N. A walk that starts from S = 0 gives N. If nothing is erased, M is the
+product of the decays. Else a walk that starts from the identity and writes nothing gives M. A short recurrence over the
+segments then gives the state before each, and an ordinary walk from that state gives its outputs. The backward is
+dS ← Mᵀ dS + N', from the last segment to the first, where a walk back from dS = 0 gives N'.
 """
 
 import triton
@@ -14,7 +14,7 @@ from .device import dot, load_state, load_vector, state_at, state_block, state_m
 
 @triton.jit(do_not_specialize=["NS"])
 def join_kernel(
-    p_N,  # States, S [segments, H, K, V] and z [segments, H, K], what each segment makes of 0
+    p_N,  # States, S [segments, H, K, V] and z [segments, H, K], the result of each segment from 0
     p_M,  # [segments, H, K, K] or None: nothing is erased
     p_decay,  # [segments, H, GATE_WIDTH], the product of each segment's decays, or None
     p_before,  # States before the first segment, [N, H, …]
@@ -53,7 +53,7 @@ def join_kernel(
             decay_at = vector_at(p_decay, at, channels, s.GATE_WIDTH)
             decay = tl.load(decay_at, mask=channels[None, :] < s.GATE_WIDTH, other=0.0)
         if p_M is not None:
-            tl.debug_barrier()  # S is read again, by blocks, from where it was just written
+            tl.debug_barrier()  # the S just written is read again, by blocks
             b_S = b_N
             for part in range(tl.cdiv(K, BJ)):
                 j = part * BJ + tl.arange(0, BJ)

@@ -1,4 +1,4 @@
-"""Block sizes of the kernels: a rule by size, dtype, cell and GPU, and what was measured on this machine."""
+"""Block sizes of the kernels: a rule by size, dtype, cell and GPU, or those measured on this machine."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class Tiles:
     """Block sizes of the kernels of the chunk form."""
 
     chunk: int  # tokens of a chunk, C
-    walk: int  # V columns of S that a walk holds, beside all of K
-    block: int = 64  # features at a time where the work is split over K or summed over V
+    walk: int  # columns of S that a program of a walk holds, with all K rows
+    block: int = 64  # features per block where work is split over K or summed over V
     warps: int = 8  # per program
     stages: int = 2  # of the software pipeline
     checkpoint_every: int = 2  # chunks between the states that are kept for the backward
 
 
-# By bytes of a matrix product's operand: (K up to, tiles). Chosen so that registers and shared memory hold them.
+# Bytes of a matrix product's operand → (largest K, tiles). Chosen to fit into registers and shared memory.
 TABLE: dict[int, list[tuple[int, Tiles]]] = {
     2: [
         (64, Tiles(64, 64)),
@@ -41,24 +41,24 @@ TABLE: dict[int, list[tuple[int, Tiles]]] = {
     8: [(64, Tiles(16, 16, 16, stages=1)), (1024, Tiles(16, 16, 16, stages=1))],
 }
 
-KEPT = 128  # a state is kept for the backward at least every so many tokens
-ROWS = 16  # tokens of a program in kernels that take each token alone
+KEPT = 128  # the backward keeps a state at least every so many tokens
+ROWS = 16  # tokens per program in kernels that take each token alone
 KEY = ("architecture", "decay", "erase", "K", "V", "dtype")
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. Triton's own takes microseconds to find out that it isn't in a kernel."""
+    """a / b, rounded up. Outside of kernels Triton's own takes microseconds."""
     return -(-a // b)
 
 
 def power_of_2(n: int, most: int = 1024) -> int:
-    """The block that holds n features: a power of 2 from 16, the least that matrix instructions take, to `most`."""
+    """The block for n features: a power of 2 from 16, the least for matrix instructions, up to `most`."""
     return min(most, max(16, 1 << (n - 1).bit_length()))
 
 
 @cache
 def architecture(device: torch.device) -> str:
-    """Such as "sm_90" or "gfx942"; "sm_90" in the interpreter, too."""
+    """The architecture, such as "sm_90" or "gfx942". The interpreter counts as "sm_90"."""
     if device.type != "cuda":
         return "sm_90"
     if torch.version.hip is not None:
@@ -93,7 +93,7 @@ def key(K: int, V: int, dtype: torch.dtype, decay: int, erase: bool, architectur
 def tiles(
     K: int, V: int, dtype: torch.dtype, decay: int, erase: bool, architecture: str, denominator: bool = False
 ) -> Tiles:
-    """The measured tiles for this cell, sizes and GPU without a denominator, else those of the rule."""
+    """The tiles measured for this cell, size and GPU, else those of the rule. Denominators always follow the rule."""
     table = {} if denominator else measured()
     row = table.get(key(K, V, dtype, decay, erase, architecture)) if table else None
     return row or by_rule(K, dtype, decay, erase, architecture, denominator)
@@ -109,15 +109,15 @@ def by_rule(K: int, dtype: torch.dtype, decay: int, erase: bool, architecture: s
         row = replace(row, walk=min(row.walk, 32), block=min(row.block, 32))
     if architecture.startswith("gfx"):  # warps of 64 threads, twice the registers, a quarter of the shared memory
         row = replace(row, chunk=min(row.chunk, 32 if decay == 2 else 64), warps=4, stages=1)
-    elif not 90 <= int(architecture.removeprefix("sm_")) < 120:  # operands of matrix products stand in registers
+    elif not 90 <= int(architecture.removeprefix("sm_")) < 120:  # operands of matrix products are in registers
         stages = 1 if K > (128 if decay == 2 else 512) else row.stages  # some have 99 KiB of shared memory
         row = replace(row, chunk=min(row.chunk, 32), walk=min(row.walk, 32), block=16, stages=stages)
-    if denominator and K > 64 and (erase or decay < 2):  # z and its sums take registers
+    if denominator and K > 64 and (erase or decay < 2):  # z and its sums need registers
         walk = min(row.walk, 16) if erase else row.walk
         block = min(row.block, 16) if erase else row.block
         row = replace(row, chunk=min(row.chunk, 32), walk=walk, block=block, stages=1 if K > 512 else row.stages)
-    # A state [K, V] takes K V / C numbers per token to write and to read: more than all inputs where C is small. To
-    # recompute it takes a product or two of K V, and neighbours read the same kept state at the same time. Where
-    # `gradients` has no registers left, every state is kept.
+    # To write and read every state [K, V] takes K V / C numbers per token, which is more than all inputs if C is small.
+    # Recomputing a state takes one or two matrix products, and neighbouring chunks read the same kept state at the same
+    # time. If `gradients` has no registers left for that, every state is kept.
     every = 1 if erase and (decay == 2 or denominator) else (KEPT if dtype.itemsize == 2 else KEPT // 2) // row.chunk
     return replace(row, checkpoint_every=max(1, min(4, every)))

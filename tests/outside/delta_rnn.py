@@ -1,6 +1,6 @@
 """Delta RNN (arXiv 2106.06295), a rule from outside the table with a state of its own (W, R, y) and no lowered form.
 
-y_t = W_tᵀ q_t + R_tᵀ softmax(y_{t−1}); W and R are delta memories, R of keys k_r, values v_r, rates beta_r.
+y_t = W_tᵀ q_t + R_tᵀ softmax(y_{t−1}). The delta rule writes W with k, v, beta and R with k_r, v_r, beta_r.
 """
 
 import math

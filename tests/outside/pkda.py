@@ -24,7 +24,7 @@ def lower(core, m, beta, g):
 
 
 def as_kda(k, v, beta, g):
-    """kda is m = 1."""
+    """kda is the case m = 1."""
     return {"m": torch.ones_like(k), "beta": beta, "g": g}
 
 
