@@ -287,7 +287,7 @@ ROOTS: dict[str, dict[str, float]] = {"additive": {}, "delta": {"beta": 1.0}}
 
 
 def as_root(rule: Rule, k: Tensor, v: Tensor) -> tuple[Rule, dict[str, Tensor]] | None:
-    """The root that the rule extends, and the gates with which the rule equals this root. None: it extends none."""
+    """The root that the rule extends, and the gates that make the rule equal to it. None: no root."""
     if rules.RULES.get(rule.name) is rule and rule.name in ROOTS:
         return rule, {name: k.new_full(k.shape[:3], value) for name, value in ROOTS[rule.name].items()}
     for name, mapping in rule.extends.items():
@@ -515,8 +515,7 @@ def main(rule: str | None = None, backend: str | None = None, json_file: Path | 
 
 
 def table(rule: Rule, found: list[Row]) -> Any:
-    """The rows of a rule for the console: one line per case and backend, one column per form and precision.
-
+    """A rule's rows for the console: one line per case and backend, one column per form and precision.
     Notes stand below. They say which cases did not run or raised, and why.
     """
     from rich import box
@@ -554,7 +553,7 @@ def table(rule: Rule, found: list[Row]) -> Any:
 
 
 def cell(group: list[Row]) -> str:
-    """The worst error over the quantities of one comparison. If some fail: each with its quantity and bound."""
+    """The worst error of one comparison, or, if quantities fail, the error and bound of each."""
     if not group:
         return ""
     bad = [r for r in group if not r["ok"]]

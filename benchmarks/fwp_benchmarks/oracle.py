@@ -1,9 +1,9 @@
-"""The oracle: the rules' mathematics once more, in NumPy float64. Other implementations are compared with it.
+"""The oracle: the rules' mathematics once more, in NumPy float64.
 
-It shares no code with the package. It is written to be checked line by line against the papers: loops over one token
-after the other, without tricks. Shapes: q [B, T, Hq, K], k [B, n·T, Hk, K] and v [B, n·T, Hv, V], with n writes per
-read; the state S [N, H, K, V], which is read as Sᵀq; the sum of keys z [N, H, K]. Nothing is validated here, and no
-input is changed.
+Other implementations are compared with it, and it shares no code with the package. It is written to be checked line by
+line against the papers: loops over one token after the other, without tricks. Shapes: q [B, T, Hq, K], k [B, n·T, Hk,
+K] and v [B, n·T, Hv, V], with n writes per read; the state S [N, H, K, V], which is read as Sᵀq; the sum of keys z [N,
+H, K]. Nothing is validated here, and no input is changed.
 """
 
 import inspect
@@ -75,11 +75,11 @@ RULES: dict[str, Callable[..., Any]] = {}
 
 
 def rule(step):
-    """Enters a rule into `RULES`. It takes one write of one head: S [K, V], k [K], v [V] and the gates → the new S.
+    """Enters a rule into `RULES`: a function for one write of one head.
 
-    A gate is a number or a vector. g is the log decay. A rule that takes z [K] has attention normalisation, and z is
-    the decayed sum of the keys before this one. The matrix forms I − … are deliberate: they differ from the package,
-    which subtracts the retrieved value instead.
+    It maps S [K, V], k [K], v [V] and the gates to the new S. A gate is a number or a vector. g is the log decay. A
+    rule that takes z [K] has attention normalisation, and z is the decayed sum of the keys before this one. The
+    matrix forms I − … are deliberate: they differ from the package, which subtracts the retrieved value instead.
     """
     RULES[step.__name__] = step
     return step
@@ -189,11 +189,12 @@ def fast_weights(
     cu_seqlens=None,
     **gates,
 ):
-    """Any rule by its name. Returns out [B, T, max(Hq, H), V], S [N, H, K', V] and z [N, H, K'] (None if unused).
+    """Any rule by its name, over whole sequences.
 
-    Gates are [B, n·T, H] or [B, n·T, H, K' or V]. A gate that is None counts as not given. feature_map is a name or any
-    function. Token t of q has the writes n·t … n·t + n − 1. The mask [B, T] and cu_seqlens count tokens of q. The N
-    sequences are the B rows, or the parts of row 0 between the numbers in cu_seqlens [N + 1].
+    Returns out [B, T, max(Hq, H), V], S [N, H, K', V] and z [N, H, K'] (None if unused). Gates are [B, n·T, H] or [B,
+    n·T, H, K' or V]. A gate that is None counts as not given. feature_map is a name or any function. Token t of q
+    has the writes n·t … n·t + n − 1. The mask [B, T] and cu_seqlens count tokens of q. The N sequences are the B
+    rows, or the parts of row 0 between the numbers in cu_seqlens [N + 1].
     """
     phi = feature_map if callable(feature_map) else FEATURE_MAPS[feature_map]
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))

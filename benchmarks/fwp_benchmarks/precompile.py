@@ -65,8 +65,7 @@ def first_call(jobs: dict[str, Job]) -> dict[str, Any]:
 
 
 class Precompiler:
-    """Times first calls, each in a process of its own. On a GPU it also compiles the kernels of all points.
-
+    """Times first calls, each in its own process. On a GPU it also compiles the kernels of all points.
     todo: the points. peers: whether to include the main peer, if it is installed.
     until: the deadline, by `time.monotonic`.
     """

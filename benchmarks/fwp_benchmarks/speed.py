@@ -95,7 +95,7 @@ def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
 
 @cache
 def worst_violation(point: Point) -> float | None:
-    """The largest error of output, state or a gradient that exceeds its bound. None: all are within bounds.
+    """The largest error of output, state or gradient beyond its bound. None: all are within bounds.
 
     The point must be small, because the reference computes it token by token.
     """

@@ -118,7 +118,7 @@ def verdicts(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def with_twin(row: Row, rows: list[Row]) -> dict[str, float]:
-    """The times of a row with D = 256, and with them our time at D = 128, scaled by the operations of both."""
+    """The times of a row with D = 256, and our time at D = 128 scaled by the operations of both."""
     same = ("what", "B", "T", "H", "pass", "mode", "device")
     twins = [x for x in rows if x["D"] == 128 and all(x.get(name) == row.get(name) for name in same)]
     seconds: dict[str, float] = dict(row["seconds"])
@@ -131,7 +131,7 @@ def with_twin(row: Row, rows: list[Row]) -> dict[str, float]:
 
 
 def table(rows: list[Row]) -> Table:
-    """One line per row: our time, the ratio of every other time to ours, and the ratio of ours to the limit."""
+    """One line per row: our time, every other time over ours, and ours over the limit."""
     others = [name for name in timed_names(rows) if name != "ours"]
     headers = (
         "rule",
@@ -173,7 +173,7 @@ def in_words(goal: dict[str, Any]) -> str:
 
 
 def plots(rows: list[Row], json_file: Path) -> list[Path]:
-    """Draws time against T for the rules measured at several T, and for all points the fraction of the limit.
+    """Draws time against T for rules measured at several T, and the fraction of the limit for all.
 
     Returns the paths of the figures, which lie beside the JSON file.
     """

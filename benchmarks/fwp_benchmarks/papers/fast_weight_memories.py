@@ -86,7 +86,7 @@ def flip_flop_from(events: Tensor) -> Stream:
 
 
 def parking(generators: Sequence[torch.Generator], steps: int, asked: float = 0.5) -> Stream:
-    """Streams of a car owner's life, one per generator: driving, parking for one step, business, and so on.
+    """Streams of a car owner's life, one per generator: driving, a step of parking, business, again.
 
     asked: the probability that F is asked at a step of business.
     """

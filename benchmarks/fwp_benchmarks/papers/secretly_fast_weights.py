@@ -445,7 +445,7 @@ def over_seeds(rows: Rows, model: str, x: Callable[[Any], float]) -> tuple[list[
 
 
 def lines(axes: Axes, rows: Rows, memories: Mapping[str, Memory], theirs: Rows) -> None:
-    """Draws one line per model with its range over seeds, and the authors' dotted if they have this d_key."""
+    """Draws one line per model with its range over seeds, and the authors' dotted at their d_key."""
     d_key = rows[0]["d_key"]
     for name, memory in memories.items():
         xs, middle, low, high = over_seeds(rows, name, lambda row: row["keys"])

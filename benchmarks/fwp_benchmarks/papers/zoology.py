@@ -1,8 +1,9 @@
-"""How much recall does a state of constant size buy? Multi-query associative recall (MQAR) of Arora et al.
+"""How much recall does a state of constant size buy? Multi-query associative recall (MQAR).
 
-"Zoology: Measuring and Improving Recall in Efficient Language Models", ICLR 2024, arXiv 2312.04927 (the task and its
-Figure 2), and "Simple linear attention language models balance the recall-throughput tradeoff", ICML 2024,
-arXiv 2402.18668 (accuracy against state size). Softmax attention keeps the whole past; fast weights keep one matrix.
+From two papers of Arora et al.: "Zoology: Measuring and Improving Recall in Efficient Language Models", ICLR 2024,
+arXiv 2312.04927 (the task and its Figure 2), and "Simple linear attention language models balance the recall-throughput
+tradeoff", ICML 2024, arXiv 2402.18668 (accuracy against state size). Softmax attention keeps the whole past; fast
+weights keep one matrix.
 
 Data. A sequence of L tokens begins with `pairs` keys, each followed by its value. Later every key comes once more, and
 its value is the token to be predicted there. Keys are drawn from the lower half of the vocabulary, except token 0, and
@@ -156,7 +157,7 @@ class Recall(nn.Module):
 
 @torch.no_grad()
 def state_size(model: Recall, L: int) -> int:
-    """How many numbers a layer keeps after L tokens: S and z, or all keys and values, and the convolution's tail."""
+    """How many numbers a layer keeps after L tokens: its memory and the convolution's tail."""
     _, states = model.hidden(torch.zeros(1, L, dtype=torch.int64))
     return sum(kept.numel() for kept in (*states[0].memory, states[0].conv) if kept is not None)
 
@@ -166,7 +167,7 @@ def state_size(model: Recall, L: int) -> int:
 
 @dataclass(frozen=True)
 class Training:
-    """The paper's settings for training. Its learning rate is the best of four, of which 1e-2 is the highest."""
+    """The paper's settings for training. 1e-2 is the highest of its four learning rates."""
 
     vocabulary: int = 8192
     sequences: int = 100_000
@@ -192,7 +193,7 @@ def evaluate(model: Recall, test: tuple[Tensor, Tensor, Tensor], batch: int) -> 
 
 
 def train(settings: Settings) -> dict[str, Any]:
-    """Trains one run, and returns its last accuracy, the number of passes, and the size of a layer's state."""
+    """Trains one run. Returns its last accuracy, its number of passes, and the size of a state."""
     how = Training(**{name: settings[name] for name in asdict(Training())})
     L, pairs = settings["L"], settings["pairs"]
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
