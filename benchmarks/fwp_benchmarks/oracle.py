@@ -1,9 +1,11 @@
 """The oracle: the rules' mathematics once more, in NumPy float64.
 
 Other implementations are compared with it, and it shares no code with the package. It is written to be checked line by
-line against the papers: loops over one token after the other, without tricks. Shapes: q [B, T, Hq, K], k [B, n·T, Hk,
-K] and v [B, n·T, Hv, V], with n writes per read; the state S [N, H, K, V], which is read as Sᵀq; the sum of keys z [N,
-H, K]. Nothing is validated here, and no input is changed.
+line against the papers: loops over one token after the other, without tricks. Nothing is validated here, and no input
+is changed.
+
+Shapes: q [B, T, Hq, K], k [B, n·T, Hk, K] and v [B, n·T, Hv, V], with n writes per read. The state is S [N, H, K, V],
+which is read as Sᵀq. The sum of keys is z [N, H, K].
 """
 
 import inspect
@@ -191,8 +193,8 @@ def fast_weights(
 ):
     """Any rule by its name, over whole sequences.
 
-    Returns out [B, T, max(Hq, H), V], S [N, H, K', V] and z [N, H, K'] (None if unused). Gates are [B, n·T, H] or [B,
-    n·T, H, K' or V]. A gate that is None counts as not given. feature_map is a name or any function. Token t of q
+    Returns out [B, T, max(Hq, H), V], S [N, H, K', V] and z [N, H, K'] (None if unused). Gates are [B, n·T, H] or
+    [B, n·T, H, K' or V]. A gate that is None counts as not given. feature_map is a name or any function. Token t of q
     has the writes n·t … n·t + n − 1. The mask [B, T] and cu_seqlens count tokens of q. The N sequences are the B
     rows, or the parts of row 0 between the numbers in cu_seqlens [N + 1].
     """
