@@ -105,10 +105,10 @@ class _Inputs(NamedTuple):
     chunk: int | None
     segment: int | None
 
-    @classmethod
-    def of(cls, core: Core, chunk: int | None = None, segment: int | None = None) -> _Inputs:
-        """Those of a causal core, or of one whose queries are read later."""
-        return cls(
+    @staticmethod
+    def of(core: Core, chunk: int | None, segment: int | None) -> tuple[Any, ...]:
+        """Those of a causal core. A plain tuple: torch.compile warns of tangents in a named one."""
+        return (
             core.q,
             core.k,
             core.v,
@@ -173,7 +173,7 @@ def run(core: Core, form: Form, chunk: int | None = None, segment: int | None = 
     """
     if not core.causal:
         return _read_the_end(applied(core), form, chunk, segment)
-    inputs = _Inputs.of(core, chunk, segment)
+    inputs = _Inputs.of(core, chunk, segment)  # in the order of the ops' arguments
     over = overwrites() and form == "recurrent"
     if torch.compiler.is_compiling():
         o, S, z, _ = _forward(*inputs, form)
@@ -181,7 +181,7 @@ def run(core: Core, form: Form, chunk: int | None = None, segment: int | None = 
         # the shortest way: an op takes longer to call than all that it does before its kernels run
         from fwp_kernels.launch import forward
 
-        o, S, z, _ = forward(inputs.problem(form), form, over)
+        o, S, z, _ = forward(_Inputs(*inputs).problem(form), form, over)
     else:
         o, S, z, _ = _Forward.apply(*inputs, form)
     return o, State(S, z if core.denominator else None)
