@@ -111,10 +111,10 @@ class _Inputs(NamedTuple):
     chunk: int | None
     segment: int | None
 
-    @classmethod
-    def from_core(cls, core: Core, chunk: int | None = None, segment: int | None = None) -> _Inputs:
-        """The inputs of a causal core."""
-        return cls(
+    @staticmethod
+    def from_core(core: Core, chunk: int | None, segment: int | None) -> tuple[Any, ...]:
+        """The inputs of a causal core, as a plain tuple: torch.compile warns of tangents in a named one."""
+        return (
             core.q,
             core.k,
             core.v,
@@ -180,7 +180,7 @@ def run(core: Core, form: Form, chunk: int | None = None, segment: int | None = 
     """
     if not core.causal:
         return _read_the_end(applied(core), form, chunk, segment)
-    inputs = _Inputs.from_core(core, chunk, segment)
+    inputs = _Inputs.from_core(core, chunk, segment)  # in the order of the ops' arguments
     over = overwrites() and form == "recurrent"
     if torch.compiler.is_compiling():
         o, S, z, _ = _forward(*inputs, form)
@@ -188,7 +188,7 @@ def run(core: Core, form: Form, chunk: int | None = None, segment: int | None = 
         # called directly: going through an op takes longer than all that is done before the kernels run
         from fwp_kernels.launch import forward
 
-        o, S, z, _ = forward(inputs.problem(form), form, over)
+        o, S, z, _ = forward(_Inputs(*inputs).problem(form), form, over)
     else:
         o, S, z, _ = _Forward.apply(*inputs, form)
     return o, State(S, z if core.denominator else None)
