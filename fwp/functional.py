@@ -116,7 +116,7 @@ def fast_weights(
         denominator=denominator,
         eps=eps,
         causal=causal,
-        features=Features(),  # torch.compile can't take the default, an object that nobody passes
+        features=Features(),  # torch.compile can't trace the default object
         writes=writes,
     )
     core, given = _prepared(row, core, gates, mask, feature_map, feature_norm, scale)
@@ -233,7 +233,7 @@ def read(
         denominator=state.z is not None,
         eps=eps,
         causal=False,
-        features=Features(),  # torch.compile can't take the default, an object that nobody passes
+        features=Features(),  # torch.compile can't trace the default object
     )
     return chunked.read(core).to(q.dtype)
 

@@ -86,7 +86,7 @@ def sample(
 
 
 def cast(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The same arguments with q, k, v in `dtype` and gates and state in the state's dtype for it."""
+    """The arguments with q, k and v cast to `dtype`, and gates and state cast to the state's dtype for it."""
     plain = {name: x.to(dtype) for name, x in inputs.items() if name in ("q", "k", "v")}
     return plain | {
         name: _tensors(lambda x: x.to(state_dtype(dtype)), x) for name, x in inputs.items() if name not in plain

@@ -171,7 +171,7 @@ def test_nothing_compared_is_no_success(backend, tmp_path, capsys):
 
 
 def test_kernels_run_in_other_processes(tmp_path, monkeypatch):
-    """In the interpreter. Their rows come back, and so do their errors."""
+    """They run in the interpreter. Their rows come back, and so do their errors."""
     pytest.importorskip("triton")
     file = tmp_path / "rows.json"
     assert equivalence.main("additive", "triton", file) == 0

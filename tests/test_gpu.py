@@ -60,7 +60,7 @@ def agree(rule, inputs, form, **options):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_every_case_form_and_dtype(rule, monkeypatch):
-    """What `fwp check` compares."""
+    """The comparisons of `fwp check`."""
     if not GPU:
         monkeypatch.setattr(equivalence, "CASES", equivalence.CASES[:1])
     rows = equivalence.kernel_rows(rule)

@@ -57,7 +57,7 @@ def imports(name: str, tree: ast.Module, is_package: bool, modules: frozenset[st
 
 
 def graph(paths: Mapping[str, Path]) -> dict[str, set[Import]]:
-    """What each module imports."""
+    """The imports of each module."""
     modules = frozenset(paths)
     return {
         name: set(imports(name, ast.parse(path.read_text(encoding="utf-8")), path.stem == "__init__", modules))

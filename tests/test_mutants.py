@@ -56,7 +56,7 @@ def forget() -> None:
 
 
 def compare_core() -> str:
-    """What is wrong with the sources as they are now, "" if nothing is."""
+    """The first comparison that fails with the current sources, "" if none does."""
     forget()
     laws, oracle, testing = map(importlib.import_module, ("laws", "fwp_benchmarks.oracle", "fwp.testing"))
     compiled = {"now": False}  # whether the op is to run as under torch.compile
@@ -93,7 +93,7 @@ def compare_core() -> str:
 
 
 def compare_kernels() -> str:
-    """What is wrong with the kernels as they are now, "" if nothing is. Cheap comparisons first."""
+    """The first comparison that fails with the current kernels, "" if none does. Cheap comparisons run first."""
     forget()
     import cells
 

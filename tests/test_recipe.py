@@ -164,7 +164,7 @@ def test_commands_know_the_new_row(copy: Path) -> None:
 
 
 def test_the_new_row_gives_the_numbers_of_the_object(copy: Path) -> None:
-    """The same bits with all feature maps, norms, masks and packing."""
+    """They are the same bits with all feature maps, norms, masks and packing."""
     assert "equal" in run(copy, "-c", WAYS + EQUAL)
 
 

@@ -230,7 +230,7 @@ def test_no_break_is_claimed_without_runs() -> None:
 
 
 def test_law_is_least_squares() -> None:
-    """Against the closed form on points whose slope and spread are known."""
+    """The law equals the closed form on points whose slope and spread are known."""
     rows = [
         {"model": model, "d_key": 16, "keys": S, "seed": 1, "best_loss": 0.1}
         for model, S in (("linear", 10), ("dpfp-1", 20), ("dpfp-2", 40), ("dpfp-3", 60))

@@ -70,7 +70,7 @@ def split_options(call, *names):
 
 @each_way
 def test_masked_is_unpadded(rule, form, way):
-    """Also with NaN and infinities in masked tokens, and with a φ for which φ(0) ≠ 0."""
+    """This holds with NaN and infinities in masked tokens, and with a φ for which φ(0) ≠ 0."""
     mask = torch.tensor([*MASKS.values()])
     maps = {"feature_map": "elu+1", "feature_norm": "l2"}
     inputs = sample(rule, B=4, T=T, K=6, V=5, Hq=4 if rule.plain else 2, state=True, seed=1, **way.inputs)

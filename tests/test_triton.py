@@ -72,7 +72,7 @@ def test_gradients_of_the_recurrent_form(cell):
 @pytest.mark.parametrize("denominator", [False, True])
 @CORNERS
 def test_a_step_over_its_state(cell, denominator):
-    """Only where a layer owns the state is it overwritten."""
+    """The state is overwritten only if a layer owns it."""
     core = problem(cell, T=1, K=5, V=35, denominator=denominator)
     o, state = kernels(core, "recurrent")
     before = core.S.clone()

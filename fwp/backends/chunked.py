@@ -148,7 +148,7 @@ class Layout:
 
     tokens: the number of tokens on this axis per token of q: 1 for q itself, `writes` for k, v and the gates.
 
-    Packed sequences are walked side by side, longest first, so that those not yet ended are always a prefix. All tokens
+    Packed sequences are walked in parallel, longest first, so that those not yet ended are always a prefix. All tokens
     are gathered once and then split. Indexing inside the loop would cost the backward a pass over all of T per piece.
     """
 
@@ -346,7 +346,7 @@ class Pairs:
         return a
 
     def grad_b(self, M: Tensor, a: Tensor) -> Tensor:
-        """The same for b, summed over the r readers."""
+        """The gradient of Σ M ⊙ product(a, b) for b, summed over the r readers."""
         if self.levels is None:
             return (self._decayed(M).mT @ a).sum(2, keepdim=True)
         b = M.new_zeros(*M.shape[:-2], self.C, a.shape[-1])

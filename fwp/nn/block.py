@@ -1,4 +1,4 @@
-"""What surrounds a mixer: norms, the feed-forward net, and where the norm goes in a residual block."""
+"""The parts around a mixer: norms, the feed-forward net, and the place of the norm in a residual block."""
 
 from __future__ import annotations
 

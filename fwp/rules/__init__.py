@@ -175,7 +175,7 @@ _ROWS = (
   booktitle = {Advances in Neural Information Processing Systems}, year = {2025},
   note = {arXiv:2506.02475}}""",
     ),
-    # As in the authors' NumPy inference code: κ has unit length, k passes as it is, a and g are per key channel.
+    # As in the authors' NumPy inference code: κ has unit length, k is not normalised, a and g are per key channel.
     Rule(
         "rwkv7",
         step=reference.rwkv7,

@@ -13,7 +13,7 @@ from fwp.feature_maps import applied
 
 
 def additive(core: Core) -> Core:
-    """Nothing decays, nothing is erased."""
+    """The same core: nothing decays and nothing is erased."""
     return core
 
 
