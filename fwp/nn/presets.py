@@ -133,7 +133,8 @@ def gated_delta_net(
     g = −exp(A_log) · softplus(W_a x + dt_bias), convolution 4 and silu, unit q and k, RMSNorm(o) ⊙ silu(W_g x).
     transformers' OlmoHybridGatedDeltaNet (and flash-linear-attention's): a_proj is gates.g.proj, b_proj
     gates.beta.proj, g_proj out_gate, o_norm out_norm, conv1d conv. Qwen3NextGatedDeltaNet joins q_proj, k_proj, v_proj,
-    out_gate in in_proj_qkvz and beta, g in in_proj_ba, by key heads; norm_eps is 1e-6 there.
+    out_gate in in_proj_qkvz and beta, g in in_proj_ba, by key heads; norm_eps is 1e-6 there. exp(A_log) starts between
+    1 and 16 here, and between 0 and 16 there.
     """
     return _layer(
         embed_dim,
