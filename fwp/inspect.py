@@ -160,8 +160,9 @@ def attention(rule: str | Rule, q: Tensor, k: Tensor, v: Tensor, *, state: Any =
     validate.tensors(row, q, k, v)
     B, T, Hv, V = v.shape
     H = max(q.shape[2], k.shape[2], Hv)
+    by_feature = [name for name, gate in row.gates.items() if gate.shape == "BTHV" and options.get(name) is not None]
     if T == 0:
-        return v.new_zeros(B, H, 0, 0)
+        return v.new_zeros(B, H, *([V] if by_feature else []), 0, 0)
     identity = torch.eye(T, dtype=v.dtype, device=v.device).view(1, T, 1, T).expand(B, T, Hv, T)
     if state is not None:
         state = State(state.S.new_zeros(*state.S.shape[:-1], T), state.z)
@@ -171,7 +172,6 @@ def attention(rule: str | Rule, q: Tensor, k: Tensor, v: Tensor, *, state: Any =
             out, _ = functional.fast_weights(row, q, k, identity, state=state, **(options | gates))
         return out.transpose(1, 2)
 
-    by_feature = [name for name, gate in row.gates.items() if gate.shape == "BTHV" and options.get(name) is not None]
     if not by_feature:
         return matrix()
     for name in by_feature:

@@ -293,6 +293,7 @@ def test_a_value_gate_makes_one_matrix_per_feature():
 
 def test_attention_of_nothing():
     assert attention("delta", **sample("delta", T=0, Hq=4)).shape == (2, 4, 0, 0)
+    assert attention("gdn2", **sample("gdn2", T=0, V=3)).shape == (2, 2, 3, 0, 0)  # a matrix per value feature
 
 
 def test_attention_in_low_precision():

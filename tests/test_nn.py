@@ -416,6 +416,13 @@ def test_state_dict_pickle_and_copy_round_trip_bitwise(name, tmp_path):
         assert torch.equal(same(x)[0], y)
 
 
+@pytest.mark.parametrize("rule", fwp.RULES.values(), ids=lambda rule: rule.name)
+def test_a_layer_with_a_rule_object_survives_pickling(rule):
+    x = torch.randn(2, 6, E)
+    layer = FastWeightAttention(E, H, rule, feature_norm="l2")
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x)[0], layer(x)[0])
+
+
 def test_the_state_survives_saving(tmp_path):
     x = torch.randn(2, 6, E)
     layer = PRESETS["gated_delta_net"](E, H)

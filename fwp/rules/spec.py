@@ -50,7 +50,11 @@ class Gate:
 
 def uniform(low: float, high: float) -> Callable[[tuple[int, ...], torch.Generator], Tensor]:
     """A sampler of independent values between low and high."""
-    return lambda size, generator: torch.rand(size, generator=generator, dtype=torch.float64) * (high - low) + low
+    return partial(_uniform, low, high)  # partial objects of named functions can be pickled, local functions can't
+
+
+def _uniform(low: float, high: float, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.rand(size, generator=generator, dtype=torch.float64) * (high - low) + low
 
 
 def beta(shape: Shape = "BTH") -> Gate:
@@ -70,11 +74,11 @@ def decay(shape: Shape = "BTH") -> Gate:
 
 def unit_key() -> Gate:
     """A second key of unit length beside k, with K' features."""
+    return Gate("BTHK", -1.0, 1.0, partial(F.normalize, dim=-1), _directions)
 
-    def sample(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return F.normalize(torch.randn(size, generator=generator, dtype=torch.float64), dim=-1)
 
-    return Gate("BTHK", -1.0, 1.0, partial(F.normalize, dim=-1), sample)
+def _directions(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return F.normalize(torch.randn(size, generator=generator, dtype=torch.float64), dim=-1)
 
 
 def read_linear(S: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
