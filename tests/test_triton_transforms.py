@@ -40,10 +40,13 @@ def tensors(core):
 # ---- what PyTorch asks of an op ----
 
 
-@pytest.mark.parametrize("more", [False, True], ids=["plain", "denominator and features"])
-@PACKED
-@CORNERS
+@pytest.mark.parametrize(
+    ("cell", "packed", "more"),
+    [(ADDITIVE, False, True), (ADDITIVE, True, False), (OWN_KEY, False, False), (OWN_KEY, True, True)],
+    ids=["additive-features", "additive-packed", "own key", "own key-packed-features"],
+)
 def test_opcheck(cell, packed, more):
+    """Every pair of a cell, packing, and a denominator with features."""
     options = {"denominator": True, "features": FEATURES} if more else {}
     core = moved(packed_or_not(cell, packed, **options), lambda x: x.requires_grad_())
     eps, features = core.eps if more else None, (core.features.phi, core.features.norm, core.features.scale)
