@@ -560,7 +560,7 @@ def test_bad_arguments_exit_2_before_any_work(arguments, message, capsys):
 
 def test_tuning_says_what_it_finds(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    found = SimpleNamespace(rows=lambda: [{"K": 64, "warps": 4}, {"K": 128, "warps": 8}])
+    found = SimpleNamespace(tuned_rows=lambda: [{"K": 64, "warps": 4}, {"K": 128, "warps": 8}])
     monkeypatch.setitem(sys.modules, "fwp_benchmarks.tune", found)
     assert main(["bench", "--tune"]) == 0
     assert capsys.readouterr().out == "K=64 warps=4\nK=128 warps=8\n"
