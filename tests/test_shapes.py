@@ -460,3 +460,12 @@ def test_an_equation_leaves_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, under = fast_weights(rule, **inputs)
     assert torch.equal(apart.S, under.S)
+
+
+def test_packed_sequences_lie_on_the_device_of_the_inputs():
+    q, k, v = torch.randn(3, 1, 8, 2, 4).unbind()
+    bounds = torch.tensor([0, 3, 8])
+    expected, _ = fast_weights("additive", q, k, v, cu_seqlens=bounds, backend="torch", form="chunk")
+    with torch.device("meta"):  # the default device, which isn't that of the inputs
+        found, _ = fast_weights("additive", q, k, v, cu_seqlens=bounds, backend="torch", form="chunk")
+    assert torch.equal(found, expected)

@@ -164,10 +164,10 @@ class Layout:
         steps = []  # [N, C] each: indices of tokens. T, the index of a row of zeros, stands for no token
         for t in range(0, int(lengths.max()) if len(lengths) else 0, chunk):
             left = lengths[lengths > t] - t
-            at = torch.arange(min(chunk, int(left[0])))
+            at = torch.arange(min(chunk, int(left[0])), device="cpu")
             steps.append(torch.where(at < left[:, None], starts[: len(left), None] + t + at, self.T))
         self.shapes = [step.shape for step in steps]
-        rows = torch.cat([torch.zeros(0, dtype=torch.long), *(step.flatten() for step in steps)])
+        rows = torch.cat([torch.zeros(0, dtype=torch.long, device="cpu"), *(step.flatten() for step in steps)])
         real = (rows < self.T).nonzero().squeeze(1)
         device = core.k.device
         self.rows, self.back = rows.to(device), real[rows[real].argsort()].to(device)
