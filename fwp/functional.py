@@ -73,8 +73,8 @@ def fast_weights(
             from cu_seqlens[i] on.
         backend: "auto" takes the fastest backend that can serve the call. An explicit one that can't raises an error.
         form: "recurrent" token by token, "chunk" by matrix products; "auto" is recurrent for one token.
-        check: check values too, which synchronises a GPU: q, k (after φ), v and state are finite, gates are in range, and
-            keys are at most of unit length, for rules that need it.
+        check: check values too, which synchronises a GPU: q, k (after φ), v and state are finite, gates are in range,
+            and keys have at most unit length where the rule needs it.
         gates: what the rule asks for (`fwp list`), [B, n·T, H] or [B, n·T, H, K'] or [B, n·T, H, V], computed in the
             state's dtype. Decays g are in log space.
 

@@ -41,9 +41,11 @@ def tensors(rule: Rule, q: Tensor, k: Tensor, v: Tensor) -> int:
 
 
 def writes(k: Any, T: int) -> int:
-    """n ≥ 1 where k has n·T tokens. Where no n fits it is 1, and the check of k's shape says so."""
-    if not isinstance(k, Tensor) or k.dim() < 2 or k.shape[1] == T or T == 0 or k.shape[1] == 0 or k.shape[1] % T:
+    """n ≥ 1 where k has n·T tokens. Where k has fewer than T it is 1, and the check of k's shape says so."""
+    if not isinstance(k, Tensor) or k.dim() < 2 or k.shape[1] == T or T == 0 or k.shape[1] < T:
         return 1
+    if k.shape[1] % T:
+        raise ValueError(f"k: expected a multiple of the {T} tokens of q, got {k.shape[1]}")
     return int(k.shape[1] // T)
 
 
@@ -173,10 +175,11 @@ def values(rule: Rule, q: Tensor, k: Tensor, v: Tensor, given: Mapping[str, Tens
     for name, x in given.items():
         low, high = rule.gates[name].low, rule.gates[name].high
         _first(name, x, ~((x >= low) & (x <= high)), f"a value in [{low:g}, {high:g}]")
-    if rule.wants_unit_keys:
-        length = k.float().norm(dim=-1)
+    keys = {"k": k} if rule.wants_unit_keys else {}
+    for name, x in (keys | {name: x for name, x in given.items() if rule.gates[name].unit}).items():
+        length = x.float().norm(dim=-1)
         # Masked keys are 0. Beyond length 1 a step can overshoot, and the state blows up.
-        _first("k", length, (length > 1 + 1e-2), "keys of at most unit length for a rule that erases")
+        _first(name, length, (length > 1 + 1e-2), "keys of at most unit length for a rule that erases")
 
 
 def _first(name: str, x: Tensor, invalid: Tensor, expected: str) -> None:

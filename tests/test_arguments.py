@@ -132,7 +132,9 @@ WRONG = [
     ),
     ({"q": zeros(T, H, K)}, ValueError, "q: expected (*, *, *, *), got (8, 4, 6)"),
     ({"k": zeros(B, T, H, 7)}, ValueError, "k: expected (2, 8, *, 6), got (2, 8, 4, 7)"),
-    ({"k": zeros(B, 9, H, K)}, ValueError, "k: expected (2, 8, *, 6), got (2, 9, 4, 6)"),
+    ({"k": zeros(B, 9, H, K)}, ValueError, "k: expected a multiple of the 8 tokens of q, got 9"),
+    ({"k": zeros(B, 7, H, K)}, ValueError, "k: expected (2, 8, *, 6), got (2, 7, 4, 6)"),
+    ({"k": zeros(B, 16, H, K)}, ValueError, "v: expected (2, 16, *, *), got (2, 8, 4, 5)"),
     ({"k": zeros(B, T, H, K, dtype=torch.float32)}, TypeError, "k: expected torch.float64, got torch.float32"),
     ({"v": zeros(B, T, H, V, device="meta")}, ValueError, "v: expected on cpu, got on meta"),
     ({"v": zeros(1, T, H, V)}, ValueError, "v: expected (2, 8, *, *), got (1, 8, 4, 5)"),
@@ -404,3 +406,14 @@ def test_a_rule_with_a_state_or_read_of_its_own_has_no_lowered_form(own):
     if own == "read":
         with pytest.raises(ValueError, match="read: a custom one needs a custom init"):
             dataclasses.replace(row, lower=None, read=function)
+
+
+@pytest.mark.parametrize(("rule", "name"), [("rwkv7", "kappa"), ("comba", "p")])
+def test_the_length_of_a_second_key_is_checked(rule, name):
+    """Components within [−1, 1] can make a long key."""
+    given = sample(rule, B, T, H, K, V)
+    fwp.fast_weights(rule, **given, check=True)
+    given[name][1, 2, 3] = 1
+    message = f"{name}[1, 2, 3]: expected keys of at most unit length for a rule that erases, got 2.44949"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        fwp.fast_weights(rule, **given, check=True)

@@ -32,7 +32,9 @@ class Gate:
     activation: how a layer makes it from a linear projection of its input.
     sample: (size, generator) → float64 values that a test or benchmark uses.
     neutral: the value at which a token leaves the state alone (with k = v = 0); what a masked token gets.
+    unit: whether its features are a key of at most unit length.
     default: the value when it isn't given; None: it must be given.
+    unit: whether its features are a key of at most unit length.
     """
 
     shape: Shape
@@ -42,6 +44,7 @@ class Gate:
     sample: Callable[[tuple[int, ...], torch.Generator], Tensor]
     neutral: float = 0.0
     default: float | None = None
+    unit: bool = False
 
     def __post_init__(self) -> None:
         if self.shape not in get_args(Shape):
@@ -74,7 +77,7 @@ def decay(shape: Shape = "BTH") -> Gate:
 
 def unit_key() -> Gate:
     """A second key of unit length beside k, with K' features."""
-    return Gate("BTHK", -1.0, 1.0, partial(F.normalize, dim=-1), _directions)
+    return Gate("BTHK", -1.0, 1.0, partial(F.normalize, dim=-1), _directions, unit=True)
 
 
 def _directions(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
