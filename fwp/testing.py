@@ -124,14 +124,22 @@ def evaluate(
     return found
 
 
-def budgets(rule: str | Rule, inputs: Mapping[str, Any], *, seed: int = 0, **options: Any) -> dict[str, float]:
-    """The row error that each result of `evaluate` may have on low-precision inputs, against float64.
+def budgets(
+    rule: str | Rule,
+    inputs: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    truth: Mapping[str, Tensor] | None = None,
+    **options: Any,
+) -> dict[str, float]:
+    """The `result_error` that each result of `evaluate` may have on low-precision inputs, against float64.
 
     See `fwp.measure.error_budgets`. The rough results come from the chunk form in float32, with the operands of matrix
-    products rounded to the dtype of v.
+    products rounded to the dtype of v. truth: the reference's results in float64, if they are at hand.
     """
     dtype = inputs["v"].dtype
-    truth = evaluate(rule, cast(inputs, torch.float64), seed=seed, backend="reference", **options)
+    if truth is None:
+        truth = evaluate(rule, cast(inputs, torch.float64), seed=seed, backend="reference", **options)
     with rounded_products(dtype):
         rough = evaluate(rule, cast(inputs, torch.float32), seed=seed, backend="torch", form="chunk", **options)
     return error_budgets(rough, truth, dtype)

@@ -106,6 +106,15 @@ each_fast_form = pytest.mark.parametrize(
 each_way = pytest.mark.parametrize(
     ("rule", "form", "way"), [case(rule, form, way) for rule in RULES for form in forms(rule) for way in ways(rule)]
 )
+each_way_in_one_form = pytest.mark.parametrize(  # for shapes, dtypes and memory, where forms and ways don't meet
+    ("rule", "form", "way"),
+    [
+        case(rule, form, way)
+        for rule in RULES
+        for i, form in enumerate(forms(rule))
+        for way in ways(rule)[i :: len(forms(rule))]
+    ],
+)
 each_lowered_way = pytest.mark.parametrize(
     ("rule", "way"), [case(rule, way) for rule in RULES if rule.lower for way in ways(rule)]
 )

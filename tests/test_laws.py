@@ -21,6 +21,7 @@ from laws import (
     each_lowered_way,
     each_rule,
     each_way,
+    each_way_in_one_form,
     forms,
     from_the_simplest,
     leaves,
@@ -550,7 +551,7 @@ def test_inputs_are_left_alone_and_calls_repeat(rule, form, way):
 
 
 @pytest.mark.parametrize("T", [0, 1, 9])
-@each_way
+@each_way_in_one_form
 def test_the_state_shares_no_memory(rule, form, way, T):
     """Its tensors are no arguments, share no buffer, and are not views of larger tensors."""
     inputs = sample(rule, T=T, K=6, V=5, state=True, **way.inputs)

@@ -19,7 +19,9 @@ from laws import (
     chunk_size,
     each_fast_form,
     each_form,
+    each_lowered,
     each_way,
+    each_way_in_one_form,
     forms,
     keeps_k_and_v,
     over_time,
@@ -162,7 +164,7 @@ def test_shared_heads_are_repeated_ones(rule, form, heads):
 
 
 @pytest.mark.parametrize(("B", "T"), [(2, 0), (0, 5), (0, 0)])
-@each_way
+@each_way_in_one_form
 def test_empty_inputs(rule, form, way, B, T):
     """Without tokens or sequences the output is empty, the state unchanged, and gradients are 0."""
     for maps in ({}, {"feature_map": "elu+1", "feature_norm": "sum"}):
@@ -252,7 +254,7 @@ def test_expanded_inputs_and_gradients(rule, form):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@each_way
+@each_way_in_one_form
 def test_dtypes(rule, form, way, dtype):
     """out has v's dtype, the state float32 or float64, and every gradient its input's dtype."""
     inputs = sample(rule, T=5, state=True, dtype=dtype, **way.inputs)
@@ -286,23 +288,25 @@ def test_gates_and_state_are_not_rounded(rule, form, way, dtype):
             assert torch.equal(found[key], x.to(found[key].dtype)), key
 
 
-@each_way
-def test_float32(rule, form, way):
+@pytest.mark.parametrize(("rule", "way"), [case(rule, way) for rule in RULES for way in ways(rule)])
+def test_float32(rule, way):
     inputs = sample(rule, T=70, K=16, V=12, state=True, seed=9, dtype=torch.float32, **way.inputs)
     truth = evaluate(rule, cast(inputs, torch.float64), **way.options, **REFERENCE)
-    for key, x in evaluate(rule, inputs, **way.options, **form).items():
-        assert row_error(x, truth[key]) < 3e-4, key
+    for form in forms(rule):
+        for key, x in evaluate(rule, inputs, **way.options, **form).items():
+            assert row_error(x, truth[key]) < 3e-4, (form, key)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@each_fast_form
-def test_low_precision(rule, form, dtype):
+@each_lowered
+def test_low_precision(rule, dtype):
     for way in ways(rule)[::2]:
         inputs = sample(rule, B=1, T=70, K=16, V=12, state=True, seed=10, dtype=dtype, **way.inputs)
-        allowed = budgets(rule, inputs, **way.options)
         truth = evaluate(rule, cast(inputs, torch.float64), **way.options, **REFERENCE)
-        for key, x in evaluate(rule, inputs, **way.options, **form).items():
-            assert result_error(key, x, truth[key]) <= allowed[key], key
+        allowed = budgets(rule, inputs, truth=truth, **way.options)
+        for form in forms(rule)[1:]:
+            for key, x in evaluate(rule, inputs, **way.options, **form).items():
+                assert result_error(key, x, truth[key]) <= allowed[key], (form, key)
 
 
 @each_form
@@ -323,7 +327,7 @@ def test_autocast(rule, form):
             assert found[key].dtype == torch.float32
 
 
-@each_way
+@each_way_in_one_form
 def test_meta_tensors(rule, form, way):
     """Meta tensors give shapes and dtypes of results, of `read` and of gradients, under CPU autocast too."""
     heads = 4 if rule.plain else 2

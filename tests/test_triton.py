@@ -391,7 +391,7 @@ def test_erase_keys_and_writes(eraser, read, layout, denominator, writes, monkey
     """Every pair of these choices: output, state and all gradients of both forms."""
     kept_every(monkeypatch, 2)
     decay, erase, before = eraser
-    T = 3 * C // writes + 2
+    T = 2 * C // writes + 2  # three chunks, of which two are one segment
     options = {"N": 3, "cu_seqlens": torch.tensor([0, 1, 1, T], device=DEVICE)} if layout != "whole" else {}
     options |= {"read": read, "denominator": denominator, "writes": writes, "erase_before_decay": before}
     core = problem((decay, erase), T=T, K=3, V=2, **options)

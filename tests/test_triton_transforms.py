@@ -24,6 +24,9 @@ PACKED = pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"
 
 FEATURES = Features("dpfp-1", "sum", 0.5)
 CORNERS = pytest.mark.parametrize("cell", [ADDITIVE, OWN_KEY], ids=["additive", "own key"])
+DIAGONAL = pytest.mark.parametrize(  # for what is slow: each cell and each layout once
+    ("cell", "packed"), [(ADDITIVE, False), (OWN_KEY, True)], ids=["additive-plain", "own key-packed"]
+)
 
 
 def packed_or_not(cell, packed, seed=0, T=7, **options):
@@ -99,8 +102,7 @@ def test_vmap(cell, packed, which):
     assert all(torch.equal(x, y) for x, y in zip(found, truth, strict=True))
 
 
-@PACKED
-@CORNERS
+@DIAGONAL
 def test_vmap_of_grad(cell, packed):
     cores = [packed_or_not(cell, packed, seed, T=4, denominator=cell == OWN_KEY, features=FEATURES) for seed in (1, 2)]
     names = [*tensors(cores[0])] if packed else "q"
@@ -200,8 +202,7 @@ def compiled():
     torch._dynamo.reset()
 
 
-@PACKED
-@CORNERS
+@DIAGONAL
 def test_one_graph_for_any_length(cell, packed, compiled):
     fast, counter = compiled(lambda core: backend.run(core, "chunk", C))
     for T in (7, 2, C + 1, 3):
@@ -339,8 +340,7 @@ def not_waiting():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@PACKED
-@CORNERS
+@DIAGONAL
 def test_no_launch_waits_for_a_value(cell, packed):
     core = moved(packed_or_not(cell, packed), lambda x: x.requires_grad_())
     for form in ("chunk", "recurrent"):
