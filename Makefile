@@ -2,7 +2,7 @@
 #   make check                                          compare every rule, backend and form with the equations
 #   make reproduce [SCALE=smoke|quick|reduced|paper]    the same, then draw the papers' figures
 #   make test                                           run all tests and notebooks; says what it skips and why
-#   make mutants                                        plant faults, one at a time: the tests must see each
+#   make mutants                                        on copies: plant faults that tests must see; add a rule
 #   PYTHON=python3.12 make …                            another interpreter for .venv (make clean when it changes)
 PYTHON ?= python3
 SCALE ?= quick
@@ -24,11 +24,10 @@ reproduce: check
 	$(BIN)/fwp reproduce --scale $(SCALE) --out $(OUT)
 
 test: $(VENV)/.installed
-	$(PYTEST) $(PARALLEL) tests
-	$(PYTEST) $(PARALLEL) --nbmake --nbmake-timeout $(TIMEOUT) notebooks
+	$(PYTEST) $(PARALLEL) --nbmake --nbmake-timeout $(TIMEOUT) notebooks tests
 
 mutants: $(VENV)/.installed
-	$(PYTEST) $(PARALLEL) -m mutants tests/test_mutants.py
+	$(PYTEST) $(PARALLEL) -m mutants tests/test_mutants.py tests/test_recipe.py
 
 # On the Python, PyTorch and Triton that the machine has, from a bare checkout.
 test-gpu:

@@ -35,7 +35,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     left_out = {} if GPU else {"gpu": "needs a GPU"}
     if "mutants" not in config.option.markexpr:
-        left_out["mutants"] = "planted faults: make mutants"
+        left_out["mutants"] = "works on a changed copy of the checkout: make mutants"
     for item in items:
         for marker, reason in left_out.items():
             if item.get_closest_marker(marker):

@@ -131,6 +131,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 pytestmark = [
+    pytest.mark.mutants,
     pytest.mark.xdist_group("recipe"),  # one worker makes one copy
     pytest.mark.skipif("efla" in fwp.RULES, reason="the recipe has been followed here"),
 ]
