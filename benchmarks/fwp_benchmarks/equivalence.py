@@ -482,7 +482,8 @@ def main(rule: str | None = None, backend: str | None = None, json_file: Path | 
     interpreted = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
     # Interpreting kernels takes most of the time, so other processes do it meanwhile. A process serves several rules,
     # because starting one costs as much as a rule.
-    others = set(active_children())
+    others, threads = set(active_children()), torch.get_num_threads()
+    torch.set_num_threads(1)  # small tensors: more threads would only take the other processes' cores
     pool = ProcessPoolExecutor(min(len(names), cores()), get_context("spawn"), start_interpreter)
     try:
         with for_workers():
@@ -499,6 +500,7 @@ def main(rule: str | None = None, backend: str | None = None, json_file: Path | 
             process.terminate()
         raise
     finally:
+        torch.set_num_threads(threads)
         pool.shutdown(cancel_futures=True)
     failed, ran = sum(r["ok"] is False for r in found), sum(r["ok"] is not None for r in found)
     console.print(
