@@ -41,7 +41,8 @@ def test_every_chunk_is_tried_with_the_states_that_may_be_kept():
 
 def test_what_fails_has_no_time(monkeypatch):
     monkeypatch.setattr(tune, "works", lambda rule, D, device, tiles: tiles.warps == 8)
-    monkeypatch.setattr(tune, "timed", lambda run, device: tiling.tiles().chunk)
+    cell = (4, 4, torch.bfloat16, 2, True, "sm_90")
+    monkeypatch.setattr(tune, "timed", lambda run, device: tiling.tiles(*cell).chunk)
     few = {"B": 1, "T": 2, "H": 1}
     monkeypatch.setattr(tune, "SIZES", few)
     tried = [START, replace(START, chunk=32), replace(START, warps=4)]

@@ -15,16 +15,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
 from fwp.backends.triton import widest
-from fwp_kernels import launch, tiling
+from fwp_kernels import launch
 from fwp_kernels.problem import Problem
 
 LIMITS = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # KiB of shared memory a program
@@ -83,7 +81,7 @@ CASES += [
 ]
 
 
-def launches(case: StaticCase) -> list[tuple[str, Any, dict[str, Any]]]:
+def launches(case: StaticCase, target: str) -> list[tuple[str, Any, dict[str, Any]]]:
     """Name, kernel and arguments of what a forward in both forms and a backward start."""
 
     def empty(*size: int, dtype: torch.dtype = torch.float32, writes: int = 1) -> torch.Tensor:
@@ -102,12 +100,12 @@ def launches(case: StaticCase) -> list[tuple[str, Any, dict[str, Any]]]:
         state = torch.empty(2, 4, K, case.V), torch.empty(2, 4, K) if case.denominator else None
         scale = D**-0.5 if phi or case.norm else 1.0
         options: dict[str, Any] = {"feature_map": phi or None, "norm": case.norm or None, "scale": scale}
-        options |= {"writes": n, "erase_before_decay": bool(case.erase_before_decay), "segment": segment}
+        options |= {"writes": n, "erase_before_decay": bool(case.erase_before_decay), "segment": segment, "gpu": target}
         return Problem(q, k, v, g, a, strength, strength, *state, None, False, eps, **options)
 
     started: dict[str, tuple[Any, dict[str, Any]]] = {}
 
-    def record(kernel: Any, *, grid: Any, warmup: bool, **arguments: Any) -> None:
+    def record(kernel: Any, programs: int, **arguments: Any) -> None:
         name = kernel.__name__.removesuffix("_kernel")
         if name == "walk" and arguments["p_o"] is None:
             name = "walk_again" if arguments["p_kept"].S is not None else "walk_state"
@@ -118,11 +116,10 @@ def launches(case: StaticCase) -> list[tuple[str, Any, dict[str, Any]]]:
             name = "join_back"
         started.setdefault(name, (kernel, arguments))
 
-    with mock.patch.object(JITFunction, "run", record):
-        launch.forward(problem(), "recurrent")
-        for segment in (0, 1):  # whole, and cut into segments of the fewest chunks
-            o, S, z, den = launch.forward(problem(segment), "chunk")
-            launch.backward(problem(segment), o, den, empty(case.V, dtype=dtype), S, z)
+    launch.forward(problem(), "recurrent", start=record)
+    for segment in (0, 1):  # whole, and cut into segments of the fewest chunks
+        o, S, z, den = launch.forward(problem(segment), "chunk", start=record)
+        launch.backward(problem(segment), o, den, empty(case.V, dtype=dtype), S, z, start=record)
     return [(name, *what) for name, what in started.items()]
 
 
@@ -174,8 +171,7 @@ def compiled_rows(target: str, case: StaticCase, only: str | None = None) -> Ite
     """A row of the table for each kernel of a case, or for the kernel `only`."""
     amd = target.startswith("gfx")
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    with mock.patch.object(tiling, "architecture", lambda device: target):
-        started = [what for what in launches(case) if only in (None, what[0])]
+    started = [what for what in launches(case, target) if only in (None, what[0])]
     for name, kernel, arguments in started:
         binary = compiled(kernel, arguments, gpu)
         registers, spilled = resources(binary)

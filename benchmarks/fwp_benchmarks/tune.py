@@ -14,7 +14,6 @@ from dataclasses import asdict, fields, replace
 from functools import partial
 from statistics import median
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -72,17 +71,12 @@ def fastest(start: tiling.Tiles, times: Callable[[list[tiling.Tiles]], list[floa
     return best, gained
 
 
-def fixed(tiles: tiling.Tiles) -> Any:
-    """A context in which every kernel of the chunk form takes these tiles."""
-    return mock.patch.object(tiling, "tiles", lambda *_: tiles)
-
-
 def works(rule: str, D: int, device: str, tiles: tiling.Tiles) -> bool:
     """Whether these tiles compile, fit, and give the reference's results and gradients within the budgets."""
     x = testing.sample(rule, B=1, T=150, H=2, K=D, V=D, dtype=torch.bfloat16)
     truth = testing.evaluate(rule, testing.cast(x, torch.float64), backend="reference")
     allowed, there = testing.budgets(rule, x), {name: y.to(device) for name, y in x.items()}
-    with fixed(tiles):
+    with tiling.forcing(tiles):
         try:
             found = testing.evaluate(rule, there, backend="triton", form="chunk")
         except Exception:  # whatever the compiler or the driver thinks of it
@@ -102,7 +96,7 @@ def times(rule: str, D: int, device: str, candidates: list[tiling.Tiles]) -> lis
     found = {i: list[float]() for i, tiles in enumerate(candidates) if works(rule, D, device, tiles)}
     for round_ in range(ROUNDS + 1):
         for i, seconds in found.items():
-            with fixed(candidates[i]):
+            with tiling.forcing(candidates[i]):
                 taken = timed(run, device)
             if round_:  # the first one warms up
                 seconds.append(taken)

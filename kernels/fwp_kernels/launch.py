@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -36,11 +37,19 @@ class Segments(NamedTuple):
     decay: Tensor | None  # [segments, H, GATE_WIDTH], the product of the decays
 
 
+Start = Callable[..., None]
+
+
+def start_kernel(kernel: Any, programs: int, **arguments: Any) -> None:
+    """Starts a kernel on a grid of so many programs."""
+    kernel[(programs,)](**arguments)
+
+
 class Kernels:
     """The kernels on the tensors of one problem."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.p = problem
+    def __init__(self, problem: Problem, start: Start) -> None:
+        self.p, self.start = problem, start
         self.switches = problem.switches
         self.before = contiguous(problem.S, problem.z)
 
@@ -120,7 +129,9 @@ class Kernels:
         """The recurrent form."""
         p = self.p
         BK, BV = power_of_2(p.K), power_of_2(p.V, 32 if p.K <= 256 else 16)
-        token_kernel[(p.N * p.H * cdiv(p.V, BV),)](
+        self.start(
+            token_kernel,
+            p.N * p.H * cdiv(p.V, BV),
             p=self.inputs(),
             p_g=self.optional(p.g),
             p_o=self.strided(o),
@@ -139,7 +150,9 @@ class Kernels:
         """The factors of the norm of φ(x) [B, T, H, 1]."""
         T, heads = x.shape[1:3]
         found = self.strided(self.buffer(T, heads, 1, self.p.accumulator))
-        norms_kernel[(self.p.B * heads * cdiv(T, ROWS),)](
+        self.start(
+            norms_kernel,
+            self.p.B * heads * cdiv(T, ROWS),
             p_x=self.strided(x),
             p_norms=found,
             T=T,
@@ -155,7 +168,9 @@ class Kernels:
         """The gradient of x [B, T, Hx, D] from that of its features [B, T, H, K]."""
         T, heads = x.shape[1:3]
         found = self.buffer(T, heads, phi.D, x.dtype)
-        features_back_kernel[(self.p.B * heads * cdiv(T, ROWS),)](
+        self.start(
+            features_back_kernel,
+            self.p.B * heads * cdiv(T, ROWS),
             p_x=self.strided(x),
             p_norms=norms,
             p_dy=self.strided(d_features),
@@ -177,7 +192,9 @@ class Kernels:
         if p.g is not None:
             G = self.strided(self.buffer(p.tokens, p.H, p.gate_width, p.accumulator))
             BK = block if p.decay == 2 else 1
-            sums_kernel[(self.layout.slots * p.H * cdiv(p.gate_width, BK),)](
+            self.start(
+                sums_kernel,
+                self.layout.slots * p.H * cdiv(p.gate_width, BK),
                 p_g=self.strided(p.g),
                 p_G=G,
                 packing=self.layout.packing,
@@ -196,8 +213,14 @@ class Kernels:
         if p.erases:
             A_inv = self.strided(self.buffer(p.tokens, p.H, p.C, p.operand))
         if P is not None or A_inv is not None:
-            pairs_kernel[(self.layout.slots * p.H,)](
-                p=self.normed(inputs), p_P=P, p_A_inv=A_inv, BK=block, **self.chunk_arguments()
+            self.start(
+                pairs_kernel,
+                self.layout.slots * p.H,
+                p=self.normed(inputs),
+                p_P=P,
+                p_A_inv=A_inv,
+                BK=block,
+                **self.chunk_arguments(),
             )
         return Prepared(inputs, P, A_inv)
 
@@ -222,7 +245,9 @@ class Kernels:
         if matrix:
             s, inputs = s._replace(V=s.K, EPS=None), inputs._replace(v=None, w=None)
         BV = power_of_2(s.V, self.p.tiles.walk)
-        walk_kernel[(self.layout.segments * s.H * cdiv(s.V, BV),)](
+        self.start(
+            walk_kernel,
+            self.layout.segments * s.H * cdiv(s.V, BV),
             p=inputs,
             p_P=prepared.P,
             p_A_inv=prepared.A_inv,
@@ -251,7 +276,9 @@ class Kernels:
         """Walks back from the gradients of the states after each segment, and fills the gradients that are given."""
         p = self.p
         BV = power_of_2(p.V, p.tiles.walk)
-        walk_back_kernel[(self.layout.segments * p.H * cdiv(p.V, BV),)](
+        self.start(
+            walk_back_kernel,
+            self.layout.segments * p.H * cdiv(p.V, BV),
             p=prepared.inputs,
             p_P=prepared.P,
             p_A_inv=prepared.A_inv,
@@ -282,7 +309,9 @@ class Kernels:
         """The states before each segment, from those before the first one. Fills `after` with those after the last."""
         p, starts = self.p, self.states(self.layout.segments)
         BK, BV = power_of_2(p.K), power_of_2(p.V, 16)
-        join_kernel[(p.N * p.H * cdiv(p.V, BV),)](
+        self.start(
+            join_kernel,
+            p.N * p.H * cdiv(p.V, BV),
             p_N=segments.N,
             p_M=segments.M,
             p_decay=segments.decay,
@@ -306,7 +335,9 @@ class Kernels:
         if d_o is None or o is None or den is None:
             return OutputGradients(self.optional(d_o))
         p, found = self.p, OutputGradients(*map(self.strided, (d_o, den, torch.empty_like(den))))
-        denominator_back_kernel[(p.B * p.readers * cdiv(p.T, ROWS),)](
+        self.start(
+            denominator_back_kernel,
+            p.B * p.readers * cdiv(p.T, ROWS),
             p_do=found.d_o,
             p_o=self.strided(o),
             p_den=found.den,
@@ -331,13 +362,15 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def forward(p: Problem, form: str, over: bool = False) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def forward(
+    p: Problem, form: str, over: bool = False, start: Start = start_kernel
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """o [B, T, readers, V] and the final S [N, H, K, V]; z [N, H, K] and denominators [B, T, readers, 1], or None.
 
     over: the recurrent form writes S over the initial S, since only the program that writes a block reads it. z gets
-    new memory, since the programs of all V blocks read it.
+    new memory, since the programs of all V blocks read it. start: how kernels are started.
     """
-    kernels = Kernels(p)
+    kernels = Kernels(p, start)
     before = kernels.before
     o = kernels.buffer(p.T, p.readers, p.V, p.v.dtype)
     den = None if p.eps is None else kernels.buffer(p.T, p.readers, 1, p.accumulator)
@@ -347,9 +380,9 @@ def forward(p: Problem, form: str, over: bool = False) -> tuple[Tensor, Tensor, 
         after = kernels.states(p.N)
     assert after.S is not None
     if p.empty:
-        for x, start in zip(after, before):
-            if x is not None and x is not start:
-                x.zero_() if start is None else x.copy_(start)
+        for x, given in zip(after, before):
+            if x is not None and x is not given:
+                x.zero_() if given is None else x.copy_(given)
         return o, after.S, after.z, den
     with on_device(o):
         if form == "recurrent":
@@ -411,6 +444,7 @@ def backward(
     d_o: Tensor | None,
     d_S: Tensor | None,
     d_z: Tensor | None,
+    start: Start = start_kernel,
 ) -> list[Tensor | None]:
     """The gradients of q, k, v, g, a, e, w, S and z; None for inputs that are None.
 
@@ -423,7 +457,7 @@ def backward(
             for x, d_x in ((p.S, d_S), (p.z, d_z))
         ]
         return [None if x is None else torch.zeros_like(x) for x in inputs] + states
-    kernels = Kernels(p)
+    kernels = Kernels(p, start)
     grads = Gradients.empty(kernels)
     before, d_after = kernels.before, contiguous(d_S, d_z)
     d_before = States(*(None if x is None else torch.empty_like(x) for x in before))
@@ -464,7 +498,9 @@ def _run_all(
     kernels.walk(prepared, before, kept=kept, X=X)
     kernels.walk_back(prepared, upstream, d_after, d_before, d_kept, grads.dR, grads.dv, grads.dw)
     BK = power_of_2(p.K, p.tiles.block)
-    gradients_kernel[(slots * p.H * cdiv(p.K, BK),)](
+    kernels.start(
+        gradients_kernel,
+        slots * p.H * cdiv(p.K, BK),
         p=kernels.normed(prepared.inputs),
         p_X=kernels.optional(X),
         up=upstream,

@@ -53,6 +53,7 @@ class Problem:
     erase_before_decay: bool = False
     chunk: int | None = None  # tokens of a chunk; None: the table's
     segment: int | None = None  # chunks of a segment; 0: sequences aren't cut; None: `packing.segment_length` decides
+    gpu: str | None = None  # the architecture to choose block sizes for; None: that of v's device
 
     @property
     def B(self) -> int:
@@ -144,7 +145,7 @@ class Problem:
     @cached_property
     def tiles(self) -> Tiles:
         """Block sizes."""
-        gpu, denominator = tiling.architecture(self.v.device), self.eps is not None
+        gpu, denominator = self.gpu or tiling.architecture(self.v.device), self.eps is not None
         return tiling.tiles(self.K, self.V, self.operand, self.decay, self.erases, gpu, denominator)
 
     @property

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -90,10 +92,26 @@ def key(K: int, V: int, dtype: torch.dtype, decay: int, erase: bool, architectur
     return (*map(str, sizes), str(dtype).removeprefix("torch."))
 
 
+_forced: Tiles | None = None
+
+
+@contextmanager
+def forcing(tiles: Tiles) -> Iterator[None]:
+    """A context for tuning, in which every call in every thread takes these tiles: backwards run in other threads."""
+    global _forced
+    before, _forced = _forced, tiles
+    try:
+        yield
+    finally:
+        _forced = before
+
+
 def tiles(
     K: int, V: int, dtype: torch.dtype, decay: int, erase: bool, architecture: str, denominator: bool = False
 ) -> Tiles:
     """The tiles measured for this cell, size and GPU, else those of the rule. Denominators always follow the rule."""
+    if _forced is not None:
+        return _forced
     table = {} if denominator else measured()
     row = table.get(key(K, V, dtype, decay, erase, architecture)) if table else None
     return row or by_rule(K, dtype, decay, erase, architecture, denominator)
