@@ -86,7 +86,7 @@ def small_inputs(case: KernelCase) -> Core:
         return replace(core, e=core.e / longest)
     noise = F.normalize(torch.randn(keys.shape, generator=generator), dim=-1).to(keys)
     near = keys + 0.5 * keys.norm(dim=-1, keepdim=True) * noise  # an erase key far from the key removes nothing
-    return replace(core, a=(near / longest).to(case.dtype))
+    return replace(core, a=(near / longest).to(kept if case.wide_erase_key else case.dtype))
 
 
 def _each_tensor(core: Core, fn: Callable[[Tensor], Tensor]) -> Core:

@@ -75,7 +75,7 @@ class Core:
     k: Tensor  # [B, n·T, Hk, K]
     v: Tensor  # [B, n·T, Hv, V]
     g: Tensor | None = None  # decay in log space ≤ 0: [B, n·T, H] or [B, n·T, H, K]; None: no decay
-    a: Tensor | None = None  # erase key, after any feature map: [B, n·T, H, K], in k's dtype; None: k
+    a: Tensor | None = None  # erase key, after any feature map: [B, n·T, H, K], in k's or the state's dtype; None: k
     e: Tensor | None = None  # erase strength: [B, n·T, H]; None: 1 if `a` is given, else nothing is erased
     w: Tensor | None = None  # write strength: [B, n·T, H]; None: 1
     S: Tensor | None = None  # initial state [N, H, K, V]; None: 0
@@ -158,9 +158,44 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def ratio(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, and 0 where b = 0, with finite gradients there."""
+    """a / b, and 0 where b = 0, with finite gradients there.
+
+    It is (a/c) / (b/c) with c = b as a constant. The gradient of a/b divides by b², which is 0 in float32 from
+    b = 1e-23 on, where this one only divides by b.
+    """
     zero = b == 0
-    return (a / b.masked_fill(zero, 1)).masked_fill(zero, 0)
+    c = b.detach().masked_fill(zero, 1)
+    return (a / c / (b / c).masked_fill(zero, 1)).masked_fill(zero, 0)
+
+
+def denominators(found: Tensor, eps: float) -> Tensor:
+    """zᵀq + eps, 0 where zᵀq = 0. With an eps below it, the least number of the dtype counts as 0: the state is lost."""
+    least = torch.finfo(found.dtype).tiny * 64
+    return torch.where(found.abs() < least if eps < least else found == 0, 0, found + eps)
+
+
+def retrieval_key(z: Tensor, k: Tensor, g: Tensor | None = None) -> Tensor:
+    """α k / (zᵀ α k), the key a with which Sᵀa is the value that attention normalisation retrieves; 0 where zᵀ α k is.
+
+    z, k [..., K], and α = exp g with g [..., 1 or K]. A common factor of α k cancels. So α k is divided by its largest
+    feature before it can underflow, and only decays that are 0 in float64 erase nothing. A zᵀ α k near the least number
+    of the dtype counts as 0: the state is lost in this dtype, and products of a with other keys would overflow.
+    """
+    size = _largest(k)
+    if g is not None:
+        k = k / size
+        top = g.detach().masked_fill(k == 0, -torch.inf).amax(-1, keepdim=True).clamp(min=-745)
+        k = (g - top).clamp(max=0).exp() * k
+    k = k / _largest(k)
+    found = (z * k).sum(-1, keepdim=True)
+    lost = found.abs() < torch.finfo(found.dtype).tiny * 64 * size.clamp(min=1)
+    return ratio(k, found.masked_fill(lost, 0))
+
+
+def _largest(k: Tensor) -> Tensor:
+    """The largest |feature| of k, 1 where all are 0, as a constant of the gradient: [..., 1]."""
+    top = k.detach().abs().amax(-1, keepdim=True)
+    return top.masked_fill(top == 0, 1)
 
 
 def to_heads(x: Tensor, heads: int) -> Tensor:

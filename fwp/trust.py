@@ -41,6 +41,7 @@ class KernelCase(NamedTuple):
     decay: int  # 0: none, 1: one per head, 2: one per key channel
     erase_strength: bool
     erase_key: bool  # whether `a` is given
+    wide_erase_key: bool  # in the state's dtype, not in v's
     erase_before_decay: bool
     write_strength: bool
     writes: int  # per read
@@ -71,7 +72,7 @@ class KernelCase(NamedTuple):
 
 
 SWITCHES = (
-    *("erase_strength", "erase_key", "erase_before_decay", "write_strength"),
+    *("erase_strength", "erase_key", "wide_erase_key", "erase_before_decay", "write_strength"),
     *("denominator", "packed", "gradients", "scaled", "cut"),
 )
 
@@ -136,6 +137,7 @@ def case_fields(core: Core, form: Form) -> tuple[Any, ...]:
         0 if core.g is None else core.g.dim() - 2,
         core.e is not None,
         core.a is not None,
+        core.a is not None and core.a.dtype != core.v.dtype,
         core.erase_before_decay,
         core.w is not None,
         index(core.writes),

@@ -56,6 +56,18 @@ def ways(rule):
     return [*single, Way("after", denominators[-1], writes=3), Way("before", writes=2)]
 
 
+def divisors_near_zero(rule, decay, size):
+    """Float64 inputs for attention normalisation: positive keys of that size, and one token with that decay."""
+    inputs = sample(rule, B=1, T=6, H=1, K=4, V=3, denominator=True, seed=3)
+    inputs["k"] = inputs["k"] * size
+    if "g" in inputs:
+        inputs["g"] = torch.full_like(inputs["g"], -0.1)
+        inputs["g"][:, 3] = decay
+        if inputs["g"].dim() == 4:
+            inputs["g"][:, 4, :, 1:] = decay
+    return inputs
+
+
 def lowered(rule):
     """The lowered core of a few tokens, and the core before lowering."""
     inputs = sample(rule, T=3, K=4, V=3, dtype=torch.bfloat16)

@@ -15,6 +15,7 @@ from laws import (
     agree,
     case,
     chunk_size,
+    divisors_near_zero,
     each_fast_form,
     each_form,
     each_lowered,
@@ -36,7 +37,7 @@ from poison import poisoned_empties
 import fwp
 from fwp import verbs
 from fwp.backends import chunked
-from fwp.core import State
+from fwp.core import State, ratio
 from fwp.functional import fast_weights
 from fwp.rules.spec import OPTIONS
 from fwp.testing import deviation, evaluate, sample
@@ -408,6 +409,30 @@ def test_strong_decays(rule, form, strength):
     agree(evaluate(rule, inputs, **form), truth)
     single = fwp.testing.cast(inputs, torch.float32)
     agree(evaluate(rule, single, **form), truth, 1e-3)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-20])
+@pytest.mark.parametrize("decay", [-50.0, -100.0, -1e4, -math.inf])
+@pytest.mark.parametrize(
+    ("rule", "form"), [case(rule, form) for rule in RULES if rule.erases and normalises(rule) for form in forms(rule)]
+)
+def test_divisors_near_zero(rule, form, decay, size):
+    """What is retrieved under attention normalisation is a mean. No float32 under- or overflows on the way to it."""
+    inputs, options = divisors_near_zero(rule, decay, size), {"denominator": True, "eps": 0.0}
+    truth = evaluate(rule, inputs, **REFERENCE, **options)
+    assert all(x.isfinite().all() for x in truth.values())
+    found = evaluate(rule, fwp.testing.cast(inputs, torch.float32), **form, **options)
+    for name, x in truth.items():
+        assert (found[name] - x).abs().amax() <= 1e-5 * x.abs().amax(), name
+
+
+def test_the_gradient_of_a_ratio_overflows_only_where_it_is_large():
+    b = torch.tensor([1e-30, 0.0], requires_grad=True)
+    a = torch.tensor([1e-30, 0.0], requires_grad=True)
+    d_a, d_b = torch.autograd.grad(ratio(a, b).sum(), (a, b))
+    assert torch.allclose(d_a, torch.tensor([1e30, 0.0])) and torch.allclose(d_b, torch.tensor([-1e30, 0.0]))
+    x = torch.rand(2, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(ratio, (x[0], x[1] + 1)) and torch.autograd.gradgradcheck(ratio, (x[0], x[1] + 1))
 
 
 @pytest.mark.parametrize("beta", [1.0, 1.9])

@@ -28,6 +28,7 @@ from cells import (
     recurrence,
     results,
 )
+from laws import divisors_near_zero
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fwp import feature_maps, trust
@@ -35,7 +36,7 @@ from fwp.backends import triton as backend
 from fwp.core import Core, Features, State, overwriting
 from fwp.feature_maps import applied
 from fwp.nn import FastWeightAttention
-from fwp.testing import budgets, deviation, evaluate, result_error, row_error, sample
+from fwp.testing import budgets, cast, deviation, evaluate, result_error, row_error, sample
 from fwp_kernels import packing, tiling
 
 pytestmark = MARKS
@@ -471,6 +472,21 @@ def test_denominator(cell, read):
 def test_a_loss_on_one_output_beside_a_denominator(present):
     core = problem(KDA, T=C + 2, K=35, V=37, denominator=True)
     agree(replace(core, z=None) if present == "o" else core, outputs=(present,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("decay", [-50.0, -100.0, -torch.inf])
+@pytest.mark.parametrize("rule", ["delta", "gated_delta", "kda"])
+def test_divisors_near_zero(rule, decay, dtype):
+    """As in the law of that name. float16 has no smaller keys than 1e-5, and its results are rounded."""
+    options = {"denominator": True, "eps": 0.0}
+    inputs = cast(divisors_near_zero(rule, decay, 1e-20 if dtype == torch.float32 else 1.0), dtype)
+    inputs = {name: x.to(DEVICE) for name, x in inputs.items()}
+    truth = evaluate(rule, cast(inputs, torch.float64), backend="reference", **options)
+    for form in ("chunk", "recurrent"):
+        found = evaluate(rule, inputs, backend="triton", form=form, **options)
+        for name, x in truth.items():
+            assert (found[name] - x).abs().amax() <= (1e-5 if dtype == torch.float32 else 4e-3) * x.abs().amax(), name
 
 
 def test_denominators_of_packed_sequences():

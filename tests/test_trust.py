@@ -142,7 +142,7 @@ def test_without_gradients_only_the_forward_is_asked(monkeypatch):
 # ---- cases ----
 
 CASE = trust.KernelCase(
-    *(torch.device("cpu"), torch.float32, "chunk", 2, True, False, False, True, 1, "after"),
+    *(torch.device("cpu"), torch.float32, "chunk", 2, True, False, False, False, True, 1, "after"),
     *(False, False, True, None, None, False, 4, 3, 2, 1, 2),
 )
 
@@ -170,6 +170,7 @@ ERASERS = {
     "own key": {"erase_key": True},
     "own key, no strength": {"erase_key": True, "erase_strength": False},
     "before decay": {"erase_key": True, "erase_before_decay": True},
+    "wide own key": {"erase_key": True, "wide_erase_key": True, "dtype": torch.bfloat16},
     "own key of few features": {"erase_key": True, "erase_strength": False, "phi": "dpfp-1", "K": 2},
     "writes": {"writes": 3, "packed": True},
     "writes and own key": {"writes": 2, "erase_key": True, "denominator": True, "read": "before"},

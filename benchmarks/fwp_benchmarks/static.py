@@ -61,11 +61,10 @@ CASES += [
         ((0, 1), (384, 64), "dpfp-3", "sum", 0),
         ((1, 0), (768, 128), "dpfp-3", "", 1),
         ((2, 1), (128, 128), "relu", "l2", 0),
-        ((1, 1), (128, 128), "", "", 1),
-        ((2, 1), (128, 128), "", "", 1),
     ]
 ]
 CASES += [StaticCase(*cell, 512, 128, "float32", "relu", "l2") for cell in CELLS]
+CASES += [StaticCase(decay, 2, 128, 128, denominator=1, erase_before_decay=1) for decay in (0, 1, 2)]
 CASES += [
     StaticCase(*cell, *size, writes=writes, erase_before_decay=before)
     for size in SIZES[:2]
@@ -95,7 +94,8 @@ def launches(case: StaticCase, target: str) -> list[tuple[str, Any, dict[str, An
         n = case.writes
         q, k, v = empty(D, dtype=dtype), empty(D, dtype=dtype, writes=n), empty(case.V, dtype=dtype, writes=n)
         strength = empty(writes=n) if case.erase else None
-        a = empty(K, dtype=dtype, writes=n) if case.erase == 2 else None
+        wide = torch.float32 if case.denominator else dtype  # as the rules that erase with a denominator make it
+        a = empty(K, dtype=wide, writes=n) if case.erase == 2 else None
         g = [None, empty(writes=n), empty(K, writes=n)][case.decay]
         state = torch.empty(2, 4, K, case.V), torch.empty(2, 4, K) if case.denominator else None
         scale = D**-0.5 if phi or case.norm else 1.0

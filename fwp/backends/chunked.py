@@ -28,6 +28,7 @@ from fwp.core import (
     Read,
     State,
     check_bounds,
+    denominators,
     opaque,
     ratio,
     refuse_forward_derivatives,
@@ -84,7 +85,7 @@ def _with_z(core: Core) -> Core:
 def _normalised(out: Tensor, eps: float) -> Tensor:
     """Sᵀq / (zᵀq + eps), 0 where zᵀq = 0. out holds Sᵀq and zᵀq side by side."""
     out, found = out.split([out.shape[-1] - 1, 1], -1)
-    return ratio(out, torch.where(found == 0, 0, found + eps))
+    return ratio(out, denominators(found, eps))
 
 
 # What a step of the walk gets. Dimensions [N, H, r, C, ·]: sequences, state heads, query heads per state head, tokens.

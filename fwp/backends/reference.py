@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fwp._torch_private import tree_map as _tree_map
-from fwp.core import Core, State, ratio, to_heads
+from fwp.core import Core, State, denominators, ratio, to_heads
 from fwp.feature_maps import applied
 from fwp.rules.spec import Rule
 
@@ -105,7 +105,7 @@ def _read(rule: Rule, core: Core, state: Any, q: Tensor) -> tuple[Tensor, Any]:
     o = rule.read(S, q)[0]
     if core.denominator:
         found = (z * q).sum(-1, keepdim=True)
-        o = ratio(o, torch.where(found == 0, 0, found + core.eps))
+        o = ratio(o, denominators(found, core.eps))
     return o, state
 
 

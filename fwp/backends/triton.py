@@ -48,7 +48,9 @@ def refuses(core: Core, form: Form) -> str | None:
     more = phi is not None or norm is not None or scale != 1.0 or core.q.shape[2] > core.heads
     channels = core.g is not None and core.g.dim() == 4
     tiles = 4 if core.a is not None else 3 if more else 2
-    most = widest(core.v.dtype.itemsize, channels, tiles, _shared_memory(core.v.device))
+    dtypes = [core.v.dtype if core.a is None else core.a.dtype, core.dtype if core.denominator else core.v.dtype]
+    itemsize = max(dtype.itemsize for dtype in dtypes)
+    most = widest(itemsize, channels, tiles, _shared_memory(core.v.device))
     if core.width > most and (form == "chunk" or core.wants_gradients):
         return f"K: expected at most {most} features of these inputs for the memory of this GPU, got {core.width}"
     return None

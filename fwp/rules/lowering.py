@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fwp.core import Core, opaque, ratio, refuse_forward_derivatives, to_heads
+from fwp.core import Core, opaque, refuse_forward_derivatives, retrieval_key, to_heads
 from fwp.feature_maps import applied
 
 
@@ -23,16 +23,18 @@ def decay(core: Core, g: Tensor | None = None) -> Core:
 
 
 def delta(core: Core, beta: Tensor, g: Tensor | None = None) -> Core:
-    """e = w = β. With attention normalisation e_t = β_t / (z'ᵀ k_t), where z' is the decayed sum of the keys before t.
+    """e = w = β. With attention normalisation what is retrieved is divided by z'ᵀk, by an erase key of its own.
 
-    Then e and w differ, since what is retrieved is divided and what is written is not.
+    S' = α S and z' = α z, so S'ᵀk / z'ᵀk = Sᵀa with a = α k / (zᵀ α k), which reads S before the decay. A decay per
+    head cancels, unless it forgets all.
     """
     core = replace(core, g=g, w=beta, e=beta)
     if not core.denominator:
         return core
     core = applied(core)
     k = to_heads(core.k, core.heads).to(core.dtype)  # [B, T, H, K]
-    return replace(core, e=ratio(beta, (keys_before(core, k) * k).sum(-1)))
+    decay = g.unsqueeze(-1) if g is not None and g.dim() == 3 else g
+    return replace(core, a=retrieval_key(keys_before(core, k), k, decay), erase_before_decay=True)
 
 
 def gdn2(core: Core, b: Tensor, w: Tensor, g: Tensor) -> Core:
@@ -73,30 +75,30 @@ def _interleaved(first: Tensor, second: Tensor) -> Tensor:
 
 
 def keys_before(core: Core, k: Tensor) -> Tensor:
-    """z'_t = Diag(exp g_t) z_{t−1}, the decayed sum of the keys before t in its sequence. k and result [B, T, H, K]."""
+    """z_{t−1}, the decayed sum of the keys before token t in its sequence. k and result [B, T, H, K].
+
+    Borders of packed sequences beyond T, which nobody checks on a GPU, read nothing out of range.
+    """
+    z, T = core.initial().z, k.shape[1]
+    assert z is not None
     if core.g is None:
         a = torch.ones_like(k)
     else:
         a = (core.g if core.g.dim() == 4 else core.g.unsqueeze(-1)).exp().expand_as(k)
-    z = core.initial().z
-    assert z is not None
-    # token t first adds the key before it, or starts from its sequence's z, and then decays
+    a = torch.cat([torch.zeros_like(a[:, :1]), a], 1)[:, :-1]  # the decay of the token before
+    before = torch.cat([torch.zeros_like(k[:, :1]), k], 1)[:, :-1]
     if core.cu_seqlens is None:
-        before = torch.cat([z.unsqueeze(1), k], 1)[:, :-1]
-        first = torch.zeros(k.shape[1], dtype=torch.bool, device=k.device)
+        first = torch.zeros(T, dtype=torch.bool, device=k.device)
         first[:1] = True
+        start = z.unsqueeze(1)
     else:
-        bounds = core.cu_seqlens.long() * core.writes
-        starts = bounds[:-1]
-        nonempty = starts < bounds[1:]
-        T = k.shape[1]
-        slot = torch.where(nonempty, starts, T)  # the slot of empty sequences is discarded
+        bounds = (core.cu_seqlens.long() * core.writes).clamp(0, T)
+        slot = torch.where(bounds[:-1] < bounds[1:], bounds[:-1], T)  # the slot of empty sequences is discarded
         first = torch.zeros(T + 1, dtype=torch.bool, device=k.device).index_fill(0, slot, True)[:T]
-        sequence = torch.searchsorted(bounds[1:], torch.arange(T, device=k.device), right=True)
-        shifted = torch.cat([torch.zeros_like(k[:, :1]), k], 1)[:, :-1]
-        before = torch.where(first[:, None, None], z[sequence].unsqueeze(0), shifted)
-    scan = _scan_op if opaque() and k.shape[1] else _scan
-    return scan(a.masked_fill(first[:, None, None], 0), a * before)
+        sequence = torch.searchsorted(bounds[1:].contiguous(), torch.arange(T, device=k.device), right=True)
+        start = z[sequence.clamp(max=len(z) - 1)].unsqueeze(0)
+    scan = _scan_op if opaque() and T else _scan
+    return scan(a.masked_fill(first[:, None, None], 0), torch.where(first[:, None, None], start, before))
 
 
 def _scan(a: Tensor, b: Tensor) -> Tensor:

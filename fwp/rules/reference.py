@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fwp.core import ratio
+from fwp.core import retrieval_key
 
 
 def outer(k: Tensor, v: Tensor) -> Tensor:
@@ -73,19 +73,28 @@ def rwkv7(S: Tensor, k: Tensor, v: Tensor, kappa: Tensor, a: Tensor, g: Tensor) 
     return g.exp().unsqueeze(-1) * S - outer(kappa * a, retrieve(S, kappa)) + outer(k, v)
 
 
+def mean(S: Tensor, z: Tensor, k: Tensor, g: Tensor | None = None) -> Tensor:
+    """S'ᵀk / (z'ᵀk) with S' = α S, z' = α z and α = exp g, g [..., 1 or K]: the mean of the values under keys like k.
+
+    It is 0 where z'ᵀk is 0. `retrieval_key` cancels what numerator and denominator share before they underflow.
+    """
+    return retrieve(S, retrieval_key(z, k, g))
+
+
 def delta_normalised(S: Tensor, z: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """v̄ = Sᵀ k / (zᵀ k), 0 at the first token; S + β k (v − v̄)ᵀ; z + k (equation 25 of the 2021 paper)."""
-    old = ratio(retrieve(S, k), (z * k).sum(-1, keepdim=True))
-    return S + beta[..., None, None] * outer(k, v - old), z + k
+    return S + beta[..., None, None] * outer(k, v - mean(S, z, k)), z + k
 
 
 def gated_delta_normalised(
     S: Tensor, z: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`delta_normalised` on the decayed αS and αz."""
-    return delta_normalised(g.exp()[..., None, None] * S, g.exp().unsqueeze(-1) * z, k, v, beta)
+    alpha, found = g.exp(), mean(S, z, k, g.unsqueeze(-1))
+    return alpha[..., None, None] * S + beta[..., None, None] * outer(k, v - found), alpha.unsqueeze(-1) * z + k
 
 
 def kda_normalised(S: Tensor, z: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """`delta_normalised` on the decayed Diag(α)S and Diag(α)z."""
-    return delta_normalised(g.exp().unsqueeze(-1) * S, g.exp() * z, k, v, beta)
+    alpha, found = g.exp(), mean(S, z, k, g)
+    return alpha.unsqueeze(-1) * S + beta[..., None, None] * outer(k, v - found), alpha * z + k

@@ -83,5 +83,6 @@ class Switches(NamedTuple):
     ERASE_BEFORE_DECAY: bool  # what is erased is found before the decay of its token
     WRITES: int  # tokens of k, v and the gates per token of q
     EPS: float | None  # None: no denominator
+    LEAST: float  # a zᵀq below it counts as 0
     DOT: Any  # Triton's dtype of the operands of matrix products
     ACC: Any  # Triton's dtype of everything else

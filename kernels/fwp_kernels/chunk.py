@@ -22,6 +22,7 @@ from .device import (
     Rows,
     chunk_of,
     decay_over_chunk,
+    denominators,
     dot,
     erase_keys,
     inverse,
@@ -208,7 +209,7 @@ def walk_kernel(
                 if s.EPS is not None:
                     zq = read_vector(b_q, b_z, gates, s.READ_BEFORE, s)
                     zq += tl.sum(b_P.to(s.ACC), 1)[:, None]
-                    b_den = tl.where(zq == 0, 0.0, zq + s.EPS)
+                    b_den = denominators(zq, s)
                     b_o = quotient(b_o, b_den)
                     once = Rows(n, reading.t, reading.present & first_block)
                     store(p_den, once, h * s.READERS + r, one, 1, b_den)

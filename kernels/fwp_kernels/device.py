@@ -109,6 +109,15 @@ def dot(a, b, DOT: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def denominators(found, s: tl.constexpr):
+    """found + EPS, 0 where found is 0 or below LEAST."""
+    if s.LEAST > 0:
+        return tl.where(tl.abs(found) < s.LEAST, 0.0, found + s.EPS)
+    else:
+        return tl.where(found == 0, 0.0, found + s.EPS)
+
+
+@triton.jit
 def quotient(x, den):
     """x / den, 0 where den is 0. It divides, since the reciprocal of a small den would overflow."""
     return tl.where(den == 0, 0.0, x / tl.where(den == 0, 1.0, den))

@@ -132,7 +132,12 @@ class Problem:
 
     @property
     def operand(self) -> torch.dtype:
-        """The dtype of operands. The interpreter's bfloat16 arithmetic is wrong, its loads and stores are right."""
+        """The dtype of operands. The interpreter's bfloat16 arithmetic is wrong, its loads and stores are right.
+
+        Quotients by small denominators leave the range of float16, so their operands are float32.
+        """
+        if self.v.dtype == torch.float16 and self.eps is not None:
+            return torch.float32
         return torch.float32 if INTERPRETED and self.v.dtype == torch.bfloat16 else self.v.dtype
 
     @cached_property
@@ -176,6 +181,7 @@ class Problem:
         K, Hq, Hk, Hv = self.K, self.q.shape[2], self.k.shape[2], self.v.shape[2]
         H, decay = max(Hk, Hv), self.decay
         readers = max(Hq, H)
+        least = torch.finfo(self.accumulator).tiny * 64  # as in `fwp.core.denominators`
         return Switches(
             H=H,
             HEADS_PER_K=H // Hk,
@@ -194,6 +200,7 @@ class Problem:
             ERASE_BEFORE_DECAY=self.erase_before_decay and decay > 0 and self.erases,
             WRITES=self.writes,
             EPS=self.eps,
+            LEAST=least if self.eps is not None and self.eps < least else 0.0,
             DOT=TYPES[self.operand],
             ACC=TYPES[self.accumulator],
         )

@@ -6,7 +6,7 @@ It serves decoding and short inputs. The chunk form computes its gradient, since
 import triton
 import triton.language as tl
 
-from .device import Rows, load_state, load_vector, quotient, span, state_at, state_block
+from .device import Rows, denominators, load_state, load_vector, quotient, span, state_at, state_block
 from .features import keys, queries
 
 
@@ -50,7 +50,7 @@ def read_token(p, p_o, p_den, n, t, h, b_S, b_z, k_offsets, v_offsets, first_blo
         reader = h * s.READERS + r
         if s.EPS is not None:
             found = tl.sum(b_z * b_q, 0)
-            b_den = tl.where(found == 0, 0.0, found + s.EPS)
+            b_den = denominators(found, s)
             b_o = quotient(b_o, b_den)
             at = p_den.pointer + n * p_den.batch + t * p_den.token + reader * p_den.head
             tl.store(at, b_den, mask=first_block)
