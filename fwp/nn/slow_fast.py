@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 
 from fwp import errors
-from fwp.core import Read
+from fwp.core import Read, state_dtype, without_autocast
 from fwp.errors import suggest
 
 Update = Literal["bounded", "additive"]
@@ -90,6 +90,7 @@ class SlowFastNet(nn.Module):
         state: w(0), what an earlier call returned; None: zeros. The paper starts from `begin(x_0)`.
         fast_input: [B, T, …], F's input if it differs from S's input x.
 
+        The fast weights are float32 (float64 for float64 outputs of S), under autocast and in 16-bit nets too.
         Autograd through it is the paper's unfolding in time.
         """
         if x.dim() < 2 or x.shape[1] == 0:
@@ -116,7 +117,10 @@ class SlowFastNet(nn.Module):
     def begin_online(self, slow: Weights, x: Tensor) -> Online:
         """Time step 0 of one stream: w(0) = □w(0) and, as in the paper, ∂w(0)/∂W_S = 0. x […]; slow as below."""
         w = self._run_slow(slow, x)
-        p = {name: {W: weight.new_zeros(*self.shapes[name], *weight.shape) for W, weight in slow.items()} for name in w}
+        p = {
+            name: {W: now.new_zeros(*self.shapes[name], *weight.shape) for W, weight in slow.items()}
+            for name, now in w.items()
+        }
         return Online(w, p)
 
     def step_online(
@@ -161,9 +165,13 @@ class SlowFastNet(nn.Module):
         }
         delta, y = grad(error, has_aux=True)(before if self.read == "before" else w)
         at = p if self.read == "before" else after
-        gradient = {
-            W: torch.stack([torch.tensordot(d, at[name][W], d.dim()) for name, d in delta.items()]).sum(0) for W in slow
-        }
+        with without_autocast(x):
+            gradient = {
+                W: torch.stack([torch.tensordot(d, at[name][W], d.dim()) for name, d in delta.items()])
+                .sum(0)
+                .to(W_S.dtype)
+                for W, W_S in slow.items()
+            }
         return gradient, y, Online(w, after)
 
     # ---- the parts ----
@@ -175,6 +183,8 @@ class SlowFastNet(nn.Module):
 
     def _run_fast(self, w: Weights, x: Tensor) -> Tensor:
         """F of one input x […], with the weights w."""
+        if x.dtype in (torch.float16, torch.bfloat16):
+            w = {name: weight.to(x.dtype) for name, weight in w.items()}
         return functional_call(self.fast, w, (x.unsqueeze(0),)).squeeze(0)
 
     def _changes(self, s: Tensor) -> Weights:
@@ -184,6 +194,7 @@ class SlowFastNet(nn.Module):
             raise ValueError(
                 f"slow: expected (N, {self.outputs}) for version {self.version} with {shapes}, got {tuple(s.shape)}"
             )
+        s = s.to(state_dtype(s.dtype))  # many changes are added up
         if self.version == 1:
             parts = s.split([shape.numel() for shape in self.shapes.values()], 1)
             return {name: part.reshape(-1, *shape) for part, (name, shape) in zip(parts, self.shapes.items())}
@@ -217,7 +228,10 @@ class SlowFastNet(nn.Module):
 
 
 class RecurrentState(NamedTuple):
-    """What a `FastWeightRNN` remembers of B sequences: weight [B, units, inputs + units], y [B, units]."""
+    """What a `FastWeightRNN` remembers of B sequences: weight [B, units, inputs + units], y [B, units].
+
+    The weights are float32, or float64 for a net of that dtype.
+    """
 
     weight: Tensor
     y: Tensor
@@ -266,12 +280,13 @@ class FastWeightRNN(nn.Module):
             )
         W, y = state
         errors.tensor("state.weight", W, (x.shape[0], *self.weight.shape))
+        W = W.to(state_dtype(W.dtype))  # many changes are added up
         errors.tensor("state.y", y, (x.shape[0], units))
         found = []
         for now in x.unbind(1):
             seen = torch.cat([now, y], 1)  # [B, inputs + units]
-            y = self.activation((W @ seen.unsqueeze(2)).squeeze(2))
-            W = W + self.h(y).unsqueeze(2) * self.g(seen).unsqueeze(1)
+            y = self.activation((W.to(seen.dtype) @ seen.unsqueeze(2)).squeeze(2))
+            W = W + self.h(y.to(W.dtype)).unsqueeze(2) * self.g(seen.to(W.dtype)).unsqueeze(1)
             W = squash(W, self.steepness) if self.update == "bounded" else W
             found.append(y)
         return torch.stack(found, 1) if found else x.new_zeros(x.shape[0], 0, units), RecurrentState(W, y)
