@@ -112,7 +112,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """tokens [B, T], T ≥ 1 → [B, T + max_new_tokens]: continues each row with constant memory per new token.
 
-        temperature: divides the logits; 0 takes the likeliest token. top_k: draws from the k likeliest tokens only.
+        temperature: divides the logits; 0, the limit of small ones, takes the likeliest token.
+        top_k: draws from the k likeliest tokens only.
         generator: makes the draws. mask: [B, T] bool, False for padding; each row needs a True.
         Dropout is active in training mode. ValueError and TypeError for invalid options.
         """
@@ -146,4 +147,8 @@ def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torc
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    most, limits = logits.amax(-1, keepdim=True), torch.finfo(logits.dtype)
+    below = (logits - most).masked_fill(logits == most, 0)  # the difference of two infinities is 0 here
+    scaled = below / min(max(temperature, limits.tiny), limits.max)  # beyond them 0 / 0 or ∞ / ∞ would be NaN
+    return torch.multinomial(scaled.softmax(-1), 1, generator=generator)
