@@ -472,6 +472,56 @@ def test_dtypes_of_a_layer_in_one_dtype(name, dtype):
     y.sum().backward()
 
 
+class Adapted(nn.Module):
+    """A quantised linear map and a trained one of low rank beside it. Only the named dtypes pass through it."""
+
+    def __init__(self, linear, returns):
+        super().__init__()
+        self.returns = returns
+        scale = linear.weight.abs().amax().detach() / 127
+        self.register_buffer("quantised", (linear.weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.down, self.up = nn.Linear(linear.in_features, 2, False), nn.Linear(2, linear.out_features, False)
+
+    def forward(self, x):
+        assert x.dtype in (self.returns, torch.bfloat16)
+        whole = F.linear(x.float(), self.quantised * self.scale.float()) + self.up(self.down(x.float()))
+        return whole.to(self.returns)
+
+
+def adapted(module, returns, names=("q_proj", "k_proj", "v_proj", "o_proj")):
+    """The module with adapters in place of the linear maps of those names."""
+    for name, child in module.named_children():
+        if name in names and isinstance(child, nn.Linear):
+            setattr(module, name, Adapted(child.float(), returns))
+        else:
+            adapted(child, returns, names)
+    return module
+
+
+@pytest.mark.parametrize("returns", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("names", [("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "proj", "out_gate", "o_proj")])
+@pytest.mark.parametrize("name", ["gated_delta_net", "kda", "comba", "rwkv7"])
+def test_projections_decide_the_dtype(name, names, returns):
+    """Quantised weights with float32 adapters among 16-bit parameters, and some parameters in float32."""
+    torch.manual_seed(0)
+    layer = adapted(awake(PRESETS[name](E, H)).bfloat16(), returns, names)
+    if len(names) > 2:
+        layer = layer.float()
+    x = torch.randn(2, 6, E, dtype=torch.bfloat16)
+    y, state = layer(x)
+    again, state = layer(x, state)
+    assert {part.dtype for part in leaves(state.memory)} == {torch.float32}
+    (y.float().sum() + again.float().sum()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+    exact = copy.deepcopy(layer).double()
+    for module in exact.modules():
+        if isinstance(module, Adapted):
+            module.forward = lambda x, m=module: F.linear(x, m.quantised * m.scale) + m.up(m.down(x))
+    truth = exact(x.double())[0]
+    assert (y - truth).norm() < 0.05 * truth.norm()
+
+
 # ---- compile ----
 
 

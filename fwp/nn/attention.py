@@ -17,7 +17,7 @@ from fwp.feature_maps import FeatureMap
 from fwp.functional import Backend, fast_weights
 from fwp.nn.block import NORMS, Norm, pick
 from fwp.nn.convolution import ShortConvolution
-from fwp.nn.layer import Layer, LayerState, function, lengths, projection
+from fwp.nn.layer import Layer, LayerState, function, lengths, matched, one_dtype, projection
 from fwp.rules import Gate, Rule
 
 
@@ -48,7 +48,7 @@ class GateProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, E] → [B, T, H] or [B, T, H, D]."""
-        y = self.proj(x)
+        y = self.proj(matched(x, self.proj))
         y = y.to(torch.promote_types(y.dtype, torch.float32)).unflatten(-1, self.shape)
         with without_autocast(x):
             gate = self.activate(y)
@@ -283,8 +283,8 @@ class FastWeightAttention(Layer):
             o = self.out_norm(o.to(self.out_norm.weight.dtype))
         o = rearrange(o, "b t h d -> b t (h d)")
         if self.out_gate is not None and self.out_activation is not None:
-            o = o * self.out_activation(self.out_gate(x).to(o.dtype))
-        y = self.o_proj(o.to(v.dtype))
+            o = o * self.out_activation(self.out_gate(matched(x, self.out_gate)).to(o.dtype))
+        y = self.o_proj(matched(o.to(v.dtype), self.o_proj))
         if mask is not None:
             y = y.masked_fill(~mask.unsqueeze(-1), 0)  # with a bias it would not be 0
         return y, LayerState(memory, tail, position + lengths(x, mask, cu_seqlens))
@@ -292,8 +292,11 @@ class FastWeightAttention(Layer):
     def _project(
         self, x: Tensor, tail: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """q [B, T, Hq, K], k [B, n·T, Hk, K], v [B, n·T, Hv, V], and the convolution's new tail."""
-        qkv = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        """q [B, T, Hq, K], k [B, n·T, Hk, K], v [B, n·T, Hv, V], and the convolution's new tail.
+
+        What the projections return decides the dtype. Adapters and quantised weights may have several dtypes.
+        """
+        qkv = one_dtype(*(module(matched(x, module)) for module in (self.q_proj, self.k_proj, self.v_proj)))
         if self.conv is not None:
             mixed, tail = self.conv(torch.cat(qkv, -1), tail, mask, cu_seqlens)
             qkv = list(mixed.split(self.widths, -1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -74,9 +75,8 @@ class Layer(nn.Module):
     ) -> None:
         """Checks the arguments that the op doesn't see, or sees too late. projection: the first module applied to x."""
         errors.tensor("x", x, (None, None, self.embed_dim))
-        weights = next((p.dtype for p in projection.parameters() if p.dtype in errors.FLOATS), x.dtype)
-        cast = not x.is_meta and torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weights)
-        if x.dtype != weights and not cast:
+        weights = weight_dtype(projection) or x.dtype
+        if x.dtype != weights and not (_autocasts(x) and torch.float64 not in (x.dtype, weights)):
             raise TypeError(f"x: expected {weights}, as the weights, got {x.dtype}")
         B, T, _ = x.shape
         N = B
@@ -104,6 +104,29 @@ def projection(embed_dim: int, width: int, rank: int | None = None, bias: bool =
         return nn.Linear(embed_dim, width, bias=bias)
     errors.size("rank", rank)
     return nn.Sequential(nn.Linear(embed_dim, rank, bias=False), nn.Linear(rank, width, bias=bias))
+
+
+def weight_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype in which a linear map takes its input. None: an adapter or a quantised map, which decides itself."""
+    while type(module) is nn.Sequential and len(module):
+        module = module[0]
+    weight = module.weight if type(module) is nn.Linear else None
+    return weight.dtype if type(weight) in (Tensor, nn.Parameter) and weight.dtype in errors.FLOATS else None
+
+
+def matched(x: Tensor, module: nn.Module) -> Tensor:
+    """x as the input of a module: in the dtype of its weights, where parts of a layer differ in dtype."""
+    return x if _autocasts(x) else x.to(weight_dtype(module) or x.dtype)
+
+
+def one_dtype(*given: Tensor) -> list[Tensor]:
+    """The tensors in the narrowest dtype that holds them all."""
+    dtype = reduce(torch.promote_types, (x.dtype for x in given))
+    return [x.to(dtype) for x in given]
+
+
+def _autocasts(x: Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def function(argument: str, given: str | Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor] | None:
