@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fwp._torch_private import constant_under_compile, inside_dual_level, inside_transform
+from fwp._torch_private import constant_under_compile, inside_dual_level, inside_transform, tree_map
 
 Read = Literal["after", "before"]
 Form = Literal["recurrent", "chunk"]
@@ -150,6 +150,16 @@ def overwriting() -> Iterator[None]:
 def overwrites() -> bool:
     """Whether a backend may write over S. Never while torch.compile traces."""
     return not torch.compiler.is_compiling() and _overwrites.get()
+
+
+def differentiable(state: Any) -> Any:
+    """The state, with copies of tensors that were made in inference mode: outside it autograd can't save them.
+
+    Compiled functions get it as it is, since torch.compile can't ask tensors for this.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return state
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) and x.is_inference() else x, state)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -434,6 +434,39 @@ def test_the_state_survives_saving(tmp_path):
         assert torch.equal(layer(x, loaded)[0], layer(x, state)[0])
 
 
+# ---- inference mode ----
+
+
+@each_layer
+def test_inference_first_then_loading_training_and_continuing(layer):
+    x = tokens(2, 6, E)
+    with torch.inference_mode():
+        _, state = layer(x)
+    layer.load_state_dict(copy.deepcopy(layer).state_dict())
+    truth = gradients(layer, x.requires_grad_(), *layer(x, tree_map(lambda y: None if y is None else y.clone(), state)))
+    close(gradients(layer, x, *layer(x, state)), truth)
+    with torch.no_grad():
+        wanted = layer.step(x[:, 0], state)
+        held, places = state, tree_leaves(state)
+        found, state = layer.step(x[:, 0], state, in_place=True)
+        close((found, state), wanted)
+        assert state is held and all(a is b for a, b in zip(places, tree_leaves(state)))
+
+
+@pytest.mark.parametrize("redraw", ["training", "always"])
+def test_random_features_drawn_in_inference_mode_load_and_train(redraw):
+    layer = FastWeightAttention(E, H, "delta", FavorPlusFeatures(4, redraw=redraw), "sum", True)
+    x, R = torch.randn(2, 6, E), layer.feature_map.R
+    with torch.inference_mode():
+        _, state = layer(x)
+    assert not torch.equal(layer.feature_map.R, R)
+    layer(x, state)[0].sum().backward()
+    assert all(p.grad.any() for p in layer.parameters())
+    other = FastWeightAttention(E, H, "delta", FavorPlusFeatures(4, redraw=redraw), "sum", True)
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer.feature_map.R, other.feature_map.R)
+
+
 # ---- dtypes ----
 
 

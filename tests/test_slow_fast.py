@@ -251,6 +251,19 @@ def test_online_learning_adds_up_in_float32():
     assert {name: p.dtype for name, p in gradient.items()} == {name: p.dtype for name, p in weights.items()}
 
 
+def test_a_state_from_inference_mode_is_trained_from():
+    x, rnn, net = torch.randn(2, 5, 3), FastWeightRNN(3, 4, update="additive"), one_layer(2)
+    with torch.inference_mode():
+        _, state = rnn(x)
+        _, weights = net(x)
+        carried = net.begin_online(slow_weights(net), x[0, 0])
+    assert torch.autograd.grad(rnn(x.requires_grad_(), state)[0].sum(), x)[0].any()
+    net(x, weights)[0].sum().backward()
+    assert all(w.grad.any() for w in net.slow.parameters())
+    gradient, _, _ = net.step_online(slow_weights(net), carried, x[0, 1].detach(), torch.ones(2))
+    assert all(w.isfinite().all() for w in gradient.values())
+
+
 def test_many_nets_at_once():
     net = two_layers(2)
     many = {name: torch.randn(4, *w.shape) for name, w in slow_weights(net).items()}

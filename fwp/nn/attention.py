@@ -114,8 +114,9 @@ class FavorPlusFeatures(nn.Module):
     def begin(self) -> None:
         """A sequence begins: draws a new R if `redraw` says so."""
         if self.redraw == "always" or (self.redraw == "training" and self.training):
-            # a new tensor: a backward pass may need the old one
-            self.R = feature_maps.directions(*self.size).to(self.R)
+            # A new tensor: a backward pass may need the old one. Made in inference mode it could never be loaded again.
+            with torch.inference_mode(False):
+                self.R = feature_maps.directions(*self.size).to(self.R)
 
 
 class FastWeightAttention(Layer):

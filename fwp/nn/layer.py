@@ -67,7 +67,8 @@ class Layer(nn.Module):
             y, end, *rest = self(x, state, **options)
         for place, value in zip(tree_leaves(state), tree_leaves(end)):
             if place is not value:  # a kernel may have written it there
-                place.copy_(value)
+                with torch.inference_mode(place.is_inference()):  # only inside it may such a tensor be changed
+                    place.copy_(value)
         return y, state, *rest
 
     def _check(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 
 from fwp import errors
-from fwp.core import Read, state_dtype, without_autocast
+from fwp.core import Read, differentiable, state_dtype, without_autocast
 from fwp.errors import suggest
 
 Update = Literal["bounded", "additive"]
@@ -100,7 +100,11 @@ class SlowFastNet(nn.Module):
         if seen.shape[:2] != x.shape[:2]:
             raise ValueError(f"fast_input: expected ({B}, {T}, …), got {tuple(seen.shape)}")
         steps = {name: w.unflatten(0, (B, T)).unbind(1) for name, w in self.begin(x.flatten(0, 1)).items()}
-        w = {name: torch.zeros_like(steps[name][0]) for name in steps} if state is None else self._checked(state, B)
+        w = (
+            {name: torch.zeros_like(steps[name][0]) for name in steps}
+            if state is None
+            else differentiable(self._checked(state, B))
+        )
         y = []
         for t in range(T):
             before = w
@@ -152,7 +156,7 @@ class SlowFastNet(nn.Module):
             y = self._run_fast(w, x if fast_input is None else fast_input)
             return loss(y, target), y
 
-        before, p = carried
+        before, p = differentiable(carried)
         jacobian, step = jacrev(change, has_aux=True)(slow)
         w = {name: self._squash(before[name] + step[name]) for name in before}
         slope = {name: self._slope(w[name]) for name in w}
@@ -278,7 +282,7 @@ class FastWeightRNN(nn.Module):
             state = RecurrentState(
                 self.weight.expand(x.shape[0], -1, -1), self.activation(x.new_zeros(x.shape[0], units))
             )
-        W, y = state
+        W, y = differentiable(state)
         errors.tensor("state.weight", W, (x.shape[0], *self.weight.shape))
         W = W.to(state_dtype(W.dtype))  # many changes are added up
         errors.tensor("state.y", y, (x.shape[0], units))
