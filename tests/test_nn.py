@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,15 +20,20 @@ from torch.utils._pytree import tree_leaves, tree_map
 import fwp
 from fwp.nn import (
     PRESETS,
+    Block,
     FastWeightAttention,
+    FastWeightRNN,
     FavorPlusFeatures,
+    FeedForward,
     GateProjection,
     LayerState,
     RWKV7Attention,
     ShortConvolution,
+    SlowFastNet,
     SoftplusDecay,
     token_shift,
 )
+from fwp.nn.block import ACTIVATIONS
 
 E, H = 8, 2
 
@@ -416,11 +422,56 @@ def test_state_dict_pickle_and_copy_round_trip_bitwise(name, tmp_path):
         assert torch.equal(same(x)[0], y)
 
 
-@pytest.mark.parametrize("rule", fwp.RULES.values(), ids=lambda rule: rule.name)
-def test_a_layer_with_a_rule_object_survives_pickling(rule):
-    x = torch.randn(2, 6, E)
-    layer = FastWeightAttention(E, H, rule, feature_norm="l2")
-    assert torch.equal(pickle.loads(pickle.dumps(layer))(x)[0], layer(x)[0])
+# A rule whose functions pickle can't name, as those of many a rule of one's own.
+NAMELESS = fwp.Rule(
+    "nameless",
+    step=lambda S, k, v, g: g.exp()[..., None, None] * S + k.unsqueeze(-1) * v.unsqueeze(-2),
+    gates={"g": replace(fwp.RULES["decay"].gates["g"], activation=lambda y: -(y**2), sample=lambda *_: None)},
+)
+MODELS = LAYERS | {
+    "nameless": lambda: FastWeightAttention(E, H, NAMELESS),
+    **{f"object-{name}": lambda rule=rule: FastWeightAttention(E, H, rule) for name, rule in fwp.RULES.items()},
+    **{f"map-{name}": lambda name=name: FastWeightAttention(E, H, feature_map=name) for name in fwp.FEATURE_MAPS},
+    **{
+        f"map-{type(phi).__name__}": lambda phi=phi: FastWeightAttention(E, H, feature_map=phi)
+        for phi in (fwp.FavorPlus.draw(4), fwp.DPFP(2), fwp.Taylor())
+    },
+    **{
+        f"activation-{name}": lambda name=name: FastWeightAttention(E, H, activation=name, out_gate=name)
+        for name in ACTIVATIONS
+    },
+    "SlowFastNet": lambda: SlowFastNet(nn.Linear(E, E + 2), nn.Linear(E, 2, bias=False)),
+    "FastWeightRNN": lambda: FastWeightRNN(E, 3),
+    **{
+        f"Block-{place}-{activation}": lambda place=place, activation=activation: Block(
+            E, FastWeightAttention(E, H), FeedForward(E, 9, activation), placement=place
+        )
+        for place, activation in (("pre", "swiglu"), ("post", "gelu"))
+    },
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pickling_copying_and_saving_a_whole_module(name, tmp_path):
+    torch.manual_seed(0)
+    x, model = torch.randn(2, 6, E), MODELS[name]().eval()
+    y = model(x)[0]
+    torch.save(model, tmp_path / "model.pt")
+    for same in (
+        pickle.loads(pickle.dumps(model)),
+        copy.deepcopy(model),
+        torch.load(tmp_path / "model.pt", weights_only=False),
+    ):
+        assert torch.equal(same(x)[0], y)
+        assert getattr(same, "rule", None) == getattr(model, "rule", None)
+
+
+@pytest.mark.parametrize("rule", [*RULES, NAMELESS], ids=lambda rule: rule.name)
+def test_a_rule_is_pickled_by_its_name(rule):
+    assert pickle.loads(pickle.dumps(rule)) is rule is copy.deepcopy(rule)
+    own = replace(rule, name="own")  # no module has it
+    for same in (copy.deepcopy(own), *([pickle.loads(pickle.dumps(own))] if rule.name in fwp.RULES else [])):
+        assert same is not own and (same.name, same.step, *same.gates) == ("own", own.step, *own.gates)
 
 
 def test_the_state_survives_saving(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -57,6 +58,17 @@ class GateProjection(nn.Module):
     def activate(self, y: Tensor) -> Tensor:
         """The gate of a projection y [B, T, H] or [B, T, H, D]."""
         return self.activation(y)
+
+
+@dataclass(frozen=True)
+class ActivationOf:
+    """The activation of a rule's gate. A layer with it can be pickled if the rule can, whatever function it is."""
+
+    rule: Rule
+    gate: str
+
+    def __call__(self, y: Tensor) -> Tensor:
+        return self.rule.gates[self.gate].activation(y)
 
 
 class SoftplusDecay(GateProjection):
@@ -239,7 +251,8 @@ class FastWeightAttention(Layer):
         found = nn.ModuleDict()
         for name, gate in wanted.items():
             features = None if gate.shape == "BTH" else V if gate.shape == "BTHV" else _width(phi, Hk, K)
-            make = given.get(name, partial(GateProjection, activation=gate.activation))
+            activation = gate.activation if isinstance(self.rule, str) else ActivationOf(self.rule, name)
+            make = given.get(name, partial(GateProjection, activation=activation))
             n = 1 if _once_per_token(gate) else self.writes_per_read
             found[name] = make(self.embed_dim, n * max(Hk, Hv), features)
         return found

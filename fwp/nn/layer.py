@@ -111,8 +111,10 @@ def weight_dtype(module: nn.Module) -> torch.dtype | None:
     """The dtype in which a linear map takes its input. None: an adapter or a quantised map, which decides itself."""
     while type(module) is nn.Sequential and len(module):
         module = module[0]
-    weight = module.weight if type(module) is nn.Linear else None
-    return weight.dtype if type(weight) in (Tensor, nn.Parameter) and weight.dtype in errors.FLOATS else None
+    if type(module) is not nn.Linear:
+        return None
+    plain = type(module.weight) in (Tensor, nn.Parameter) and module.weight.dtype in errors.FLOATS
+    return module.weight.dtype if plain else None
 
 
 def matched(x: Tensor, module: nn.Module) -> Tensor:

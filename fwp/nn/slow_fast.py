@@ -241,6 +241,11 @@ class RecurrentState(NamedTuple):
     y: Tensor
 
 
+def cubed(y: Tensor) -> Tensor:
+    """(2y − 1)³: −1 at 0, 1 at 1, and near 0 in between."""
+    return (2 * y - 1) ** 3
+
+
 class FastWeightRNN(nn.Module):
     """A recurrent net that programs its own weights: its units' activations are FROM and TO.
 
@@ -249,7 +254,7 @@ class FastWeightRNN(nn.Module):
 
     Args:
         inputs, units: numbers of inputs and of units. The parameter `weight` is W(1), at first uniform in (−0.1, 0.1).
-        g, h: functions of activations in (0, 1). By default (2y − 1)³: −1 at 0, 1 at 1, and near 0 in between.
+        g, h: functions of activations in (0, 1), by default `cubed`.
         activation: f.
         update, steepness: σ, as in `SlowFastNet`.
 
@@ -262,8 +267,8 @@ class FastWeightRNN(nn.Module):
         inputs: int,
         units: int,
         *,
-        g: Callable[[Tensor], Tensor] = lambda y: (2 * y - 1) ** 3,
-        h: Callable[[Tensor], Tensor] = lambda y: (2 * y - 1) ** 3,
+        g: Callable[[Tensor], Tensor] = cubed,
+        h: Callable[[Tensor], Tensor] = cubed,
         activation: Callable[[Tensor], Tensor] = torch.sigmoid,
         update: Update = "bounded",
         steepness: float = 10.0,
