@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fwp import errors
-from fwp.nn import PRESETS, Block, FastWeightAttention, FeedForward, LayerState
+from fwp.nn import PRESETS, Block, FastWeightAttention, FeedForward, LayerState, StackState
 from fwp.nn.block import NORMS, Norm, Placement, pick
 
 
@@ -57,6 +57,9 @@ class DecoderConfig:
         )
 
 
+torch.serialization.add_safe_globals([DecoderConfig])  # for torch.load, which by default makes known types only
+
+
 class Decoder(nn.Module):
     """Embedding → blocks → norm (of "pre" placement) → head. Linear weights and embeddings start as N(0, 0.02²)."""
 
@@ -80,10 +83,10 @@ class Decoder(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        state: tuple[LayerState, ...] | None = None,
+        state: Sequence[LayerState] | None = None,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[LayerState, ...]]:
+    ) -> tuple[Tensor, StackState]:
         """tokens [B, T] int → logits [B, T, vocab_size] and the state, one `LayerState` per block.
 
         state, mask [B, T] and cu_seqlens [N + 1] as in `FastWeightAttention`.
@@ -97,7 +100,7 @@ class Decoder(nn.Module):
         for block, before in zip(self.blocks, states):
             x, end = block(x, before, mask, cu_seqlens)
             after.append(end)
-        return self.head(self.norm(x)), tuple(after)
+        return self.head(self.norm(x)), StackState(after)
 
     @torch.no_grad()
     def generate(

@@ -18,8 +18,9 @@ from fwp.feature_maps import FeatureMap
 from fwp.functional import Backend, fast_weights
 from fwp.nn.block import NORMS, Norm, pick
 from fwp.nn.convolution import ShortConvolution
-from fwp.nn.layer import Layer, LayerState, function, lengths, matched, one_dtype, projection
+from fwp.nn.layer import Layer, function, lengths, matched, one_dtype, projection
 from fwp.rules import Gate, Rule
+from fwp.states import LayerState
 
 
 class GateProjection(nn.Module):

@@ -1,10 +1,10 @@
-"""What every layer with fast weights shares: its state, its checks, and one decode step."""
+"""What every layer with fast weights shares: its checks, and one decode step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,20 +15,7 @@ from fwp._torch_private import tree_leaves
 from fwp.core import overwriting
 from fwp.nn.block import ACTIVATIONS, pick
 from fwp.nn.convolution import borders
-
-
-class LayerState(NamedTuple):
-    """All that a layer remembers of N sequences. Its size doesn't depend on how many tokens they had.
-
-    memory: `fwp.State(S [N, H, K', V], z [N, H, K'] or None)`, or the state of a rule that has its own.
-    conv: [N, W − 1, C], the last inputs of the short convolution, oldest first; None without one. A token shift
-        counts as a convolution of width W = 2.
-    position: [N] int64, the tokens seen, masked ones not counted.
-    """
-
-    memory: Any
-    conv: Tensor | None
-    position: Tensor
+from fwp.states import LayerState
 
 
 class Layer(nn.Module):

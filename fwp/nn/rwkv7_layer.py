@@ -14,8 +14,9 @@ from fwp import errors, validate
 from fwp.core import without_autocast
 from fwp.functional import Backend, fast_weights
 from fwp.nn.convolution import token_shift
-from fwp.nn.layer import Layer, LayerState, lengths, matched, one_dtype
+from fwp.nn.layer import Layer, lengths, matched, one_dtype
 from fwp.rules import RULES
+from fwp.states import LayerState
 
 FASTEST_DECAY = -math.exp(-0.5)  # the lowest log decay: a token keeps at least 54.5 %
 

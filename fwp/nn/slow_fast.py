@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,20 +12,9 @@ from torch.func import functional_call, grad, jacrev, vmap
 from fwp import errors
 from fwp.core import Read, differentiable, state_dtype, without_autocast
 from fwp.errors import suggest
+from fwp.states import FastWeights, Online, RecurrentState, Weights
 
 Update = Literal["bounded", "additive"]
-Weights = dict[str, Tensor]  # a tensor for each parameter of the fast net, by its name
-
-
-class Online(NamedTuple):
-    """What online learning carries from step to step.
-
-    weights: the fast weights w, {name: its shape}.
-    sensitivity: p = ∂w/∂W_S, {fast name: {slow name: [*shape of the fast weight, *shape of the slow one]}}.
-    """
-
-    weights: Weights
-    sensitivity: dict[str, dict[str, Tensor]]
 
 
 class SlowFastNet(nn.Module):
@@ -84,7 +73,7 @@ class SlowFastNet(nn.Module):
 
     def forward(
         self, x: Tensor, state: Weights | None = None, fast_input: Tensor | None = None
-    ) -> tuple[Tensor, Weights]:
+    ) -> tuple[Tensor, FastWeights]:
         """x [B, T, …] → y [B, T, …] and the fast weights after it, {name: [B, *its shape]}.
 
         state: w(0), what an earlier call returned; None: zeros. The paper starts from `begin(x_0)`.
@@ -110,11 +99,11 @@ class SlowFastNet(nn.Module):
             before = w
             w = {name: self._squash(w[name] + steps[name][t]) for name in w}
             y.append(vmap(self._run_fast, randomness="different")(before if self.read == "before" else w, seen[:, t]))
-        return torch.stack(y, 1), w
+        return torch.stack(y, 1), FastWeights(w)
 
-    def begin(self, x: Tensor) -> Weights:
+    def begin(self, x: Tensor) -> FastWeights:
         """The paper's time step 0: w(0) = □w(0), not squashed. x [B, …] → {name: [B, *its shape]}, a state."""
-        return self._changes(self.slow(x))
+        return FastWeights(self._changes(self.slow(x)))
 
     # ---- online ----
 
@@ -229,16 +218,6 @@ class SlowFastNet(nn.Module):
     def extra_repr(self) -> str:
         bound = f", steepness={self.steepness:g}" if self.update == "bounded" else ""
         return f"version={self.version}, update={self.update!r}{bound}, read={self.read!r}"
-
-
-class RecurrentState(NamedTuple):
-    """What a `FastWeightRNN` remembers of B sequences: weight [B, units, inputs + units], y [B, units].
-
-    The weights are float32, or float64 for a net of that dtype.
-    """
-
-    weight: Tensor
-    y: Tensor
 
 
 def cubed(y: Tensor) -> Tensor:
