@@ -26,7 +26,6 @@ from fwp.nn import (
     FavorPlusFeatures,
     FeedForward,
     GateProjection,
-    LayerState,
     RWKV7Attention,
     ShortConvolution,
     SlowFastNet,
@@ -472,17 +471,6 @@ def test_a_rule_is_pickled_by_its_name(rule):
     own = replace(rule, name="own")  # no module has it
     for same in (copy.deepcopy(own), *([pickle.loads(pickle.dumps(own))] if rule.name in fwp.RULES else [])):
         assert same is not own and (same.name, same.step, *same.gates) == ("own", own.step, *own.gates)
-
-
-def test_the_state_survives_saving(tmp_path):
-    x = torch.randn(2, 6, E)
-    layer = PRESETS["gated_delta_net"](E, H)
-    with torch.no_grad():
-        _, state = layer(x)
-        torch.save(tuple(state), tmp_path / "state.pt")
-        with torch.serialization.safe_globals([fwp.State]):
-            loaded = LayerState(*torch.load(tmp_path / "state.pt", weights_only=True))
-        assert torch.equal(layer(x, loaded)[0], layer(x, state)[0])
 
 
 # ---- inference mode ----

@@ -2,62 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fwp import errors
-from fwp.nn import PRESETS, Block, FastWeightAttention, FeedForward, LayerState, StackState
-from fwp.nn.block import NORMS, Norm, Placement, pick
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Everything a `Decoder` is made from.
-
-    vocab_size: number of token ids. embed_dim: E. num_layers: number of blocks. num_heads: heads per block.
-    preset: a name of `fwp.nn.PRESETS`; None: `FastWeightAttention`.
-    attention: its further options, such as {"rule": "delta", "feature_map": "dpfp-1"}.
-    ff_dim: width of the feed-forward nets; None: 4 E. ff_activation: "gelu", "relu", "swiglu", …
-    norm: "rms" or "layer". placement: "pre" or "post", see `fwp.nn.Block`. dropout: after the embedding and in blocks.
-    tied: whether the head's weights are the embedding's.
-
-    There is no positional encoding: a causal recurrence knows the order. With preset "rwkv7" every block is built as a
-    first layer: it uses its own values, and no values are passed from block to block.
-    """
-
-    vocab_size: int
-    embed_dim: int = 256
-    num_layers: int = 4
-    num_heads: int = 4
-    preset: str | None = "gated_delta_net"
-    attention: Mapping[str, Any] = field(default_factory=dict)
-    ff_dim: int | None = None
-    ff_activation: str = "gelu"
-    norm: Norm = "rms"
-    placement: Placement = "pre"
-    dropout: float = 0.0
-    tied: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "ff_dim"):
-            if getattr(self, name) is not None:
-                errors.size(name, getattr(self, name))
-
-    def block(self) -> Block:
-        """One of the blocks."""
-        E = self.embed_dim
-        make = FastWeightAttention if self.preset is None else pick("preset", self.preset, PRESETS)
-        feed_forward = FeedForward(E, 4 * E if self.ff_dim is None else self.ff_dim, self.ff_activation)
-        return Block(
-            E, make(E, self.num_heads, **self.attention), feed_forward, self.norm, self.placement, self.dropout
-        )
-
-
-torch.serialization.add_safe_globals([DecoderConfig])  # for torch.load, which by default makes known types only
+from fwp.config import DecoderConfig
+from fwp.nn import LayerState, StackState
+from fwp.nn.block import NORMS, pick
 
 
 class Decoder(nn.Module):

@@ -234,3 +234,4 @@ def _defined(module: str, name: str) -> Rule:
 
 
 copyreg.pickle(Rule, _reduced)
+torch.serialization.add_safe_globals([get])  # for torch.load, which by default makes known types only
