@@ -318,6 +318,30 @@ def test_gates_come_from_the_rule():
     torch.testing.assert_close(layer.gates["k_r"](x), F.normalize(raw, dim=-1))
 
 
+@pytest.mark.parametrize(
+    "name", ["keys", "values", "items", "pop", "update", "type", "forward", "training", "_modules", "T_destination"]
+)
+def test_a_gate_may_have_any_name(name):
+    """Also that of an attribute of the module that holds the gates."""
+    decay = fwp.RULES["decay"]
+    rule = fwp.Rule(
+        "renamed",
+        step=lambda S, k, v, **gates: decay.step(S, k, v, gates[name]),
+        gates={name: decay.gates["g"]},
+        lower=lambda core, **gates: decay.lower(core, gates[name]),
+    )
+    torch.manual_seed(0)
+    layer, plain = FastWeightAttention(E, H, rule), FastWeightAttention(E, H, decay)
+    plain.load_state_dict(dict(zip(plain.state_dict(), layer.state_dict().values(), strict=True)))
+    x = torch.randn(2, 5, E)
+    assert torch.equal(layer(x)[0], plain(x)[0])
+    assert all(layer.get_submodule(path) is module for path, module in layer.named_modules())
+    own = FastWeightAttention(E, H, rule, gates={name: SoftplusDecay})
+    assert isinstance(next(own.gates.children()), SoftplusDecay)
+    own.load_state_dict(own.state_dict())
+    copy.deepcopy(own).bfloat16()(x.bfloat16())
+
+
 def test_a_gate_can_be_made_otherwise():
     seen = []
 

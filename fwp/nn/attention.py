@@ -22,6 +22,8 @@ from fwp.nn.layer import Layer, function, lengths, matched, one_dtype, projectio
 from fwp.rules import Gate, Rule
 from fwp.states import LayerState
 
+_NO_GATES = nn.ModuleDict()
+
 
 class GateProjection(nn.Module):
     """activation(W x + b): x [B, T, E] → a gate [B, T, H], or [B, T, H, D] with features D.
@@ -255,7 +257,7 @@ class FastWeightAttention(Layer):
             activation = gate.activation if isinstance(self.rule, str) else ActivationOf(self.rule, name)
             make = given.get(name, partial(GateProjection, activation=activation))
             n = 1 if _once_per_token(gate) else self.writes_per_read
-            found[name] = make(self.embed_dim, n * max(Hk, Hv), features)
+            found[_module_name(name)] = make(self.embed_dim, n * max(Hk, Hv), features)
         return found
 
     def forward(
@@ -327,7 +329,8 @@ class FastWeightAttention(Layer):
         """The queries and gates that the op gets. A subclass may make them of q and k too."""
         found: dict[str, Any] = {}
         row, n = rules.get(self.rule), self.writes_per_read
-        for name, module in self.gates.items():
+        names = (name for name in row.gates if name not in self.made_of_keys)
+        for name, module in zip(names, self.gates.values()):
             gate = module(x)
             if n > 1 and _once_per_token(row.gates[name]):
                 idle = torch.full_like(gate, row.gates[name].neutral)
@@ -341,6 +344,11 @@ class FastWeightAttention(Layer):
         rule = self.rule if isinstance(self.rule, str) else self.rule.name
         writes = "" if self.writes_per_read == 1 else f", writes_per_read={self.writes_per_read}"
         return f"{self.embed_dim}, rule={rule!r}, heads={self.heads}, feature_map={self.feature_map!r}{writes}"
+
+
+def _module_name(gate: str) -> str:
+    """The gate's name, unless a `ModuleDict` has an attribute of that name, such as "values"; no gate has a hyphen."""
+    return f"gate-{gate}" if hasattr(_NO_GATES, gate) else gate
 
 
 def _once_per_token(gate: Gate) -> bool:
