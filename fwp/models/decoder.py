@@ -11,9 +11,10 @@ from fwp import errors
 from fwp.config import DecoderConfig
 from fwp.nn import LayerState, StackState
 from fwp.nn.block import NORMS, pick
+from fwp.nn.stateful import Stateful
 
 
-class Decoder(nn.Module):
+class Decoder(Stateful):
     """Embedding → blocks → norm (of "pre" placement) → head. Linear weights and embeddings start as N(0, 0.02²)."""
 
     def __init__(self, config: DecoderConfig) -> None:

@@ -22,6 +22,7 @@ from fwp.nn.presets import (
 )
 from fwp.nn.rwkv7_layer import RWKV7Attention
 from fwp.nn.slow_fast import FastWeightRNN, SlowFastNet
+from fwp.nn.stateful import Stateful
 from fwp.states import FastWeights, LayerState, Online, RecurrentState, StackState
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "SlowFastNet",
     "SoftplusDecay",
     "StackState",
+    "Stateful",
     "comba",
     "delta_net",
     "delta_net_2021",

@@ -22,8 +22,6 @@ from fwp.nn.layer import Layer, function, lengths, matched, one_dtype, projectio
 from fwp.rules import Gate, Rule
 from fwp.states import LayerState
 
-_NO_GATES = nn.ModuleDict()
-
 
 class GateProjection(nn.Module):
     """activation(W x + b): x [B, T, E] → a gate [B, T, H], or [B, T, H, D] with features D.
@@ -348,7 +346,7 @@ class FastWeightAttention(Layer):
 
 def _module_name(gate: str) -> str:
     """The gate's name, unless a `ModuleDict` has an attribute of that name, such as "values"; no gate has a hyphen."""
-    return f"gate-{gate}" if hasattr(_NO_GATES, gate) else gate
+    return f"gate-{gate}" if hasattr(nn.ModuleDict(), gate) else gate
 
 
 def _once_per_token(gate: Gate) -> bool:

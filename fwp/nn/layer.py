@@ -15,10 +15,11 @@ from fwp._torch_private import tree_leaves
 from fwp.core import overwriting
 from fwp.nn.block import ACTIVATIONS, pick
 from fwp.nn.convolution import borders
+from fwp.nn.stateful import Stateful
 from fwp.states import LayerState
 
 
-class Layer(nn.Module):
+class Layer(Stateful):
     """A layer from x [B, T, E] and a `LayerState` to y [B, T, E] and the state after it.
 
     A subclass sets `embed_dim` and `tail`, the shape (W − 1, C) of what `LayerState.conv` holds per sequence, or None.

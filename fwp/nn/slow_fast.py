@@ -12,12 +12,13 @@ from torch.func import functional_call, grad, jacrev, vmap
 from fwp import errors
 from fwp.core import Read, differentiable, state_dtype, without_autocast
 from fwp.errors import suggest
+from fwp.nn.stateful import Stateful
 from fwp.states import FastWeights, Online, RecurrentState, Weights
 
 Update = Literal["bounded", "additive"]
 
 
-class SlowFastNet(nn.Module):
+class SlowFastNet(Stateful):
     """A slow net S programs a fast net F: from every input S makes changes □w of all of F's weights.
 
     For t = 1 … T: y(t) = F(x(t)) with the weights w(t − 1), then w(t) = σ(w(t − 1) + □w(t)), where S makes □w(t) from
@@ -225,7 +226,7 @@ def cubed(y: Tensor) -> Tensor:
     return (2 * y - 1) ** 3
 
 
-class FastWeightRNN(nn.Module):
+class FastWeightRNN(Stateful):
     """A recurrent net that programs its own weights: its units' activations are FROM and TO.
 
     With l(t) = [x(t); y(t)] and W(t) [units, inputs + units]: y(t + 1) = f(W(t) l(t)), y(1) = f(0), and
