@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import reduce
 from typing import Any
 
@@ -55,7 +56,8 @@ class Layer(Stateful):
             y, end, *rest = self(x, state, **options)
         for place, value in zip(tree_leaves(state), tree_leaves(end)):
             if place is not value:  # a kernel may have written it there
-                with torch.inference_mode(place.is_inference()):  # only inside it may such a tensor be changed
+                made_there = not torch.compiler.is_compiling() and place.is_inference()
+                with torch.inference_mode() if made_there else nullcontext():  # elsewhere it can't be changed
                     place.copy_(value)
         return y, state, *rest
 
