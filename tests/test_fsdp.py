@@ -9,9 +9,10 @@ from laws import leaves
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 
 from fwp.models import Decoder, DecoderConfig
-from fwp.nn import PRESETS, FastWeightAttention, FastWeightRNN, SlowFastNet, Stateful
+from fwp.nn import PRESETS, Block, FastWeightAttention, FastWeightRNN, SlowFastNet, Stateful
 
 E, H = 8, 2
 
@@ -34,7 +35,25 @@ class Own(Stateful):
         return self.layer(x, state=state)
 
 
+class Checkpointed(nn.Module):
+    """A wrapper that recomputes what it wraps, as is put around blocks before they are sharded."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args):
+        return checkpoint(self.inner, *args, use_reentrant=False)
+
+
+def checkpointed():
+    model = Decoder(DecoderConfig(11, E, 2, H))
+    model.blocks[0], model.blocks[1].mixer = Checkpointed(model.blocks[0]), Checkpointed(model.blocks[1].mixer)
+    return model
+
+
 MODELS = {
+    "checkpointed": checkpointed,
     "decoder": lambda: Decoder(DecoderConfig(11, E, 2, H)),
     "rwkv7": lambda: PRESETS["rwkv7"](E, H),
     "own": Own,
@@ -53,15 +72,17 @@ def test_a_state_keeps_its_dtype_between_calls(mesh, name, output_dtype):
         nn.init.normal_(p)
     model, plain = copy.deepcopy(plain), plain.bfloat16()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=output_dtype)
-    for part in getattr(model, "blocks", []):
-        fully_shard(part, mesh=mesh, mp_policy=policy)
+    for part in [*model.modules()][:0:-1]:
+        if isinstance(part, Block | Checkpointed):
+            fully_shard(part, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
-    xs = [torch.randint(11, (2, 3)) if name == "decoder" else torch.randn(2, 3, E) for _ in range(3)]
+    ids = isinstance(plain, Decoder)
+    xs = [torch.randint(11, (2, 3)) if ids else torch.randn(2, 3, E) for _ in range(3)]
     found, truth = None, None
     for x in xs:
         y, found = model(x, found)
-        wanted, truth = plain(x if name == "decoder" else x.bfloat16(), state=truth)
+        wanted, truth = plain(x if ids else x.bfloat16(), state=truth)
         assert torch.equal(y, wanted)
         for a, b in zip(leaves(found), leaves(truth), strict=True):
             assert a.dtype == b.dtype and torch.equal(a, b)
@@ -70,5 +91,5 @@ def test_a_state_keeps_its_dtype_between_calls(mesh, name, output_dtype):
     for (key, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
         if q.requires_grad:
             assert torch.equal(p.grad.full_tensor().bfloat16(), q.grad), key
-    if name == "decoder":
+    if ids:
         assert torch.equal(model.generate(xs[0], 4, temperature=0), plain.generate(xs[0], 4, temperature=0))

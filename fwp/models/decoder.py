@@ -11,7 +11,7 @@ from fwp import errors
 from fwp.config import DecoderConfig
 from fwp.nn import LayerState, StackState
 from fwp.nn.block import NORMS, pick
-from fwp.nn.stateful import Stateful
+from fwp.nn.stateful import Stateful, carry
 
 
 class Decoder(Stateful):
@@ -52,7 +52,7 @@ class Decoder(Stateful):
         x = self.dropout(self.embedding(tokens))
         after = []
         for block, before in zip(self.blocks, states):
-            x, end = block(x, before, mask, cu_seqlens)
+            x, end = carry(block, x, before, mask, cu_seqlens)
             after.append(end)
         return self.head(self.norm(x)), StackState(after)
 

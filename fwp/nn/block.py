@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fwp.errors import suggest
-from fwp.nn.stateful import Stateful
+from fwp.nn.stateful import Stateful, carry
 
 Norm = Literal["rms", "layer"]
 Placement = Literal["pre", "post"]
@@ -98,7 +98,7 @@ class Block(Stateful):
 
         def mix(x: Tensor) -> Tensor:
             nonlocal state
-            y, state = self.mixer(x, state, mask, cu_seqlens)
+            y, state = carry(self.mixer, x, state, mask, cu_seqlens)
             return self.dropout(y)
 
         x = self.place(x, self.mixer_norm, mix)

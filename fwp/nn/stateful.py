@@ -29,6 +29,11 @@ class _Hidden:
         self.state = state
 
 
+def carry(module: nn.Module, *args: Any) -> Any:
+    """module(x, state, …), where the module may be sharded though it is no `Stateful`, such as a wrapper of one."""
+    return _past_casts(module, *args) if hasattr(module, "set_reshard_after_forward") else module(*args)
+
+
 def _past_casts(module: nn.Module, *args: Any, **options: Any) -> Any:
     """module(…): the state is hidden on its way in, and that of `forward` is returned.
 
