@@ -20,7 +20,8 @@ class DecoderConfig:
 
     vocab_size: number of token ids. embed_dim: E. num_layers: number of blocks. num_heads: heads per block.
     preset: a name of `fwp.nn.PRESETS`; None: `FastWeightAttention`.
-    attention: its further options, such as {"rule": "delta", "feature_map": "dpfp-1"}.
+    attention: its further options, such as {"rule": "delta", "feature_map": "dpfp-1"}. With its safe default torch.load
+        takes names, numbers, feature maps of this package and rules of the table, but no other functions or classes.
     ff_dim: width of the feed-forward nets; None: 4 E. ff_activation: "gelu", "relu", "swiglu", …
     norm: "rms" or "layer". placement: "pre" or "post", see `fwp.nn.Block`. dropout: after the embedding and in blocks.
     tied: whether the head's weights are the embedding's.

@@ -132,6 +132,14 @@ def test_states_pass_through_transforms_and_compilers():
         close(double(kept[name]), [2 * x for x in leaves(kept[name])])
 
 
+def test_a_state_from_inference_mode_is_read_with_gradients():
+    with torch.inference_mode():
+        _, state = op(given("op"))
+    q = given("op", 1).requires_grad_()
+    found = torch.autograd.grad(fwp.read(state, q).sum(), q)[0]
+    assert torch.equal(found, torch.autograd.grad(fwp.read(state.clone(), q).sum(), q)[0])
+
+
 # ---- saving ----
 
 CONFIGS = {
