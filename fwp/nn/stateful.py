@@ -16,9 +16,8 @@ class Stateful(nn.Module):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if any(
-            base.__name__ == "FSDPModule" for base in cls.__bases__
-        ):  # fully_shard derives a class from the module's
+        # fully_shard derives a class from FSDPModule and that of the module
+        if any(base.__name__ == "FSDPModule" for base in cls.__bases__):
             cls.__call__ = _past_casts  # type: ignore[method-assign]
 
 
