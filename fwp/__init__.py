@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fwp import config as config  # so that torch.load knows these types
+from fwp import states as states
 from fwp._version import __version__ as __version__
 from fwp.rules import RULES as RULES
 from fwp.rules import Gate as Gate

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 # States are pytrees, and the public torch.utils has no tree functions. `keystr` names a leaf in an error message.
 from torch.utils._pytree import keystr as keystr
+from torch.utils._pytree import register_pytree_node as register_pytree_node
 from torch.utils._pytree import tree_flatten_with_path as tree_flatten_with_path
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map

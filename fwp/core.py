@@ -12,7 +12,7 @@ A rule *lowers* onto this recurrence by choosing g, a, e and w, or by changing k
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,22 +21,85 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from fwp._torch_private import constant_under_compile, inside_dual_level, inside_transform
+from fwp import errors
+from fwp._torch_private import constant_under_compile, inside_dual_level, inside_transform, tree_leaves, tree_map
 
 Read = Literal["after", "before"]
 Form = Literal["recurrent", "chunk"]
 
 
-class State(NamedTuple):
+class Carried:
+    """What every kind of state can do: a named tuple, tuple or mapping of tensors, of None and of such states.
+
+    A subclass adds it beside its fields. `torch.load` takes it with its safe default then.
+    """
+
+    __slots__ = ()
+
+    def __init_subclass__(cls) -> None:
+        torch.serialization.add_safe_globals([cls])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return tree_map(lambda x: change(x) if isinstance(x, Tensor) else x, self)
+
+    def select(self, indices: Tensor | Sequence[int]) -> Self:
+        """The sequences of these indices [M], in their order: to reorder beams, repeat a prompt, or drop what ended.
+
+        indices: int64, along the first axis; negative ones count from its end. TypeError and ValueError for others.
+        """
+        if not isinstance(indices, Tensor):
+            indices = torch.tensor(indices, dtype=torch.int64)
+        errors.tensor("indices", indices, (None,), torch.int64)
+        sizes = {len(x) for x in tree_leaves(self) if isinstance(x, Tensor)}
+        if indices.device.type == "cpu" and not torch.compiler.is_compiling():
+            for N in sizes:
+                if not all(-N <= n < N for n in indices.tolist()):
+                    raise ValueError(f"indices: expected integers in [{-N}, {N}), got {indices.tolist()}")
+        return self._each(lambda x: x[indices.to(x.device)])
+
+    def detach(self) -> Self:
+        """The same numbers without their history, in the same memory: to cut backpropagation through time."""
+        return self._each(Tensor.detach)
+
+    def clone(self) -> Self:
+        """A copy in memory of its own. Gradients flow through it."""
+        return self._each(Tensor.clone)
+
+    def to(
+        self, device: torch.device | str | int | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """The state on a device, and in the dtype that goes with inputs of `dtype`.
+
+        That is float64 for float64, and float32 for all others: a state is never kept in 16 bits.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        if dtype not in (None, *errors.FLOATS):
+            raise TypeError(f"dtype: expected a floating dtype of 16 to 64 bits, got {dtype}")
+        kept = None if dtype is None else state_dtype(dtype)
+        return self._each(lambda x: x.to(device, kept if x.is_floating_point() else None))
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that its tensors take."""
+        return sum(x.nbytes for x in tree_leaves(self) if isinstance(x, Tensor))
+
+
+class _State(NamedTuple):
+    S: Tensor
+    z: Tensor | None = None
+
+
+class State(_State, Carried):
     """The fast weights of one layer: everything that is remembered of the past.
 
     S: [N, H, K, V], float32 or float64; N sequences, H state heads, K key features, V value features.
     z: [N, H, K], the running sum of keys, or None without attention normalisation.
     """
 
-    S: Tensor
-    z: Tensor | None = None
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -150,6 +213,16 @@ def overwriting() -> Iterator[None]:
 def overwrites() -> bool:
     """Whether a backend may write over S. Never while torch.compile traces."""
     return not torch.compiler.is_compiling() and _overwrites.get()
+
+
+def differentiable(state: Any) -> Any:
+    """The state, with copies of tensors that were made in inference mode: outside it autograd can't save them.
+
+    Compiled functions get it as it is, since torch.compile can't ask tensors for this.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return state
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) and x.is_inference() else x, state)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

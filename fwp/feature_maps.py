@@ -138,6 +138,9 @@ FEATURE_MAPS: dict[str, FeatureMap] = {
     "taylor": Taylor(),
 }
 
+# for torch.load, which by default makes known types only
+torch.serialization.add_safe_globals([DPFP, FavorPlus, Taylor, favor_plus, elu_plus_one, softmax])
+
 
 def get(feature_map: str | FeatureMap | None) -> FeatureMap:
     """The map of that name ("dpfp" is "dpfp-1", "dpfp-ν" any ν), the callable itself, or the identity for None."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fwp import canary, errors, feature_maps, observe, rules, trust, validate
 from fwp._torch_private import tree_leaves, tree_map
-from fwp.core import Core, Features, Form, Read, State, overwrites, without_autocast
+from fwp.core import Core, Features, Form, Read, State, differentiable, overwrites, without_autocast
 from fwp.feature_maps import FeatureMap
 from fwp.rules import Rule
 
@@ -120,6 +120,7 @@ def fast_weights(
         writes=writes,
     )
     core, given = _prepared(row, core, gates, mask, feature_map, feature_norm, scale)
+    state = differentiable(state)
     if row.plain:
         core = validate.with_state(core, state)
     else:
@@ -221,6 +222,7 @@ def read(
 
     x = feature_maps.transform(q, feature_map, feature_norm, scale)
     validate.readable(state, x, cu_seqlens)
+    state = differentiable(state)
     B, T = q.shape[:2]
     nothing = x.new_zeros(()).expand(B, T, state.S.shape[1], 1)
     core = Core(

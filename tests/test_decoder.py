@@ -9,6 +9,7 @@ from outside.delta_rnn import DELTA_RNN
 from torch import nn
 
 from fwp.models import Decoder, DecoderConfig
+from fwp.models.decoder import _draw
 from fwp.nn import Block, FavorPlusFeatures, FeedForward
 
 E, H = 8, 2
@@ -121,12 +122,33 @@ def test_sampling(model):
     greedy = model.generate(prompt, 6, temperature=0)
     assert torch.equal(sample(0, top_k=1), greedy)
     assert torch.equal(sample(0, temperature=1e-6), greedy)
+    assert torch.equal(sample(0, temperature=1e-40), greedy)
     assert not torch.equal(sample(0), greedy)
     best = model(prompt)[0][:, -1].topk(3).indices
     drawn = sample(0, top_k=3, temperature=2.0)[:, 2:3]
     assert (drawn == best).any(-1).all()
     assert (drawn != best[:, :1]).any()
     assert torch.equal(model.generate(prompt, 0), prompt)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_drawing_at_the_limits_of_temperatures_and_logits(top_k, dtype):
+    """Small temperatures take the likeliest token. Large ones take every token alike, except those that can't be."""
+    most, least = torch.finfo(dtype).max, torch.finfo(dtype).min
+
+    def drawn(row, temperature):
+        logits = torch.tensor([row], dtype=dtype).expand(200, -1)
+        found = _draw(logits, temperature, top_k, torch.Generator().manual_seed(0))
+        assert found.shape == (200, 1)
+        return {*found.flatten().tolist()}
+
+    for row in ([0, 3, 1], [-torch.inf, 1, 0], [0, torch.inf, 1], [least, most, 0], [-torch.inf, least, -torch.inf]):
+        for temperature in (1e-40, 1e-46, 5e-324, 1e-10):
+            assert drawn(row, temperature) == {1}
+    for temperature in (1e40, 1e300, 10**400):
+        assert drawn([1, 2, -torch.inf], temperature) == {0, 1}
+        assert drawn([1, torch.inf, torch.inf], temperature) == {1, 2}
 
 
 @pytest.mark.parametrize("new", [0, 1, 5])

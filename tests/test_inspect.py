@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import types
 from itertools import pairwise
 from unittest import mock
 
@@ -423,6 +424,29 @@ def test_recording_changes_and_keeps_nothing():
     )
     recorded.sum().backward()  # recorded tensors are detached, those that run are not
     assert all(p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from fwp import fast_weights; call = lambda x: fast_weights('additive', x, x, x)",
+        "from fwp import fast_weights as f; call = lambda x: f('additive', x, x, x)",
+        "import fwp; call = lambda x: fwp.fast_weights('additive', x, x, x)",
+        "import fwp; f = fwp.fast_weights; call = lambda x: f('additive', x, x, x)",
+        "from fwp.functional import fast_weights as call_; call = lambda x: call_('additive', x, x, x)",
+        "from fwp import additive; call = lambda x: additive(x, x, x)",
+        "import fwp.verbs as verbs; call = lambda x: verbs.additive(x, x, x)",
+        "import functools, fwp; f = functools.partial(fwp.fast_weights, 'additive'); call = lambda x: f(x, x, x)",
+        "from fwp.nn import FastWeightAttention; call = lambda x: FastWeightAttention(4, 1)(x[:, :, 0])",
+    ],
+)
+def test_a_call_by_any_name_is_recorded(line):
+    """Names that a module of one's own took before the recording began."""
+    module = types.ModuleType("own")
+    exec(line, module.__dict__)
+    with recording() as calls:
+        module.call(torch.ones(1, 2, 1, 4))
+    assert [call["rule"] for call in calls] == ["additive"]
 
 
 def test_recording_ends_with_an_error():

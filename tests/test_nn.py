@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,15 +20,19 @@ from torch.utils._pytree import tree_leaves, tree_map
 import fwp
 from fwp.nn import (
     PRESETS,
+    Block,
     FastWeightAttention,
+    FastWeightRNN,
     FavorPlusFeatures,
+    FeedForward,
     GateProjection,
-    LayerState,
     RWKV7Attention,
     ShortConvolution,
+    SlowFastNet,
     SoftplusDecay,
     token_shift,
 )
+from fwp.nn.block import ACTIVATIONS
 
 E, H = 8, 2
 
@@ -313,6 +318,30 @@ def test_gates_come_from_the_rule():
     torch.testing.assert_close(layer.gates["k_r"](x), F.normalize(raw, dim=-1))
 
 
+@pytest.mark.parametrize(
+    "name", ["keys", "values", "items", "pop", "update", "type", "forward", "training", "_modules", "T_destination"]
+)
+def test_a_gate_may_have_any_name(name):
+    """Also that of an attribute of the module that holds the gates."""
+    decay = fwp.RULES["decay"]
+    rule = fwp.Rule(
+        "renamed",
+        step=lambda S, k, v, **gates: decay.step(S, k, v, gates[name]),
+        gates={name: decay.gates["g"]},
+        lower=lambda core, **gates: decay.lower(core, gates[name]),
+    )
+    torch.manual_seed(0)
+    layer, plain = FastWeightAttention(E, H, rule), FastWeightAttention(E, H, decay)
+    plain.load_state_dict(dict(zip(plain.state_dict(), layer.state_dict().values(), strict=True)))
+    x = torch.randn(2, 5, E)
+    assert torch.equal(layer(x)[0], plain(x)[0])
+    assert all(layer.get_submodule(path) is module for path, module in layer.named_modules())
+    own = FastWeightAttention(E, H, rule, gates={name: SoftplusDecay})
+    assert isinstance(next(own.gates.children()), SoftplusDecay)
+    own.load_state_dict(own.state_dict())
+    copy.deepcopy(own).bfloat16()(x.bfloat16())
+
+
 def test_a_gate_can_be_made_otherwise():
     seen = []
 
@@ -416,22 +445,89 @@ def test_state_dict_pickle_and_copy_round_trip_bitwise(name, tmp_path):
         assert torch.equal(same(x)[0], y)
 
 
-@pytest.mark.parametrize("rule", fwp.RULES.values(), ids=lambda rule: rule.name)
-def test_a_layer_with_a_rule_object_survives_pickling(rule):
-    x = torch.randn(2, 6, E)
-    layer = FastWeightAttention(E, H, rule, feature_norm="l2")
-    assert torch.equal(pickle.loads(pickle.dumps(layer))(x)[0], layer(x)[0])
+# A rule whose functions pickle can't name, as those of many a rule of one's own.
+NAMELESS = fwp.Rule(
+    "nameless",
+    step=lambda S, k, v, g: g.exp()[..., None, None] * S + k.unsqueeze(-1) * v.unsqueeze(-2),
+    gates={"g": replace(fwp.RULES["decay"].gates["g"], activation=lambda y: -(y**2), sample=lambda *_: None)},
+)
+MODELS = LAYERS | {
+    "nameless": lambda: FastWeightAttention(E, H, NAMELESS),
+    **{f"object-{name}": lambda rule=rule: FastWeightAttention(E, H, rule) for name, rule in fwp.RULES.items()},
+    **{f"map-{name}": lambda name=name: FastWeightAttention(E, H, feature_map=name) for name in fwp.FEATURE_MAPS},
+    **{
+        f"map-{type(phi).__name__}": lambda phi=phi: FastWeightAttention(E, H, feature_map=phi)
+        for phi in (fwp.FavorPlus.draw(4), fwp.DPFP(2), fwp.Taylor())
+    },
+    **{
+        f"activation-{name}": lambda name=name: FastWeightAttention(E, H, activation=name, out_gate=name)
+        for name in ACTIVATIONS
+    },
+    "SlowFastNet": lambda: SlowFastNet(nn.Linear(E, E + 2), nn.Linear(E, 2, bias=False)),
+    "FastWeightRNN": lambda: FastWeightRNN(E, 3),
+    **{
+        f"Block-{place}-{activation}": lambda place=place, activation=activation: Block(
+            E, FastWeightAttention(E, H), FeedForward(E, 9, activation), placement=place
+        )
+        for place, activation in (("pre", "swiglu"), ("post", "gelu"))
+    },
+}
 
 
-def test_the_state_survives_saving(tmp_path):
-    x = torch.randn(2, 6, E)
-    layer = PRESETS["gated_delta_net"](E, H)
-    with torch.no_grad():
+@pytest.mark.parametrize("name", MODELS)
+def test_pickling_copying_and_saving_a_whole_module(name, tmp_path):
+    torch.manual_seed(0)
+    x, model = torch.randn(2, 6, E), MODELS[name]().eval()
+    y = model(x)[0]
+    torch.save(model, tmp_path / "model.pt")
+    for same in (
+        pickle.loads(pickle.dumps(model)),
+        copy.deepcopy(model),
+        torch.load(tmp_path / "model.pt", weights_only=False),
+    ):
+        assert torch.equal(same(x)[0], y)
+        assert getattr(same, "rule", None) == getattr(model, "rule", None)
+
+
+@pytest.mark.parametrize("rule", [*RULES, NAMELESS], ids=lambda rule: rule.name)
+def test_a_rule_is_pickled_by_its_name(rule):
+    assert pickle.loads(pickle.dumps(rule)) is rule is copy.deepcopy(rule)
+    own = replace(rule, name="own")  # no module has it
+    for same in (copy.deepcopy(own), *([pickle.loads(pickle.dumps(own))] if rule.name in fwp.RULES else [])):
+        assert same is not own and (same.name, same.step, *same.gates) == ("own", own.step, *own.gates)
+
+
+# ---- inference mode ----
+
+
+@each_layer
+def test_inference_first_then_loading_training_and_continuing(layer):
+    x = tokens(2, 6, E)
+    with torch.inference_mode():
         _, state = layer(x)
-        torch.save(tuple(state), tmp_path / "state.pt")
-        with torch.serialization.safe_globals([fwp.State]):
-            loaded = LayerState(*torch.load(tmp_path / "state.pt", weights_only=True))
-        assert torch.equal(layer(x, loaded)[0], layer(x, state)[0])
+    layer.load_state_dict(copy.deepcopy(layer).state_dict())
+    truth = gradients(layer, x.requires_grad_(), *layer(x, tree_map(lambda y: None if y is None else y.clone(), state)))
+    close(gradients(layer, x, *layer(x, state)), truth)
+    with torch.no_grad():
+        wanted = layer.step(x[:, 0], state)
+        held, places = state, tree_leaves(state)
+        found, state = layer.step(x[:, 0], state, in_place=True)
+        close((found, state), wanted)
+        assert state is held and all(a is b for a, b in zip(places, tree_leaves(state)))
+
+
+@pytest.mark.parametrize("redraw", ["training", "always"])
+def test_random_features_drawn_in_inference_mode_load_and_train(redraw):
+    layer = FastWeightAttention(E, H, "delta", FavorPlusFeatures(4, redraw=redraw), "sum", True)
+    x, R = torch.randn(2, 6, E), layer.feature_map.R
+    with torch.inference_mode():
+        _, state = layer(x)
+    assert not torch.equal(layer.feature_map.R, R)
+    layer(x, state)[0].sum().backward()
+    assert all(p.grad.any() for p in layer.parameters())
+    other = FastWeightAttention(E, H, "delta", FavorPlusFeatures(4, redraw=redraw), "sum", True)
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer.feature_map.R, other.feature_map.R)
 
 
 # ---- dtypes ----
@@ -470,6 +566,56 @@ def test_dtypes_of_a_layer_in_one_dtype(name, dtype):
     assert {x.dtype for x in leaves(state.memory)} == {kept}
     assert {gate(torch.randn(1, 1, E, dtype=dtype)).dtype for gate in gates(layer).values()} <= {kept}
     y.sum().backward()
+
+
+class Adapted(nn.Module):
+    """A quantised linear map and a trained one of low rank beside it. Only the named dtypes pass through it."""
+
+    def __init__(self, linear, returns):
+        super().__init__()
+        self.returns = returns
+        scale = linear.weight.abs().amax().detach() / 127
+        self.register_buffer("quantised", (linear.weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.down, self.up = nn.Linear(linear.in_features, 2, False), nn.Linear(2, linear.out_features, False)
+
+    def forward(self, x):
+        assert x.dtype in (self.returns, torch.bfloat16)
+        whole = F.linear(x.float(), self.quantised * self.scale.float()) + self.up(self.down(x.float()))
+        return whole.to(self.returns)
+
+
+def adapted(module, returns, names=("q_proj", "k_proj", "v_proj", "o_proj")):
+    """The module with adapters in place of the linear maps of those names."""
+    for name, child in module.named_children():
+        if name in names and isinstance(child, nn.Linear):
+            setattr(module, name, Adapted(child.float(), returns))
+        else:
+            adapted(child, returns, names)
+    return module
+
+
+@pytest.mark.parametrize("returns", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("names", [("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "proj", "out_gate", "o_proj")])
+@pytest.mark.parametrize("name", ["gated_delta_net", "kda", "comba", "rwkv7"])
+def test_projections_decide_the_dtype(name, names, returns):
+    """Quantised weights with float32 adapters among 16-bit parameters, and some parameters in float32."""
+    torch.manual_seed(0)
+    layer = adapted(awake(PRESETS[name](E, H)).bfloat16(), returns, names)
+    if len(names) > 2:
+        layer = layer.float()
+    x = torch.randn(2, 6, E, dtype=torch.bfloat16)
+    y, state = layer(x)
+    again, state = layer(x, state)
+    assert {part.dtype for part in leaves(state.memory)} == {torch.float32}
+    (y.float().sum() + again.float().sum()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+    exact = copy.deepcopy(layer).double()
+    for module in exact.modules():
+        if isinstance(module, Adapted):
+            module.forward = lambda x, m=module: F.linear(x, m.quantised * m.scale) + m.up(m.down(x))
+    truth = exact(x.double())[0]
+    assert (y - truth).norm() < 0.05 * truth.norm()
 
 
 # ---- compile ----

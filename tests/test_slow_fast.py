@@ -214,6 +214,56 @@ def test_online_starts_from_s_without_a_past():
     assert not any(p.any() for p in sensitivity["weight"].values())
 
 
+@pytest.mark.parametrize("how", ["autocast", "bfloat16"])
+@pytest.mark.parametrize("kind", [1, 2, "recurrent"])
+@torch.no_grad()
+def test_fast_weights_add_up_in_float32(kind, how):
+    """The sum of 300 changes is as exact as each of them. In bfloat16 it would be off by percents."""
+    torch.set_default_dtype(torch.float32)
+    if kind == "recurrent":
+        net = FastWeightRNN(3, 2, update="additive")
+    else:
+        net = SlowFastNet(
+            nn.Linear(3, 3 if kind == 1 else 4), nn.Linear(3, 1, bias=False), kind, update="additive", read="after"
+        )
+    net, x = net.bfloat16(), torch.rand(1, 300, 3).bfloat16()
+    truth = net.double()(x.double())[1]
+    if how == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            y, state = net.float()(x.float())
+    else:
+        y, state = net.bfloat16()(x)
+    assert y.dtype == torch.bfloat16
+    found, wanted = (end.weight if kind == "recurrent" else end["weight"] for end in (state, truth))
+    assert found.dtype == torch.float32 and wanted.dtype == torch.float64
+    assert (found - wanted).norm() < 2**-7 * wanted.norm()  # each factor of a change is rounded by up to 2^−8
+
+
+@torch.no_grad()
+def test_online_learning_adds_up_in_float32():
+    torch.set_default_dtype(torch.float32)
+    net = SlowFastNet(nn.Linear(3, 4), nn.Linear(3, 1, bias=False), update="additive").bfloat16()
+    x, weights = torch.rand(3).bfloat16(), slow_weights(net)
+    carried = net.begin_online(weights, x)
+    for _ in range(3):
+        gradient, _, carried = net.step_online(weights, carried, x, torch.ones(1))
+    assert {p.dtype for p in [*carried.weights.values(), *carried.sensitivity["weight"].values()]} == {torch.float32}
+    assert {name: p.dtype for name, p in gradient.items()} == {name: p.dtype for name, p in weights.items()}
+
+
+def test_a_state_from_inference_mode_is_trained_from():
+    x, rnn, net = torch.randn(2, 5, 3), FastWeightRNN(3, 4, update="additive"), one_layer(2)
+    with torch.inference_mode():
+        _, state = rnn(x)
+        _, weights = net(x)
+        carried = net.begin_online(slow_weights(net), x[0, 0])
+    assert torch.autograd.grad(rnn(x.requires_grad_(), state)[0].sum(), x)[0].any()
+    net(x, weights)[0].sum().backward()
+    assert all(w.grad.any() for w in net.slow.parameters())
+    gradient, _, _ = net.step_online(slow_weights(net), carried, x[0, 1].detach(), torch.ones(2))
+    assert all(w.isfinite().all() for w in gradient.values())
+
+
 def test_many_nets_at_once():
     net = two_layers(2)
     many = {name: torch.randn(4, *w.shape) for name, w in slow_weights(net).items()}

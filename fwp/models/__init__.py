@@ -1,5 +1,6 @@
 """Models: one decoder for all rules."""
 
-from fwp.models.decoder import Decoder, DecoderConfig
+from fwp.config import DecoderConfig
+from fwp.models.decoder import Decoder
 
 __all__ = ["Decoder", "DecoderConfig"]

@@ -2,62 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fwp import errors
-from fwp.nn import PRESETS, Block, FastWeightAttention, FeedForward, LayerState
-from fwp.nn.block import NORMS, Norm, Placement, pick
+from fwp.config import DecoderConfig
+from fwp.nn import LayerState, StackState
+from fwp.nn.block import NORMS, pick
+from fwp.nn.stateful import Stateful, carry
 
 
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Everything a `Decoder` is made from.
-
-    vocab_size: number of token ids. embed_dim: E. num_layers: number of blocks. num_heads: heads per block.
-    preset: a name of `fwp.nn.PRESETS`; None: `FastWeightAttention`.
-    attention: its further options, such as {"rule": "delta", "feature_map": "dpfp-1"}.
-    ff_dim: width of the feed-forward nets; None: 4 E. ff_activation: "gelu", "relu", "swiglu", …
-    norm: "rms" or "layer". placement: "pre" or "post", see `fwp.nn.Block`. dropout: after the embedding and in blocks.
-    tied: whether the head's weights are the embedding's.
-
-    There is no positional encoding: a causal recurrence knows the order. With preset "rwkv7" every block is built as a
-    first layer: it uses its own values, and no values are passed from block to block.
-    """
-
-    vocab_size: int
-    embed_dim: int = 256
-    num_layers: int = 4
-    num_heads: int = 4
-    preset: str | None = "gated_delta_net"
-    attention: Mapping[str, Any] = field(default_factory=dict)
-    ff_dim: int | None = None
-    ff_activation: str = "gelu"
-    norm: Norm = "rms"
-    placement: Placement = "pre"
-    dropout: float = 0.0
-    tied: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "ff_dim"):
-            if getattr(self, name) is not None:
-                errors.size(name, getattr(self, name))
-
-    def block(self) -> Block:
-        """One of the blocks."""
-        E = self.embed_dim
-        make = FastWeightAttention if self.preset is None else pick("preset", self.preset, PRESETS)
-        feed_forward = FeedForward(E, 4 * E if self.ff_dim is None else self.ff_dim, self.ff_activation)
-        return Block(
-            E, make(E, self.num_heads, **self.attention), feed_forward, self.norm, self.placement, self.dropout
-        )
-
-
-class Decoder(nn.Module):
+class Decoder(Stateful):
     """Embedding → blocks → norm (of "pre" placement) → head. Linear weights and embeddings start as N(0, 0.02²)."""
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -80,10 +37,10 @@ class Decoder(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        state: tuple[LayerState, ...] | None = None,
+        state: Sequence[LayerState] | None = None,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[LayerState, ...]]:
+    ) -> tuple[Tensor, StackState]:
         """tokens [B, T] int → logits [B, T, vocab_size] and the state, one `LayerState` per block.
 
         state, mask [B, T] and cu_seqlens [N + 1] as in `FastWeightAttention`.
@@ -95,9 +52,9 @@ class Decoder(nn.Module):
         x = self.dropout(self.embedding(tokens))
         after = []
         for block, before in zip(self.blocks, states):
-            x, end = block(x, before, mask, cu_seqlens)
+            x, end = carry(block, x, before, mask, cu_seqlens)
             after.append(end)
-        return self.head(self.norm(x)), tuple(after)
+        return self.head(self.norm(x)), StackState(after)
 
     @torch.no_grad()
     def generate(
@@ -112,7 +69,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """tokens [B, T], T ≥ 1 → [B, T + max_new_tokens]: continues each row with constant memory per new token.
 
-        temperature: divides the logits; 0 takes the likeliest token. top_k: draws from the k likeliest tokens only.
+        temperature: divides the logits; 0, the limit of small ones, takes the likeliest token.
+        top_k: draws from the k likeliest tokens only.
         generator: makes the draws. mask: [B, T] bool, False for padding; each row needs a True.
         Dropout is active in training mode. ValueError and TypeError for invalid options.
         """
@@ -146,4 +104,8 @@ def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torc
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    most, limits = logits.amax(-1, keepdim=True), torch.finfo(logits.dtype)
+    below = (logits - most).masked_fill(logits == most, 0)  # the difference of two infinities is 0 here
+    scaled = below / min(max(temperature, limits.tiny), limits.max)  # beyond them 0 / 0 or ∞ / ∞ would be NaN
+    return torch.multinomial(scaled.softmax(-1), 1, generator=generator)

@@ -4,7 +4,7 @@ from fwp.nn.attention import FastWeightAttention, FavorPlusFeatures, GateProject
 from fwp.nn.block import Block, FeedForward
 from fwp.nn.comba_layer import CombaAttention
 from fwp.nn.convolution import ShortConvolution, token_shift
-from fwp.nn.layer import Layer, LayerState
+from fwp.nn.layer import Layer
 from fwp.nn.presets import (
     PRESETS,
     comba,
@@ -21,7 +21,9 @@ from fwp.nn.presets import (
     rwkv7,
 )
 from fwp.nn.rwkv7_layer import RWKV7Attention
-from fwp.nn.slow_fast import FastWeightRNN, Online, RecurrentState, SlowFastNet
+from fwp.nn.slow_fast import FastWeightRNN, SlowFastNet
+from fwp.nn.stateful import Stateful
+from fwp.states import FastWeights, LayerState, Online, RecurrentState, StackState
 
 __all__ = [
     "PRESETS",
@@ -29,6 +31,7 @@ __all__ = [
     "CombaAttention",
     "FastWeightAttention",
     "FastWeightRNN",
+    "FastWeights",
     "FavorPlusFeatures",
     "FeedForward",
     "GateProjection",
@@ -40,6 +43,8 @@ __all__ = [
     "ShortConvolution",
     "SlowFastNet",
     "SoftplusDecay",
+    "StackState",
+    "Stateful",
     "comba",
     "delta_net",
     "delta_net_2021",

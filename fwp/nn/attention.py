@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -17,8 +18,9 @@ from fwp.feature_maps import FeatureMap
 from fwp.functional import Backend, fast_weights
 from fwp.nn.block import NORMS, Norm, pick
 from fwp.nn.convolution import ShortConvolution
-from fwp.nn.layer import Layer, LayerState, function, lengths, projection
+from fwp.nn.layer import Layer, function, lengths, matched, one_dtype, projection
 from fwp.rules import Gate, Rule
+from fwp.states import LayerState
 
 
 class GateProjection(nn.Module):
@@ -48,7 +50,7 @@ class GateProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, E] → [B, T, H] or [B, T, H, D]."""
-        y = self.proj(x)
+        y = self.proj(matched(x, self.proj))
         y = y.to(torch.promote_types(y.dtype, torch.float32)).unflatten(-1, self.shape)
         with without_autocast(x):
             gate = self.activate(y)
@@ -57,6 +59,17 @@ class GateProjection(nn.Module):
     def activate(self, y: Tensor) -> Tensor:
         """The gate of a projection y [B, T, H] or [B, T, H, D]."""
         return self.activation(y)
+
+
+@dataclass(frozen=True)
+class ActivationOf:
+    """The activation of a rule's gate. A layer with it can be pickled if the rule can, whatever function it is."""
+
+    rule: Rule
+    gate: str
+
+    def __call__(self, y: Tensor) -> Tensor:
+        return self.rule.gates[self.gate].activation(y)
 
 
 class SoftplusDecay(GateProjection):
@@ -114,8 +127,9 @@ class FavorPlusFeatures(nn.Module):
     def begin(self) -> None:
         """A sequence begins: draws a new R if `redraw` says so."""
         if self.redraw == "always" or (self.redraw == "training" and self.training):
-            # a new tensor: a backward pass may need the old one
-            self.R = feature_maps.directions(*self.size).to(self.R)
+            # A new tensor: a backward pass may need the old one. Made in inference mode it could never be loaded again.
+            with torch.inference_mode(False):
+                self.R = feature_maps.directions(*self.size).to(self.R)
 
 
 class FastWeightAttention(Layer):
@@ -238,9 +252,10 @@ class FastWeightAttention(Layer):
         found = nn.ModuleDict()
         for name, gate in wanted.items():
             features = None if gate.shape == "BTH" else V if gate.shape == "BTHV" else _width(phi, Hk, K)
-            make = given.get(name, partial(GateProjection, activation=gate.activation))
+            activation = gate.activation if isinstance(self.rule, str) else ActivationOf(self.rule, name)
+            make = given.get(name, partial(GateProjection, activation=activation))
             n = 1 if _once_per_token(gate) else self.writes_per_read
-            found[name] = make(self.embed_dim, n * max(Hk, Hv), features)
+            found[_module_name(name)] = make(self.embed_dim, n * max(Hk, Hv), features)
         return found
 
     def forward(
@@ -283,8 +298,8 @@ class FastWeightAttention(Layer):
             o = self.out_norm(o.to(self.out_norm.weight.dtype))
         o = rearrange(o, "b t h d -> b t (h d)")
         if self.out_gate is not None and self.out_activation is not None:
-            o = o * self.out_activation(self.out_gate(x).to(o.dtype))
-        y = self.o_proj(o.to(v.dtype))
+            o = o * self.out_activation(self.out_gate(matched(x, self.out_gate)).to(o.dtype))
+        y = self.o_proj(matched(o.to(v.dtype), self.o_proj))
         if mask is not None:
             y = y.masked_fill(~mask.unsqueeze(-1), 0)  # with a bias it would not be 0
         return y, LayerState(memory, tail, position + lengths(x, mask, cu_seqlens))
@@ -292,8 +307,11 @@ class FastWeightAttention(Layer):
     def _project(
         self, x: Tensor, tail: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """q [B, T, Hq, K], k [B, n·T, Hk, K], v [B, n·T, Hv, V], and the convolution's new tail."""
-        qkv = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        """q [B, T, Hq, K], k [B, n·T, Hk, K], v [B, n·T, Hv, V], and the convolution's new tail.
+
+        What the projections return decides the dtype. Adapters and quantised weights may have several dtypes.
+        """
+        qkv = one_dtype(*(module(matched(x, module)) for module in (self.q_proj, self.k_proj, self.v_proj)))
         if self.conv is not None:
             mixed, tail = self.conv(torch.cat(qkv, -1), tail, mask, cu_seqlens)
             qkv = list(mixed.split(self.widths, -1))
@@ -309,7 +327,8 @@ class FastWeightAttention(Layer):
         """The queries and gates that the op gets. A subclass may make them of q and k too."""
         found: dict[str, Any] = {}
         row, n = rules.get(self.rule), self.writes_per_read
-        for name, module in self.gates.items():
+        names = (name for name in row.gates if name not in self.made_of_keys)
+        for name, module in zip(names, self.gates.values()):
             gate = module(x)
             if n > 1 and _once_per_token(row.gates[name]):
                 idle = torch.full_like(gate, row.gates[name].neutral)
@@ -323,6 +342,11 @@ class FastWeightAttention(Layer):
         rule = self.rule if isinstance(self.rule, str) else self.rule.name
         writes = "" if self.writes_per_read == 1 else f", writes_per_read={self.writes_per_read}"
         return f"{self.embed_dim}, rule={rule!r}, heads={self.heads}, feature_map={self.feature_map!r}{writes}"
+
+
+def _module_name(gate: str) -> str:
+    """The gate's name, unless a `ModuleDict` has an attribute of that name, such as "values"; no gate has a hyphen."""
+    return f"gate-{gate}" if hasattr(nn.ModuleDict(), gate) else gate
 
 
 def _once_per_token(gate: Gate) -> bool:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fwp.errors import suggest
+from fwp.nn.stateful import Stateful, carry
 
 Norm = Literal["rms", "layer"]
 Placement = Literal["pre", "post"]
@@ -64,7 +65,7 @@ def post(x: Tensor, norm: nn.Module, f: Callable[[Tensor], Tensor]) -> Tensor:
 PLACEMENTS: Mapping[str, Callable[[Tensor, nn.Module, Callable[[Tensor], Tensor]], Tensor]] = {"pre": pre, "post": post}
 
 
-class Block(nn.Module):
+class Block(Stateful):
     """A mixer and a feed-forward net, each with a residual connection and a norm.
 
     mixer: (x [B, T, E], state, mask, cu_seqlens) → (y [B, T, E], state), such as `FastWeightAttention`.
@@ -97,7 +98,7 @@ class Block(nn.Module):
 
         def mix(x: Tensor) -> Tensor:
             nonlocal state
-            y, state = self.mixer(x, state, mask, cu_seqlens)
+            y, state = carry(self.mixer, x, state, mask, cu_seqlens)
             return self.dropout(y)
 
         x = self.place(x, self.mixer_norm, mix)

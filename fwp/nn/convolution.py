@@ -47,7 +47,7 @@ class ShortConvolution(nn.Module):
 
     def _mix(self, stream: Tensor) -> Tensor:
         """[B, W − 1 + T, C] → [B, T, C]."""
-        return F.conv1d(stream.transpose(1, 2), self.weight, groups=stream.shape[-1]).transpose(1, 2)
+        return F.conv1d(stream.transpose(1, 2), self.weight.to(stream.dtype), groups=stream.shape[-1]).transpose(1, 2)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, width={self.weight.shape[-1]}"

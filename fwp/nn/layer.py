@@ -1,9 +1,11 @@
-"""What every layer with fast weights shares: its state, its checks, and one decode step."""
+"""What every layer with fast weights shares: its checks, and one decode step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from contextlib import nullcontext
+from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,23 +16,11 @@ from fwp._torch_private import tree_leaves
 from fwp.core import overwriting
 from fwp.nn.block import ACTIVATIONS, pick
 from fwp.nn.convolution import borders
+from fwp.nn.stateful import Stateful
+from fwp.states import LayerState
 
 
-class LayerState(NamedTuple):
-    """All that a layer remembers of N sequences. Its size doesn't depend on how many tokens they had.
-
-    memory: `fwp.State(S [N, H, K', V], z [N, H, K'] or None)`, or the state of a rule that has its own.
-    conv: [N, W − 1, C], the last inputs of the short convolution, oldest first; None without one. A token shift
-        counts as a convolution of width W = 2.
-    position: [N] int64, the tokens seen, masked ones not counted.
-    """
-
-    memory: Any
-    conv: Tensor | None
-    position: Tensor
-
-
-class Layer(nn.Module):
+class Layer(Stateful):
     """A layer from x [B, T, E] and a `LayerState` to y [B, T, E] and the state after it.
 
     A subclass sets `embed_dim` and `tail`, the shape (W − 1, C) of what `LayerState.conv` holds per sequence, or None.
@@ -66,7 +56,9 @@ class Layer(nn.Module):
             y, end, *rest = self(x, state, **options)
         for place, value in zip(tree_leaves(state), tree_leaves(end)):
             if place is not value:  # a kernel may have written it there
-                place.copy_(value)
+                made_there = not torch.compiler.is_compiling() and place.is_inference()
+                with torch.inference_mode() if made_there else nullcontext():  # elsewhere it can't be changed
+                    place.copy_(value)
         return y, state, *rest
 
     def _check(
@@ -74,9 +66,8 @@ class Layer(nn.Module):
     ) -> None:
         """Checks the arguments that the op doesn't see, or sees too late. projection: the first module applied to x."""
         errors.tensor("x", x, (None, None, self.embed_dim))
-        weights = next((p.dtype for p in projection.parameters() if p.dtype in errors.FLOATS), x.dtype)
-        cast = not x.is_meta and torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weights)
-        if x.dtype != weights and not cast:
+        weights = weight_dtype(projection) or x.dtype
+        if x.dtype != weights and not (_autocasts(x) and torch.float64 not in (x.dtype, weights)):
             raise TypeError(f"x: expected {weights}, as the weights, got {x.dtype}")
         B, T, _ = x.shape
         N = B
@@ -104,6 +95,31 @@ def projection(embed_dim: int, width: int, rank: int | None = None, bias: bool =
         return nn.Linear(embed_dim, width, bias=bias)
     errors.size("rank", rank)
     return nn.Sequential(nn.Linear(embed_dim, rank, bias=False), nn.Linear(rank, width, bias=bias))
+
+
+def weight_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype in which a linear map takes its input. None: an adapter or a quantised map, which decides itself."""
+    while type(module) is nn.Sequential and len(module):
+        module = module[0]
+    if type(module) is not nn.Linear:
+        return None
+    plain = type(module.weight) in (Tensor, nn.Parameter) and module.weight.dtype in errors.FLOATS
+    return module.weight.dtype if plain else None
+
+
+def matched(x: Tensor, module: nn.Module) -> Tensor:
+    """x as the input of a module: in the dtype of its weights, where parts of a layer differ in dtype."""
+    return x if _autocasts(x) else x.to(weight_dtype(module) or x.dtype)
+
+
+def one_dtype(*given: Tensor) -> list[Tensor]:
+    """The tensors in the narrowest dtype that holds them all."""
+    dtype = reduce(torch.promote_types, (x.dtype for x in given))
+    return [x.to(dtype) for x in given]
+
+
+def _autocasts(x: Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def function(argument: str, given: str | Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor] | None:

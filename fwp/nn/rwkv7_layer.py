@@ -14,8 +14,9 @@ from fwp import errors, validate
 from fwp.core import without_autocast
 from fwp.functional import Backend, fast_weights
 from fwp.nn.convolution import token_shift
-from fwp.nn.layer import Layer, LayerState, lengths
+from fwp.nn.layer import Layer, lengths, matched, one_dtype
 from fwp.rules import RULES
+from fwp.states import LayerState
 
 FASTEST_DECAY = -math.exp(-0.5)  # the lowest log decay: a token keeps at least 54.5 %
 
@@ -43,8 +44,8 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., E] → [..., E]."""
-        y = self.down(x)
-        y = self.up(y if self.activation is None else self.activation(y))
+        y = self.down(matched(x, self.down))
+        y = self.up(matched(y if self.activation is None else self.activation(y), self.up))
         return y if self.bias is None else y + self.bias
 
 
@@ -164,7 +165,7 @@ class RWKV7Attention(Layer):
         o = o.to(self.out_norm.weight.dtype).flatten(2)  # [B, T, E]
         o = self.out_norm(o.flatten(0, 1)).view_as(o)
         o = o + ((q * k * self.r_k.to(k.dtype)).sum(-1, keepdim=True) * v).flatten(2)
-        y = self.o_proj((o * out_gate).to(v.dtype))
+        y = self.o_proj(matched((o * out_gate).to(v.dtype), self.o_proj))
         if mask is not None:
             y = y.masked_fill(~mask.unsqueeze(-1), 0)
         end = LayerState(memory, tail, position + lengths(x, mask, cu_seqlens))
@@ -175,8 +176,9 @@ class RWKV7Attention(Layer):
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any], Tensor, Tensor]:
         """q, k, v [B, T, E], the rule's gates and that of value mixing, the output gate, and the token shift's tail."""
         before, tail = token_shift(x, tail, mask, cu_seqlens)
-        x_r, x_w, x_k, x_v, x_a, x_g = (x + (before - x) * mix for mix in self.mix)
-        q, k, v = self.q_proj(x_r), self.k_proj(x_k), self.v_proj(x_v)
+        x_r, x_w, x_k, x_v, x_a, x_g = ((x + (before - x) * mix).to(x.dtype) for mix in self.mix)
+        projected = ((self.q_proj, x_r), (self.k_proj, x_k), (self.v_proj, x_v))
+        q, k, v = one_dtype(*(module(matched(y, module)) for module, y in projected))
         wide = torch.promote_types(k.dtype, torch.float32)
         raw = {"g": self.decay(x_w), "a": self.rate(x_a)}
         if self.value_mix is not None:

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 
 from fwp import errors
-from fwp.core import Read
+from fwp.core import Read, differentiable, state_dtype, without_autocast
 from fwp.errors import suggest
+from fwp.nn.stateful import Stateful
+from fwp.states import FastWeights, Online, RecurrentState, Weights
 
 Update = Literal["bounded", "additive"]
-Weights = dict[str, Tensor]  # a tensor for each parameter of the fast net, by its name
 
 
-class Online(NamedTuple):
-    """What online learning carries from step to step.
-
-    weights: the fast weights w, {name: its shape}.
-    sensitivity: p = ∂w/∂W_S, {fast name: {slow name: [*shape of the fast weight, *shape of the slow one]}}.
-    """
-
-    weights: Weights
-    sensitivity: dict[str, dict[str, Tensor]]
-
-
-class SlowFastNet(nn.Module):
+class SlowFastNet(Stateful):
     """A slow net S programs a fast net F: from every input S makes changes □w of all of F's weights.
 
     For t = 1 … T: y(t) = F(x(t)) with the weights w(t − 1), then w(t) = σ(w(t − 1) + □w(t)), where S makes □w(t) from
@@ -84,12 +74,13 @@ class SlowFastNet(nn.Module):
 
     def forward(
         self, x: Tensor, state: Weights | None = None, fast_input: Tensor | None = None
-    ) -> tuple[Tensor, Weights]:
+    ) -> tuple[Tensor, FastWeights]:
         """x [B, T, …] → y [B, T, …] and the fast weights after it, {name: [B, *its shape]}.
 
         state: w(0), what an earlier call returned; None: zeros. The paper starts from `begin(x_0)`.
         fast_input: [B, T, …], F's input if it differs from S's input x.
 
+        The fast weights are float32 (float64 for float64 outputs of S), under autocast and in 16-bit nets too.
         Autograd through it is the paper's unfolding in time.
         """
         if x.dim() < 2 or x.shape[1] == 0:
@@ -99,24 +90,31 @@ class SlowFastNet(nn.Module):
         if seen.shape[:2] != x.shape[:2]:
             raise ValueError(f"fast_input: expected ({B}, {T}, …), got {tuple(seen.shape)}")
         steps = {name: w.unflatten(0, (B, T)).unbind(1) for name, w in self.begin(x.flatten(0, 1)).items()}
-        w = {name: torch.zeros_like(steps[name][0]) for name in steps} if state is None else self._checked(state, B)
+        w = (
+            {name: torch.zeros_like(steps[name][0]) for name in steps}
+            if state is None
+            else differentiable(self._checked(state, B))
+        )
         y = []
         for t in range(T):
             before = w
             w = {name: self._squash(w[name] + steps[name][t]) for name in w}
             y.append(vmap(self._run_fast, randomness="different")(before if self.read == "before" else w, seen[:, t]))
-        return torch.stack(y, 1), w
+        return torch.stack(y, 1), FastWeights(w)
 
-    def begin(self, x: Tensor) -> Weights:
+    def begin(self, x: Tensor) -> FastWeights:
         """The paper's time step 0: w(0) = □w(0), not squashed. x [B, …] → {name: [B, *its shape]}, a state."""
-        return self._changes(self.slow(x))
+        return FastWeights(self._changes(self.slow(x)))
 
     # ---- online ----
 
     def begin_online(self, slow: Weights, x: Tensor) -> Online:
         """Time step 0 of one stream: w(0) = □w(0) and, as in the paper, ∂w(0)/∂W_S = 0. x […]; slow as below."""
         w = self._run_slow(slow, x)
-        p = {name: {W: weight.new_zeros(*self.shapes[name], *weight.shape) for W, weight in slow.items()} for name in w}
+        p = {
+            name: {W: now.new_zeros(*self.shapes[name], *weight.shape) for W, weight in slow.items()}
+            for name, now in w.items()
+        }
         return Online(w, p)
 
     def step_online(
@@ -148,7 +146,7 @@ class SlowFastNet(nn.Module):
             y = self._run_fast(w, x if fast_input is None else fast_input)
             return loss(y, target), y
 
-        before, p = carried
+        before, p = differentiable(carried)
         jacobian, step = jacrev(change, has_aux=True)(slow)
         w = {name: self._squash(before[name] + step[name]) for name in before}
         slope = {name: self._slope(w[name]) for name in w}
@@ -161,9 +159,13 @@ class SlowFastNet(nn.Module):
         }
         delta, y = grad(error, has_aux=True)(before if self.read == "before" else w)
         at = p if self.read == "before" else after
-        gradient = {
-            W: torch.stack([torch.tensordot(d, at[name][W], d.dim()) for name, d in delta.items()]).sum(0) for W in slow
-        }
+        with without_autocast(x):
+            gradient = {
+                W: torch.stack([torch.tensordot(d, at[name][W], d.dim()) for name, d in delta.items()])
+                .sum(0)
+                .to(W_S.dtype)
+                for W, W_S in slow.items()
+            }
         return gradient, y, Online(w, after)
 
     # ---- the parts ----
@@ -175,6 +177,8 @@ class SlowFastNet(nn.Module):
 
     def _run_fast(self, w: Weights, x: Tensor) -> Tensor:
         """F of one input x […], with the weights w."""
+        if x.dtype in (torch.float16, torch.bfloat16):
+            w = {name: weight.to(x.dtype) for name, weight in w.items()}
         return functional_call(self.fast, w, (x.unsqueeze(0),)).squeeze(0)
 
     def _changes(self, s: Tensor) -> Weights:
@@ -184,6 +188,7 @@ class SlowFastNet(nn.Module):
             raise ValueError(
                 f"slow: expected (N, {self.outputs}) for version {self.version} with {shapes}, got {tuple(s.shape)}"
             )
+        s = s.to(state_dtype(s.dtype))  # many changes are added up
         if self.version == 1:
             parts = s.split([shape.numel() for shape in self.shapes.values()], 1)
             return {name: part.reshape(-1, *shape) for part, (name, shape) in zip(parts, self.shapes.items())}
@@ -216,14 +221,12 @@ class SlowFastNet(nn.Module):
         return f"version={self.version}, update={self.update!r}{bound}, read={self.read!r}"
 
 
-class RecurrentState(NamedTuple):
-    """What a `FastWeightRNN` remembers of B sequences: weight [B, units, inputs + units], y [B, units]."""
-
-    weight: Tensor
-    y: Tensor
+def cubed(y: Tensor) -> Tensor:
+    """(2y − 1)³: −1 at 0, 1 at 1, and near 0 in between."""
+    return (2 * y - 1) ** 3
 
 
-class FastWeightRNN(nn.Module):
+class FastWeightRNN(Stateful):
     """A recurrent net that programs its own weights: its units' activations are FROM and TO.
 
     With l(t) = [x(t); y(t)] and W(t) [units, inputs + units]: y(t + 1) = f(W(t) l(t)), y(1) = f(0), and
@@ -231,7 +234,7 @@ class FastWeightRNN(nn.Module):
 
     Args:
         inputs, units: numbers of inputs and of units. The parameter `weight` is W(1), at first uniform in (−0.1, 0.1).
-        g, h: functions of activations in (0, 1). By default (2y − 1)³: −1 at 0, 1 at 1, and near 0 in between.
+        g, h: functions of activations in (0, 1), by default `cubed`.
         activation: f.
         update, steepness: σ, as in `SlowFastNet`.
 
@@ -244,8 +247,8 @@ class FastWeightRNN(nn.Module):
         inputs: int,
         units: int,
         *,
-        g: Callable[[Tensor], Tensor] = lambda y: (2 * y - 1) ** 3,
-        h: Callable[[Tensor], Tensor] = lambda y: (2 * y - 1) ** 3,
+        g: Callable[[Tensor], Tensor] = cubed,
+        h: Callable[[Tensor], Tensor] = cubed,
         activation: Callable[[Tensor], Tensor] = torch.sigmoid,
         update: Update = "bounded",
         steepness: float = 10.0,
@@ -264,14 +267,15 @@ class FastWeightRNN(nn.Module):
             state = RecurrentState(
                 self.weight.expand(x.shape[0], -1, -1), self.activation(x.new_zeros(x.shape[0], units))
             )
-        W, y = state
+        W, y = differentiable(state)
         errors.tensor("state.weight", W, (x.shape[0], *self.weight.shape))
+        W = W.to(state_dtype(W.dtype))  # many changes are added up
         errors.tensor("state.y", y, (x.shape[0], units))
         found = []
         for now in x.unbind(1):
             seen = torch.cat([now, y], 1)  # [B, inputs + units]
-            y = self.activation((W @ seen.unsqueeze(2)).squeeze(2))
-            W = W + self.h(y).unsqueeze(2) * self.g(seen).unsqueeze(1)
+            y = self.activation((W.to(seen.dtype) @ seen.unsqueeze(2)).squeeze(2))
+            W = W + self.h(y.to(W.dtype)).unsqueeze(2) * self.g(seen.to(W.dtype)).unsqueeze(1)
             W = squash(W, self.steepness) if self.update == "bounded" else W
             found.append(y)
         return torch.stack(found, 1) if found else x.new_zeros(x.shape[0], 0, units), RecurrentState(W, y)

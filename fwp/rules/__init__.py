@@ -5,6 +5,11 @@ Two axes make the first six: decay (none, per head, per key channel) × correcti
 
 from __future__ import annotations
 
+import copyreg
+import sys
+from importlib import import_module
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -207,3 +212,26 @@ def get(rule: str | Rule) -> Rule:
     from fwp.errors import suggest
 
     raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}{suggest(str(rule), RULES)}")
+
+
+def _reduced(rule: Rule) -> Any:
+    """How pickle and copy see a rule: by its name in the table or in its module, as they see functions; else by value.
+
+    So a rule may hold functions that can't be pickled, such as lambdas.
+    """
+    if RULES.get(rule.name) is rule:
+        return get, (rule.name,)
+    for module, content in [*sys.modules.items()]:
+        for name, value in [*getattr(content, "__dict__", {}).items()]:
+            if value is rule:
+                return _defined, (module, name)
+    return rule.__reduce_ex__(2)
+
+
+def _defined(module: str, name: str) -> Rule:
+    """The rule of that name in a module."""
+    return getattr(import_module(module), name)
+
+
+copyreg.pickle(Rule, _reduced)
+torch.serialization.add_safe_globals([get])  # for torch.load, which by default makes known types only

@@ -114,6 +114,8 @@ class Rule:
     any_keys: whether the state of a rule that erases stays bounded for keys longer than 1; else `check` refuses them.
     linear_in_v: whether output and state are linear in (v, initial state).
     paper, bibtex: the source.
+
+    A rule is pickled by its name in the table or in the module that holds it, so its functions may be lambdas there.
     """
 
     name: str
