@@ -242,7 +242,7 @@ def ratio(a: Tensor, b: Tensor) -> Tensor:
 
 
 def denominators(found: Tensor, eps: float) -> Tensor:
-    """zᵀq + eps, 0 where zᵀq = 0. With an eps below it, the least number of the dtype counts as 0: the state is lost."""
+    """zᵀq + eps, 0 where zᵀq = 0. Where eps is smaller, a zᵀq near the least number of the dtype counts as 0."""
     least = torch.finfo(found.dtype).tiny * 64
     return torch.where(found.abs() < least if eps < least else found == 0, 0, found + eps)
 
@@ -274,6 +274,14 @@ def _largest(k: Tensor) -> Tensor:
 def to_heads(x: Tensor, heads: int) -> Tensor:
     """[B, T, Hx, …] → [B, T, heads, …]: each of the Hx heads is repeated heads / Hx times."""
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
+
+
+def within(cu_seqlens: Tensor, T: int) -> Tensor:
+    """The borders of packed sequences, moved into [0, T] and made never to decrease.
+
+    Nobody waits for a GPU to look at borders there. So wrong ones must not make a kernel read out of range.
+    """
+    return cu_seqlens.clamp(0, T).cummax(0).values
 
 
 def check_bounds(cu_seqlens: Tensor, T: int) -> None:

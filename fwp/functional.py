@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fwp import canary, errors, feature_maps, observe, rules, trust, validate
 from fwp._torch_private import tree_leaves, tree_map
-from fwp.core import Core, Features, Form, Read, State, differentiable, overwrites, without_autocast
+from fwp.core import Core, Features, Form, Read, State, differentiable, overwrites, within, without_autocast
 from fwp.feature_maps import FeatureMap
 from fwp.rules import Rule
 
@@ -105,6 +105,7 @@ def fast_weights(
     )
     if cu_seqlens is not None:
         validate.packing(cu_seqlens, q.shape[0], q.shape[1], check, device=v.device)
+        cu_seqlens = cu_seqlens if cu_seqlens.device.type == "cpu" else within(cu_seqlens, q.shape[1])
     if mask is not None:
         errors.tensor("mask", mask, tuple(q.shape[:2]), torch.bool, v.device)
     core = Core(
@@ -224,6 +225,8 @@ def read(
     validate.readable(state, x, cu_seqlens)
     state = differentiable(state)
     B, T = q.shape[:2]
+    if cu_seqlens is not None and cu_seqlens.device.type != "cpu":
+        cu_seqlens = within(cu_seqlens, T)
     nothing = x.new_zeros(()).expand(B, T, state.S.shape[1], 1)
     core = Core(
         x,

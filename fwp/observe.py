@@ -8,8 +8,10 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from fwp.core import Form
+from fwp._torch_private import tree_map
+from fwp.core import Form, overwrites
 
 
 class ObservedCall(NamedTuple):
@@ -65,6 +67,8 @@ def tell(asked: Mapping[str, Any], backend: str, form: Form) -> None:
     asked: the arguments of `fast_weights`, with its gates under "gates".
     """
     arguments = {name: x for name, x in asked.items() if name != "gates"}
+    if overwrites():
+        arguments["state"] = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, arguments["state"])
     call = ObservedCall(arguments | asked["gates"], backend, form)
     for observer in _observers.get():
         observer(call)

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import (
@@ -30,7 +31,8 @@ from laws import (
     ways,
 )
 
-from fwp.core import state_dtype
+from fwp import validate
+from fwp.core import state_dtype, within
 from fwp.functional import fast_weights, read
 from fwp.rules import Rule
 from fwp.testing import budgets, cast, deviation, evaluate, result_error, row_error, sample
@@ -108,6 +110,24 @@ def test_packed_is_one_by_one(rule, form, lengths):
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     alone = split_options(lambda rule, **rest: one_by_one(rule, bounds, **rest))
     agree(evaluate(rule, inputs, cu_seqlens=bounds, **form), evaluate(rule, inputs, call=alone, **form))
+
+
+@each_way
+def test_tokens_outside_all_packed_sequences(rule, form, way, monkeypatch):
+    """Their outputs and gradients are 0, where borders are not checked, as on a GPU."""
+    monkeypatch.setattr(validate, "check_bounds", lambda *args: None)
+    inputs = sample(rule, B=1, T=20, K=6, V=5, state=True, sequences=2, **way.inputs)
+    bounds = torch.tensor([3, 14, 17])
+
+    def inner(rule, tensors, options, state):
+        part = {name: x[:, 3 * x.shape[1] // 20 : 17 * x.shape[1] // 20] for name, x in tensors.items()}
+        out, end = fast_weights(rule, **part, state=state, cu_seqlens=bounds - 3, **options)
+        return F.pad(out, (0, 0, 0, 0, 3, 3)), end
+
+    with chunk_size(8):
+        found = evaluate(rule, inputs, cu_seqlens=bounds, **way.options, **form)
+        agree(found, evaluate(rule, inputs, call=split_options(inner), **way.options, **form))
+    assert within(torch.tensor([-1, 5, 3, 99]), 20).tolist() == [0, 5, 5, 20]
 
 
 @each_way

@@ -35,6 +35,7 @@ from fwp import feature_maps, trust
 from fwp.backends import triton as backend
 from fwp.core import Core, Features, State, overwriting
 from fwp.feature_maps import applied
+from fwp.inspect import recording
 from fwp.nn import FastWeightAttention
 from fwp.testing import budgets, cast, deviation, evaluate, result_error, row_error, sample
 from fwp_kernels import packing, tiling
@@ -83,6 +84,22 @@ def test_a_step_over_its_state(cell, denominator):
         found, over = kernels(core, "recurrent")
     assert over.S is core.S and torch.equal(over.S, state.S) and torch.equal(found, o)
     assert not denominator or torch.equal(over.z, state.z)
+
+
+@torch.no_grad()
+def test_whoever_holds_a_state_hears_of_a_step_over_it():
+    layer = FastWeightAttention(8, 2, "kda", backend="triton", head_dim=4).to(DEVICE)
+    x = torch.randn(2, 8, device=DEVICE)
+    _, state = layer.step(x)
+    with torch.enable_grad():
+        factor = torch.ones((), device=DEVICE, requires_grad=True)
+        pending = (factor * state.memory.S).sum()
+    before = state.memory.S.clone()
+    with recording() as calls:
+        layer.step(x, state, in_place=True)
+    assert torch.equal(calls[0]["state"].S, before) and not torch.equal(state.memory.S, before)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        pending.backward()
 
 
 @pytest.mark.gpu
@@ -233,6 +250,24 @@ def test_packed_sequences(cell, lengths):
     core = problem(cell, T=sum(lengths), N=len(lengths), cu_seqlens=cu_seqlens)
     found = agree(core)
     assert torch.equal(kernels(replace(core, cu_seqlens=cu_seqlens.int()))[0], found["o"])
+
+
+@pytest.mark.parametrize(
+    "cell", [ADDITIVE, (1, "k"), OWN_KEY, (2, "a alone")], ids=lambda c: f"{c[0]}-{c[1] or 'adds'}"
+)
+def test_tokens_outside_all_packed_sequences(cell):
+    """Their outputs and gradients are 0. Nobody checks the borders of packed sequences on a GPU."""
+    more = {} if cell == ADDITIVE else {"denominator": True, "features": Features("dpfp-1", "sum"), "writes": 2}
+    core = problem(cell, T=9, N=2, H=(2, 1, 1), cu_seqlens=torch.tensor([2, 5, 7], device=DEVICE), **more)
+
+    def inner(core):
+        n = core.writes
+        tokens = {name: x[:, 2 * n : 7 * n] for name in "kvgaew" if (x := getattr(core, name)) is not None}
+        o, state = recurrence(replace(core, q=core.q[:, 2:7], **tokens, cu_seqlens=core.cu_seqlens - 2))
+        return F.pad(o, (0, 0, 0, 0, 2, 2)), state
+
+    for run in (kernels, lambda core: kernels(core, segment=1), lambda core: kernels(core, "recurrent")):
+        agree(core, run=run, truth=inner)
 
 
 def test_packed_recurrent_and_read_before():

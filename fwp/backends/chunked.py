@@ -169,9 +169,10 @@ class Layout:
             steps.append(torch.where(at < left[:, None], starts[: len(left), None] + t + at, self.T))
         self.shapes = [step.shape for step in steps]
         rows = torch.cat([torch.zeros(0, dtype=torch.long, device="cpu"), *(step.flatten() for step in steps)])
-        real = (rows < self.T).nonzero().squeeze(1)
-        device = core.k.device
-        self.rows, self.back = rows.to(device), real[rows[real].argsort()].to(device)
+        real, device = (rows < self.T).nonzero().squeeze(1), core.k.device
+        back = torch.full((self.T,), len(rows), device="cpu")  # the index of a row of zeros, for no sequence's tokens
+        back[rows[real]] = real
+        self.rows, self.back = rows.to(device), back.to(device)
         self.order, self.unorder = order.to(device), order.argsort().to(device)
 
     def sort(self, S: Tensor) -> Tensor:
@@ -200,7 +201,8 @@ class Layout:
         parts = [_tokens(part) for part in parts]
         if not self.packed:
             return torch.cat(parts, 1)
-        return torch.cat([part.flatten(0, 1) for part in parts])[self.back].unsqueeze(0)
+        zeros = torch.zeros_like(parts[0][0, :1])
+        return torch.cat([*(part.flatten(0, 1) for part in parts), zeros])[self.back].unsqueeze(0)
 
 
 def _cut(core: Core, chunk: int) -> tuple[Layout, Layout, list[Piece]]:
@@ -491,7 +493,7 @@ def _walk_op(
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
     refuse_forward_derivatives()
-    if cu_seqlens is not None:
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
         check_bounds(cu_seqlens, q.shape[1])
     options = Options(read, causal, writes, erase_before_decay)  # type: ignore[arg-type]
     out, end = _walk(_core(Inputs(q, k, v, g, a, e, w), S, cu_seqlens, options), chunk)

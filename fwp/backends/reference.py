@@ -33,8 +33,9 @@ def run(rule: Rule, core: Core, gates: Mapping[str, Tensor], mask: Tensor | None
     k, v = (to_heads(x, H).to(core.dtype) for x in (core.k, core.v))
     if core.cu_seqlens is None:
         return _walk(rule, core, q, k, v, gates, mask, state)
-    outputs, states = [], []
     bounds = core.cu_seqlens.tolist()
+    V = core.v.shape[-1]  # tokens outside all sequences read nothing
+    outputs, states = [q.new_zeros(1, bounds[0], q.shape[2], V)], []
     for n, (start, end) in enumerate(pairwise(bounds)):
         part, one = slice(start, end), slice(n, n + 1)
         written = slice(core.writes * start, core.writes * end)
@@ -50,6 +51,7 @@ def run(rule: Rule, core: Core, gates: Mapping[str, Tensor], mask: Tensor | None
         )
         outputs.append(o)
         states.append(final)
+    outputs.append(q.new_zeros(1, q.shape[1] - bounds[-1], q.shape[2], V))
     return torch.cat(outputs, 1), tree_map(lambda *x: torch.cat(x), *states)
 
 

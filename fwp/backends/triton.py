@@ -191,6 +191,8 @@ def run(core: Core, form: Form, chunk: int | None = None, segment: int | None = 
         from fwp_kernels.launch import forward
 
         o, S, z, _ = forward(_Inputs(*inputs).problem(form), form, over)
+        if S is core.S:  # whoever saved it for a backward hears of the change
+            torch.autograd.graph.increment_version(S)
     else:
         o, S, z, _ = _Forward.apply(*inputs, form)
     return o, State(S, z if core.denominator else None)

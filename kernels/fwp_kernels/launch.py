@@ -106,6 +106,11 @@ class Kernels:
         """Uninitialised [B, tokens, heads, features]."""
         return self.p.q.new_empty(self.p.B, tokens, heads, features, dtype=dtype)
 
+    def result(self, tokens: int, heads: int, features: int, dtype: torch.dtype) -> Tensor:
+        """A `buffer` that the caller gets. Kernels write no tokens outside all packed sequences, so these are 0."""
+        x = self.buffer(tokens, heads, features, dtype)
+        return x if self.p.cu_seqlens is None else x.zero_()
+
     def chunk_arguments(self) -> dict[str, Any]:
         """The arguments of all kernels of the chunk form."""
         p, tiles = self.p, self.p.tiles
@@ -372,8 +377,8 @@ def forward(
     """
     kernels = Kernels(p, start)
     before = kernels.before
-    o = kernels.buffer(p.T, p.readers, p.V, p.v.dtype)
-    den = None if p.eps is None else kernels.buffer(p.T, p.readers, 1, p.accumulator)
+    o = kernels.result(p.T, p.readers, p.V, p.v.dtype)
+    den = None if p.eps is None else kernels.result(p.T, p.readers, 1, p.accumulator)
     if over and before.S is not None:
         after = States(before.S, kernels.vectors(p.N))
     else:
@@ -420,17 +425,17 @@ class Gradients(NamedTuple):
 
         def per_head(heads: int, like: Tensor, features: int, final: bool = True) -> Tensor:
             final = final and like.shape[2] == heads
-            return kernels.buffer(like.shape[1], heads, features, like.dtype if final else p.accumulator)
+            return kernels.result(like.shape[1], heads, features, like.dtype if final else p.accumulator)
 
         def per_gate(gate: Tensor | None, shares: int) -> Tensor | None:
-            return None if gate is None else kernels.buffer(p.tokens, p.H, shares, p.accumulator)
+            return None if gate is None else kernels.result(p.tokens, p.H, shares, p.accumulator)
 
         return cls(
             dq=per_head(p.readers, p.q, p.K, p.maps_alone),
             dk=per_head(p.H, p.k, p.K, p.maps_alone),
             dv=per_head(p.H, p.v, p.V),
             dg=per_gate(p.g, p.K if p.decay == 2 else NK),
-            da=None if p.a is None else kernels.buffer(p.tokens, p.H, p.K, p.a.dtype),
+            da=None if p.a is None else kernels.result(p.tokens, p.H, p.K, p.a.dtype),
             de=per_gate(p.e, NK),
             dw=per_gate(p.w, NV),
             dR=kernels.buffer(p.tokens, p.H, p.V, p.operand) if p.erases else None,
