@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -235,6 +236,40 @@ def test_the_convolution_sees_the_last_real_tokens():
     assert y.flatten().tolist() == [1, 12, 3, 34, 345]
     assert tail.flatten(1).tolist() == [[1, 2], [0, 0], [4, 5]]
     assert conv(x[:, :1], tail[2:])[0].item() == 451
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("ends", [[3, 5, 5, 11], [0, 2, 2, 5], [2, 9, 20]], ids=["late start", "early end", "beyond"])
+def test_no_convolution_reaches_outside_the_packed_sequences(ends, masked):
+    """On a GPU nobody checks the borders. Tokens outside are 0, change nothing and get no gradient."""
+    torch.manual_seed(0)
+    conv, T = ShortConvolution(2, 4).double(), 13
+    cu_seqlens, tail = torch.tensor(ends), tokens(len(ends) - 1, 3, 2)
+    first, last = ends[0], min(ends[-1], T)
+    x = torch.full((1, T, 2), torch.nan, dtype=torch.float64)
+    x[:, first:last] = tokens(1, last - first, 2, seed=2)
+    mask = (torch.arange(T) % 3 > 0).unsqueeze(0) if masked else None
+    inner = None if mask is None else mask[:, first:last]
+    for run, past in ((conv, tail), (token_shift, tail[:, :1])):
+        given = x.clone().requires_grad_()
+        y, end = run(given, past, mask, cu_seqlens)
+        bounds = cu_seqlens.clamp(max=T) - first
+        truth, expected = run(x[:, first:last], past, inner, bounds)
+        close((y[:, first:last], end), (truth, expected))
+        (gradient,) = torch.autograd.grad(y.sin().sum() + end.sin().sum(), given)
+        for outside in (slice(first), slice(last, None)):
+            assert not y[:, outside].any() and not gradient[:, outside].any()
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_convolution_sums_in_float32(dtype):
+    torch.manual_seed(0)
+    conv, x = ShortConvolution(64, 4).to(dtype), torch.randn(2, 50, 64).to(dtype)
+    truth = conv.double()(x.double())[0]
+    y = conv.to(dtype)(x)[0]
+    assert y.dtype == dtype
+    assert ((y.double() - truth).abs() <= torch.finfo(dtype).eps / 2 * truth.abs() + 1e-6).all()  # one rounding
 
 
 def test_the_token_shift_sees_the_last_real_token():
@@ -621,22 +656,29 @@ def test_projections_decide_the_dtype(name, names, returns):
 # ---- compile ----
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:DeprecationWarning")  # by PyTorch itself
 @pytest.mark.parametrize(
-    ("name", "how"),
+    ("name", "how", "backend"),
     [
-        ("linear_transformer", "plain"),
-        ("gated_delta_net", "masked"),
-        ("kda", "packed"),
-        ("gated_delta_product", "masked"),
-        ("comba", "plain"),
-        ("rwkv7", "packed"),
+        ("preset-linear_transformer", "plain", "aot_eager"),
+        ("preset-gated_delta_net", "masked", "aot_eager"),
+        ("preset-kda", "packed", "aot_eager"),
+        ("preset-gated_delta_product", "masked", "aot_eager"),
+        ("preset-comba", "plain", "aot_eager"),
+        ("preset-rwkv7", "packed", "aot_eager"),
+        pytest.param(
+            *("additive-conv4", "plain", "inductor"),
+            marks=pytest.mark.skipif(
+                not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))), reason="needs a C++ compiler"
+            ),
+        ),
     ],
 )
-def test_compiles_as_one_graph_for_every_length(name, how):
+def test_compiles_as_one_graph_for_every_length(name, how, backend):
     torch.compiler.reset()
     torch.manual_seed(0)
-    layer = awake(PRESETS[name](E, H))
-    counter = CompileCounterWithBackend("aot_eager")
+    layer = LAYERS[name]()
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     for T in (7, 9, 12, 16):
         x = torch.randn(1 if how == "packed" else 2, T, E, requires_grad=True)
@@ -647,6 +689,17 @@ def test_compiles_as_one_graph_for_every_length(name, how):
         found, truth = (gradients(layer, x, *results, retain_graph=False) for results in (found, truth))
         close(found, truth, 1e-4)
     assert counter.frame_count <= 2  # once for the first length, once for all others
+
+
+@pytest.mark.parametrize("name", ["preset-gated_delta_net", "gated_delta-conv4", "preset-rwkv7"])
+@torch.no_grad()
+def test_export_for_every_batch_and_length(name):
+    torch.compiler.reset()
+    layer, (B, T) = LAYERS[name](), (torch.export.Dim(axis, min=1 + (axis == "T"), max=4096) for axis in "BT")
+    program = torch.export.export(layer, (torch.randn(3, 9, E),), dynamic_shapes=({0: B, 1: T},))
+    for sizes in ((3, 9), (1, 2), (5, 130)):
+        x = torch.randn(*sizes, E)
+        close(program.module()(x), layer(x), 1e-5)
 
 
 def test_favor_plus_draws_in_a_compiled_layer_too():
