@@ -199,6 +199,56 @@ def test_packed_equals_one_by_one(layer, masked):
         close(gradients(layer, x, *packed), gradients(layer, x, *truth))
 
 
+OUTSIDE = pytest.mark.parametrize(
+    "ends", [[3, 5, 5, 11], [0, 2, 2, 5], [2, 9, 20]], ids=["late start", "early end", "beyond"]
+)
+
+
+def inside(op):
+    """The op on the tokens of the packed sequences alone, with an output of 0 for others."""
+
+    def run(rule, q, k, v, *, cu_seqlens, mask, state, **options):
+        T, n = q.shape[1], k.shape[1] // q.shape[1]
+        bounds = cu_seqlens.clamp(max=T)
+        first, last = bounds[[0, -1]].tolist()
+        given = {name: x for name, x in options.items() if isinstance(x, torch.Tensor)}
+        cut = {name: x[:, n * first : n * last] for name, x in {**given, "k": k, "v": v}.items()}
+        cut |= {"q": q[:, first:last], "mask": None if mask is None else mask[:, first:last]}
+        out, end = op(rule, **{**options, **cut}, state=state, cu_seqlens=bounds - first)
+        return F.pad(out, (0, 0, 0, 0, first, T - last)), end
+
+    return run
+
+
+@OUTSIDE
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_tokens_outside_the_packed_sequences_count_as_masked(name, masked, ends, monkeypatch):
+    """As on a GPU, where nobody checks the borders."""
+    torch.manual_seed(0)
+    layer, T = awake(PRESETS[name](E, H, **{} if name == "rwkv7" else {"bias": True, "out_norm": "layer"})).double(), 13
+    for p in layer.parameters():
+        nn.init.normal_(p, std=0.3)
+    cu_seqlens, before = torch.tensor(ends), layer(tokens(len(ends) - 1, 3, E, seed=3))[1]
+    first, last = ends[0], min(ends[-1], T)
+    x = torch.full((1, T, E), torch.nan, dtype=torch.float64)
+    x[:, first:last] = tokens(1, last - first, E)
+    mask = (torch.arange(T) % 3 > 0).unsqueeze(0) if masked else None
+    truth = layer(
+        x[:, first:last], before, None if mask is None else mask[:, first:last], cu_seqlens.clamp(max=T) - first
+    )
+    module = sys.modules[next(c.__module__ for c in type(layer).__mro__ if "forward" in vars(c))]
+    monkeypatch.setattr(module, "fast_weights", inside(fwp.fast_weights))
+    monkeypatch.setattr(fwp.validate, "check_bounds", lambda *_: None)
+    x.requires_grad_()
+    y, state = layer(x, before, mask, cu_seqlens)
+    close((y[:, first:last], state), truth)
+    found = gradients(layer, x, y, state)
+    assert all(g is None or g.isfinite().all() for g in found)
+    for outside in (slice(first), slice(last, None)):
+        assert not y[:, outside].any() and not found[0][:, outside].any()
+
+
 @each_layer
 @torch.no_grad()
 def test_no_token_sees_a_later_one(layer):
@@ -238,9 +288,9 @@ def test_the_convolution_sees_the_last_real_tokens():
     assert conv(x[:, :1], tail[2:])[0].item() == 451
 
 
+@OUTSIDE
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-@pytest.mark.parametrize("ends", [[3, 5, 5, 11], [0, 2, 2, 5], [2, 9, 20]], ids=["late start", "early end", "beyond"])
-def test_no_convolution_reaches_outside_the_packed_sequences(ends, masked):
+def test_no_convolution_reaches_outside_the_packed_sequences(masked, ends):
     """On a GPU nobody checks the borders. Tokens outside are 0, change nothing and get no gradient."""
     torch.manual_seed(0)
     conv, T = ShortConvolution(2, 4).double(), 13

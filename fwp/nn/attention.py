@@ -17,7 +17,7 @@ from fwp.core import Read, without_autocast
 from fwp.feature_maps import FeatureMap
 from fwp.functional import Backend, fast_weights
 from fwp.nn.block import NORMS, Norm, pick
-from fwp.nn.convolution import ShortConvolution
+from fwp.nn.convolution import ShortConvolution, real_tokens
 from fwp.nn.layer import Layer, function, lengths, matched, one_dtype, projection
 from fwp.rules import Gate, Rule
 from fwp.states import LayerState
@@ -267,14 +267,15 @@ class FastWeightAttention(Layer):
         mask: [B, T] bool; a False token changes nothing, neither the fast weights nor what the convolution sees, and
             its output is 0. Padding on the left, on the right or in between changes nothing else.
         cu_seqlens: [N + 1] int32 or int64; B = 1 and sequence n lies at cu_seqlens[n] : cu_seqlens[n + 1]. Without it
-            N = B.
+            N = B. On a GPU the values are not checked; tokens outside all sequences count as masked.
         """
         self._check(x, state, mask, cu_seqlens, self.q_proj)
         memory, tail, position = (None, None, 0) if state is None else state
         if state is None and isinstance(self.feature_map, FavorPlusFeatures):
             self.feature_map.begin()
-        if mask is not None:
-            x = x.masked_fill(~mask.unsqueeze(-1), 0)  # masked inputs may be anything, even NaN
+        real = real_tokens(x, mask, cu_seqlens)
+        if real is not None:
+            x = x.masked_fill(~real.unsqueeze(-1), 0)  # other inputs may be anything, even NaN
 
         q, k, v, tail = self._project(x, tail, mask, cu_seqlens)
         q, gates = self._ask(x, q, k)
@@ -300,8 +301,8 @@ class FastWeightAttention(Layer):
         if self.out_gate is not None and self.out_activation is not None:
             o = o * self.out_activation(self.out_gate(matched(x, self.out_gate)).to(o.dtype))
         y = self.o_proj(matched(o.to(v.dtype), self.o_proj))
-        if mask is not None:
-            y = y.masked_fill(~mask.unsqueeze(-1), 0)  # with a bias it would not be 0
+        if real is not None:
+            y = y.masked_fill(~real.unsqueeze(-1), 0)  # with a bias it would not be 0
         return y, LayerState(memory, tail, position + lengths(x, mask, cu_seqlens))
 
     def _project(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fwp import errors, validate
 from fwp.core import without_autocast
 from fwp.functional import Backend, fast_weights
-from fwp.nn.convolution import token_shift
+from fwp.nn.convolution import real_tokens, token_shift
 from fwp.nn.layer import Layer, lengths, matched, one_dtype
 from fwp.rules import RULES
 from fwp.states import LayerState
@@ -149,14 +149,15 @@ class RWKV7Attention(Layer):
         if v_first is not None:
             errors.tensor("v_first", v_first, tuple(x.shape), device=x.device)
         memory, tail, position = (None, None, 0) if state is None else state
-        if mask is not None:
-            x = x.masked_fill(~mask.unsqueeze(-1), 0)  # masked inputs may be anything, even NaN
+        real = real_tokens(x, mask, cu_seqlens)
+        if real is not None:
+            x = x.masked_fill(~real.unsqueeze(-1), 0)  # other inputs may be anything, even NaN
         q, k, v, gates, out_gate, tail = self._project(x, tail, mask, cu_seqlens)
         if v_first is None:
             v_first = v
         elif self.mixes_values:
             gate = gates.pop("value_mix")
-            first = v_first if mask is None else v_first.masked_fill(~mask.unsqueeze(-1), 0)
+            first = v_first if real is None else v_first.masked_fill(~real.unsqueeze(-1), 0)
             v = v + ((first.to(gate.dtype) - v) * gate).to(v.dtype)
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))  # [B, T, H, N]
         o, memory = fast_weights(
@@ -166,8 +167,8 @@ class RWKV7Attention(Layer):
         o = self.out_norm(o.flatten(0, 1)).view_as(o)
         o = o + ((q * k * self.r_k.to(k.dtype)).sum(-1, keepdim=True) * v).flatten(2)
         y = self.o_proj(matched((o * out_gate).to(v.dtype), self.o_proj))
-        if mask is not None:
-            y = y.masked_fill(~mask.unsqueeze(-1), 0)
+        if real is not None:
+            y = y.masked_fill(~real.unsqueeze(-1), 0)
         end = LayerState(memory, tail, position + lengths(x, mask, cu_seqlens))
         return (y, end, v_first) if return_v_first else (y, end)
 
