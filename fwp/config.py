@@ -55,10 +55,9 @@ class DecoderConfig:
 
         E = self.embed_dim
         make = FastWeightAttention if self.preset is None else pick("preset", self.preset, PRESETS)
+        mixer = make(E, self.num_heads, **self.attention)
         feed_forward = FeedForward(E, 4 * E if self.ff_dim is None else self.ff_dim, self.ff_activation)
-        return Block(
-            E, make(E, self.num_heads, **self.attention), feed_forward, self.norm, self.placement, self.dropout
-        )
+        return Block(E, mixer, feed_forward, self.norm, self.placement, self.dropout)
 
 
 torch.serialization.add_safe_globals([DecoderConfig])  # for torch.load, which by default makes known types only

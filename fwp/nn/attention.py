@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -90,9 +91,15 @@ class SoftplusDecay(GateProjection):
     ) -> None:
         super().__init__(embed_dim, heads, features, rank=rank, bias=False, shared=shared)
         H = heads // shared
-        self.A_log = nn.Parameter(torch.empty(H).uniform_(A_min, 16).log())
-        step = torch.empty(H * (features or 1)).uniform_(-3, -1) * torch.log(torch.tensor(10.0))
-        self.dt_bias = nn.Parameter(step.exp().expm1().log())  # softplus⁻¹
+        self.A_min = A_min
+        self.A_log, self.dt_bias = nn.Parameter(torch.empty(H)), nn.Parameter(torch.empty(H * (features or 1)))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws A_log and dt_bias as above."""
+        self.A_log.uniform_(self.A_min, 16).log_()
+        self.dt_bias.uniform_(-3, -1).mul_(math.log(10)).exp_().expm1_().log_()  # softplus⁻¹
 
     def activate(self, y: Tensor) -> Tensor:
         rate = self.A_log.to(y.dtype).exp()
@@ -127,9 +134,12 @@ class FavorPlusFeatures(nn.Module):
     def begin(self) -> None:
         """A sequence begins: draws a new R if `redraw` says so."""
         if self.redraw == "always" or (self.redraw == "training" and self.training):
-            # A new tensor: a backward pass may need the old one. Made in inference mode it could never be loaded again.
-            with torch.inference_mode(False):
-                self.R = feature_maps.directions(*self.size).to(self.R)
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws R, as a new tensor: a backward pass may need the old one."""
+        with torch.inference_mode(False):  # made in inference mode it could never be loaded again
+            self.R = feature_maps.directions(*self.size).to(self.R)
 
 
 class FastWeightAttention(Layer):

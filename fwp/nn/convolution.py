@@ -43,7 +43,13 @@ class ShortConvolution(nn.Module):
         super().__init__()
         errors.size("channels", channels)
         errors.size("width", width)
-        self.weight = nn.Parameter(torch.empty(channels, 1, width).uniform_(-(width**-0.5), width**-0.5))
+        self.weight = nn.Parameter(torch.empty(channels, 1, width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform in ±1/√width, as `torch.nn.Conv1d` starts."""
+        width = self.weight.shape[-1]
+        nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
 
     def forward(
         self, x: Tensor, tail: Tensor | None = None, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
