@@ -151,8 +151,11 @@ class FastWeightAttention(Layer):
     Args:
         embed_dim: E. num_heads: Hq, of the queries.
         rule: a name of `fwp.RULES`, or a `Rule`, which may have its own state and gates.
-        feature_map, feature_norm, denominator, read: as in `fwp.fast_weights`; "favor+" is `FavorPlusFeatures`, and a
-            map that is a module is trained with the layer.
+        feature_map, denominator, read: as in `fwp.fast_weights`; "favor+" is `FavorPlusFeatures`, and a map that is a
+            module is trained with the layer.
+        feature_norm: as in `fwp.fast_weights`; "auto" is "l2" for a rule that diverges on keys longer than 1, without
+            a denominator. With a denominator and features ≥ 0 the length of keys cancels, so that it is None, as for
+            all other rules. An explicit None leaves the keys of every rule as they are.
         num_key_heads, num_value_heads: Hk and Hv; None: num_heads. H = max(Hk, Hv) states; Hk and Hv divide H, and Hq
             is a multiple or a divisor of H.
         head_dim: K, width of a query and key head; None: embed_dim / num_heads.
@@ -187,7 +190,7 @@ class FastWeightAttention(Layer):
         num_heads: int,
         rule: str | Rule = "additive",
         feature_map: str | FeatureMap | None = None,
-        feature_norm: Literal["sum", "l2"] | None = None,
+        feature_norm: Literal["auto", "sum", "l2"] | None = "auto",
         denominator: bool = False,
         *,
         read: Read = "after",
@@ -213,7 +216,10 @@ class FastWeightAttention(Layer):
         factor = 1.0 if scale is None else scale
         validate.options(row, read=read, scale=factor, denominator=denominator, backend=backend)
         errors.number("norm_eps", norm_eps, 0)
-        feature_maps.norm(torch.zeros(1), feature_norm)
+        if feature_norm == "auto":
+            feature_norm = "l2" if row.wants_unit_keys and not denominator else None
+        elif feature_norm not in (None, "sum", "l2"):
+            raise ValueError(f"feature_norm: expected 'auto', None, 'sum' or 'l2', got {feature_norm!r}")
         errors.size("short_conv", short_conv, 0)
         widths = {"embed_dim": embed_dim, "num_heads": num_heads, "head_dim": head_dim, "value_dim": value_dim}
         widths |= {"num_key_heads": num_key_heads, "num_value_heads": num_value_heads}
