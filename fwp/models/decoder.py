@@ -26,7 +26,7 @@ class Decoder(Stateful):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(config.block() for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(config.block(layer) for layer in range(config.num_layers))
         norm = pick("norm", config.norm, NORMS)
         self.norm = norm(config.embed_dim, eps=1e-5) if config.placement == "pre" else nn.Identity()
         self.head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
@@ -58,9 +58,12 @@ class Decoder(Stateful):
         if len(states) != len(self.blocks):
             raise ValueError(f"state: expected {len(self.blocks)} layer states, got {len(states)}")
         x = self.dropout(self.embedding(tokens))
-        after = []
+        after, v_first = [], None
         for block, before in zip(self.blocks, states):
-            x, end = carry(block, x, before, mask, cu_seqlens)
+            if self.config.preset == "rwkv7":
+                x, end, v_first = carry(block, x, before, mask, cu_seqlens, v_first=v_first, return_v_first=True)
+            else:
+                x, end = carry(block, x, before, mask, cu_seqlens)
             after.append(end)
         return self.head(self.norm(x)), StackState(after)
 

@@ -92,15 +92,21 @@ class Block(Stateful):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, state: Any = None, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, Any]:
-        """x [B, T, E] → [B, T, E] and the mixer's state; the other arguments go to the mixer."""
+        self,
+        x: Tensor,
+        state: Any = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[Any, ...]:
+        """x [B, T, E] → [B, T, E], the mixer's state and its further results; the other arguments go to the mixer."""
+        rest: list[Any] = []
 
         def mix(x: Tensor) -> Tensor:
-            nonlocal state
-            y, state = carry(self.mixer, x, state, mask, cu_seqlens)
+            nonlocal rest
+            y, *rest = carry(self.mixer, x, state, mask, cu_seqlens, **options)
             return self.dropout(y)
 
         x = self.place(x, self.mixer_norm, mix)
         x = self.place(x, self.feed_forward_norm, lambda x: self.dropout(self.feed_forward(x)))
-        return x, state
+        return x, *rest
