@@ -47,6 +47,8 @@ class DecoderConfig:
         for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "ff_dim"):
             if getattr(self, name) is not None:
                 errors.size(name, getattr(self, name))
+        if not self.attention.get("causal", True):
+            raise ValueError("attention: expected a causal layer, since a decoder predicts the next token, got another")
 
     def block(self, layer: int = 0) -> Block:
         """The block at that place, 0 … num_layers − 1."""

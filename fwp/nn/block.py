@@ -68,7 +68,8 @@ PLACEMENTS: Mapping[str, Callable[[Tensor, nn.Module, Callable[[Tensor], Tensor]
 class Block(Stateful):
     """A mixer and a feed-forward net, each with a residual connection and a norm.
 
-    mixer: (x [B, T, E], state, mask, cu_seqlens) → (y [B, T, E], state), such as `FastWeightAttention`.
+    mixer: (x [B, T, E], state, mask, cu_seqlens) → (y [B, T, E], state), such as `FastWeightAttention`. Other options
+        of its `forward`, such as a context, reach it as they are, without the norm.
     feed_forward: [..., E] → [..., E].
     norm: "rms" or "layer".
     placement: "pre" is x + f(norm(x)), "post" is norm(x + f(x)) (Xiong et al. 2020, arXiv 2002.04745).
