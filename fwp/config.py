@@ -26,8 +26,8 @@ class DecoderConfig:
     norm: "rms" or "layer". placement: "pre" or "post", see `fwp.nn.Block`. dropout: after the embedding and in blocks.
     tied: whether the head's weights are the embedding's.
 
-    There is no positional encoding: a causal recurrence knows the order. With preset "rwkv7" every block is built as a
-    first layer: it uses its own values, and no values are passed from block to block.
+    There is no positional encoding: a causal recurrence knows the order. With preset "rwkv7" each block is built for
+    its place in the stack, and mixes its values with those of the first.
     """
 
     vocab_size: int
@@ -47,18 +47,20 @@ class DecoderConfig:
         for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "ff_dim"):
             if getattr(self, name) is not None:
                 errors.size(name, getattr(self, name))
+        if not self.attention.get("causal", True):
+            raise ValueError("attention: expected a causal layer, since a decoder predicts the next token, got another")
 
-    def block(self) -> Block:
-        """One of the blocks."""
+    def block(self, layer: int = 0) -> Block:
+        """The block at that place, 0 … num_layers − 1."""
         from fwp.nn import PRESETS, Block, FastWeightAttention, FeedForward
         from fwp.nn.block import pick
 
         E = self.embed_dim
         make = FastWeightAttention if self.preset is None else pick("preset", self.preset, PRESETS)
+        place: dict[str, Any] = {"layer": layer, "num_layers": self.num_layers} if self.preset == "rwkv7" else {}
+        mixer = make(E, self.num_heads, **place, **self.attention)
         feed_forward = FeedForward(E, 4 * E if self.ff_dim is None else self.ff_dim, self.ff_activation)
-        return Block(
-            E, make(E, self.num_heads, **self.attention), feed_forward, self.norm, self.placement, self.dropout
-        )
+        return Block(E, mixer, feed_forward, self.norm, self.placement, self.dropout)
 
 
 torch.serialization.add_safe_globals([DecoderConfig])  # for torch.load, which by default makes known types only

@@ -79,12 +79,29 @@ def ids(*size, seed=0):
 
 def test_the_decoder_is_its_parts(model):
     tokens = ids(2, 5)
-    x = model.embedding(tokens)
+    x, values = model.embedding(tokens), {}
     for block in model.blocks:
-        x, _ = block(x)
+        if model.config.preset == "rwkv7":
+            x, _, values["v_first"] = block(x, **values, return_v_first=True)
+        else:
+            x, _ = block(x)
     if model.config.placement == "pre":
         x = F.rms_norm(x, (E,), model.norm.weight, eps=1e-5)
     close(model(tokens)[0], x @ model.head.weight.T)
+
+
+def test_a_decoder_builds_rwkv7s_layers_for_their_places():
+    model = Decoder(DecoderConfig(13, E, 3, H, preset="rwkv7"))
+    mixers = [block.mixer for block in model.blocks]
+    assert [mixer.mixes_values for mixer in mixers] == [False, True, True]
+    weights = [mixer.out_norm.weight.unique().item() for mixer in mixers]
+    assert weights == pytest.approx([(place / 3) ** 0.7 for place in (1, 2, 3)])
+    for block in model.blocks:
+        nn.init.normal_(block.mixer.o_proj.weight)
+    model(ids(2, 5))[0].sum().backward()
+    assert all(mixer.value_mix.bias.grad.any() for mixer in mixers[1:])
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'layer'"):
+        Decoder(DecoderConfig(13, E, 2, H, preset="rwkv7", attention={"layer": 1}))
 
 
 @torch.no_grad()

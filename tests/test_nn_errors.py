@@ -39,7 +39,7 @@ E, H = 8, 2
         ({"short_conv": -1}, "short_conv: expected a whole number ≥ 0, got -1"),
         ({"scale": float("nan")}, "scale: expected a finite number, got nan"),
         ({"norm_eps": -1.0}, "norm_eps: expected a finite number ≥ 0, got -1.0"),
-        ({"feature_norm": "L2"}, "feature_norm: expected None, 'sum' or 'l2', got 'L2'"),
+        ({"feature_norm": "L2"}, "feature_norm: expected 'auto', None, 'sum' or 'l2', got 'L2'"),
         (
             {"rule": "gla", "feature_map": lambda x: x.sum(-1)},
             r"feature_map: expected \(1, 1, 2, \*\), got \(1, 1, 2\)",

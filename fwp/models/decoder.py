@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,24 +15,32 @@ from fwp.nn.stateful import Stateful, carry
 
 
 class Decoder(Stateful):
-    """Embedding → blocks → norm (of "pre" placement) → head. Linear weights and embeddings start as N(0, 0.02²)."""
+    """Embedding → blocks → norm (of "pre" placement) → head.
+
+    Linear weights and embeddings start as N(0, 0.02²) and biases at 0, except within a module whose attribute
+    `own_starts` is True, as in RWKV-7's layer. All other parameters start as their modules say.
+    """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(config.block() for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(config.block(layer) for layer in range(config.num_layers))
         norm = pick("norm", config.norm, NORMS)
         self.norm = norm(config.embed_dim, eps=1e-5) if config.placement == "pre" else nn.Identity()
         self.head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
-        for module in self.modules():
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the linear weights and embeddings, and ties the head's. The parts come before it."""
+        if self.config.tied:
+            self.head.weight = self.embedding.weight  # `to_empty` separates them
+        for module in _without_own_starts(self):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        if config.tied:
-            self.head.weight = self.embedding.weight
 
     def forward(
         self,
@@ -50,9 +58,12 @@ class Decoder(Stateful):
         if len(states) != len(self.blocks):
             raise ValueError(f"state: expected {len(self.blocks)} layer states, got {len(states)}")
         x = self.dropout(self.embedding(tokens))
-        after = []
+        after, v_first = [], None
         for block, before in zip(self.blocks, states):
-            x, end = carry(block, x, before, mask, cu_seqlens)
+            if self.config.preset == "rwkv7":
+                x, end, v_first = carry(block, x, before, mask, cu_seqlens, v_first=v_first, return_v_first=True)
+            else:
+                x, end = carry(block, x, before, mask, cu_seqlens)
             after.append(end)
         return self.head(self.norm(x)), StackState(after)
 
@@ -95,6 +106,14 @@ class Decoder(Stateful):
             made.append(_draw(logits, temperature, top_k, generator))
             mask, last = None, torch.zeros_like(last)
         return torch.cat(made, 1)
+
+
+def _without_own_starts(module: nn.Module) -> Iterator[nn.Module]:
+    """All modules inside this one, but for those with `own_starts` and what is inside them."""
+    for child in module.children():
+        if not getattr(child, "own_starts", False):
+            yield child
+            yield from _without_own_starts(child)
 
 
 def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

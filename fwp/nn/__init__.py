@@ -1,4 +1,10 @@
-"""Layers: fast weight attention for any rule, published layers, the block around them; the nets of 1991 and 1993."""
+"""Layers: fast weight attention for any rule, published layers, the block around them; the nets of 1991 and 1993.
+
+Every module with parameters or buffers of its own has `reset_parameters`. A model that was built on the meta device
+and moved by `to_empty` gets its first values from `model.apply`, which comes to the parts before the whole::
+
+    model.apply(lambda module: module.reset_parameters() if hasattr(module, "reset_parameters") else None)
+"""
 
 from fwp.nn.attention import FastWeightAttention, FavorPlusFeatures, GateProjection, SoftplusDecay
 from fwp.nn.block import Block, FeedForward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +17,9 @@ from fwp import errors, feature_maps, rules, validate
 from fwp.core import Read, without_autocast
 from fwp.feature_maps import FeatureMap
 from fwp.functional import Backend, fast_weights
+from fwp.functional import read as read_state
 from fwp.nn.block import NORMS, Norm, pick
-from fwp.nn.convolution import ShortConvolution
+from fwp.nn.convolution import ShortConvolution, real_tokens
 from fwp.nn.layer import Layer, function, lengths, matched, one_dtype, projection
 from fwp.rules import Gate, Rule
 from fwp.states import LayerState
@@ -90,9 +92,15 @@ class SoftplusDecay(GateProjection):
     ) -> None:
         super().__init__(embed_dim, heads, features, rank=rank, bias=False, shared=shared)
         H = heads // shared
-        self.A_log = nn.Parameter(torch.empty(H).uniform_(A_min, 16).log())
-        step = torch.empty(H * (features or 1)).uniform_(-3, -1) * torch.log(torch.tensor(10.0))
-        self.dt_bias = nn.Parameter(step.exp().expm1().log())  # softplus⁻¹
+        self.A_min = A_min
+        self.A_log, self.dt_bias = nn.Parameter(torch.empty(H)), nn.Parameter(torch.empty(H * (features or 1)))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws A_log and dt_bias as above."""
+        self.A_log.uniform_(self.A_min, 16).log_()
+        self.dt_bias.uniform_(-3, -1).mul_(math.log(10)).exp_().expm1_().log_()  # softplus⁻¹
 
     def activate(self, y: Tensor) -> Tensor:
         rate = self.A_log.to(y.dtype).exp()
@@ -127,9 +135,12 @@ class FavorPlusFeatures(nn.Module):
     def begin(self) -> None:
         """A sequence begins: draws a new R if `redraw` says so."""
         if self.redraw == "always" or (self.redraw == "training" and self.training):
-            # A new tensor: a backward pass may need the old one. Made in inference mode it could never be loaded again.
-            with torch.inference_mode(False):
-                self.R = feature_maps.directions(*self.size).to(self.R)
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws R, as a new tensor: a backward pass may need the old one."""
+        with torch.inference_mode(False):  # made in inference mode it could never be loaded again
+            self.R = feature_maps.directions(*self.size).to(self.R)
 
 
 class FastWeightAttention(Layer):
@@ -141,8 +152,13 @@ class FastWeightAttention(Layer):
     Args:
         embed_dim: E. num_heads: Hq, of the queries.
         rule: a name of `fwp.RULES`, or a `Rule`, which may have its own state and gates.
-        feature_map, feature_norm, denominator, read: as in `fwp.fast_weights`; "favor+" is `FavorPlusFeatures`, and a
-            map that is a module is trained with the layer.
+        feature_map, denominator, read: as in `fwp.fast_weights`; "favor+" is `FavorPlusFeatures`, and a map that is a
+            module is trained with the layer.
+        feature_norm: as in `fwp.fast_weights`; "auto" is "l2" for a rule that diverges on keys longer than 1, without
+            a denominator. With a denominator and features ≥ 0 the length of keys cancels, so that it is None, as for
+            all other rules. An explicit None leaves the keys of every rule as they are.
+        causal: False lets every query read the final state, as in an encoder and in cross attention. It is for rules
+            that neither decay nor erase, without a short convolution and with read="after".
         num_key_heads, num_value_heads: Hk and Hv; None: num_heads. H = max(Hk, Hv) states; Hk and Hv divide H, and Hq
             is a multiple or a divisor of H.
         head_dim: K, width of a query and key head; None: embed_dim / num_heads.
@@ -177,9 +193,10 @@ class FastWeightAttention(Layer):
         num_heads: int,
         rule: str | Rule = "additive",
         feature_map: str | FeatureMap | None = None,
-        feature_norm: Literal["sum", "l2"] | None = None,
+        feature_norm: Literal["auto", "sum", "l2"] | None = "auto",
         denominator: bool = False,
         *,
+        causal: bool = True,
         read: Read = "after",
         num_key_heads: int | None = None,
         num_value_heads: int | None = None,
@@ -201,10 +218,15 @@ class FastWeightAttention(Layer):
         super().__init__()
         row = rules.get(rule)
         factor = 1.0 if scale is None else scale
-        validate.options(row, read=read, scale=factor, denominator=denominator, backend=backend)
+        validate.options(row, causal=causal, read=read, scale=factor, denominator=denominator, backend=backend)
         errors.number("norm_eps", norm_eps, 0)
-        feature_maps.norm(torch.zeros(1), feature_norm)
+        if feature_norm == "auto":
+            feature_norm = "l2" if row.wants_unit_keys and not denominator else None
+        elif feature_norm not in (None, "sum", "l2"):
+            raise ValueError(f"feature_norm: expected 'auto', None, 'sum' or 'l2', got {feature_norm!r}")
         errors.size("short_conv", short_conv, 0)
+        if short_conv and not causal:
+            raise ValueError(f"short_conv: expected 0 with causal=False, since it is causal itself, got {short_conv}")
         widths = {"embed_dim": embed_dim, "num_heads": num_heads, "head_dim": head_dim, "value_dim": value_dim}
         widths |= {"num_key_heads": num_key_heads, "num_value_heads": num_value_heads}
         widths |= {"writes_per_read": writes_per_read, "out_gate_rank": out_gate_rank}
@@ -221,9 +243,11 @@ class FastWeightAttention(Layer):
         Hv = num_heads if num_value_heads is None else num_value_heads
         sizes, n = ((num_heads, K), (Hk, K), (Hv, V)), writes_per_read
         validate.tensors(row, *(torch.empty(0, 0, *size, device="meta") for size in sizes))
+        if not causal:
+            _refuse_order(row)
 
         self.rule, self.feature_norm, self.denominator = rule, feature_norm, denominator
-        self.read, self.backend, self.writes_per_read = read, backend, n
+        self.causal, self.read, self.backend, self.writes_per_read = causal, read, backend, n
         self.scale = K**-0.5 if scale is None else scale
         self.feature_map = FavorPlusFeatures(K) if feature_map == "favor+" else feature_map
 
@@ -259,7 +283,14 @@ class FastWeightAttention(Layer):
         return found
 
     def forward(
-        self, x: Tensor, state: LayerState | None = None, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
     ) -> tuple[Tensor, LayerState]:
         """x [B, T, E] → y [B, T, E] and the state after it.
 
@@ -267,23 +298,69 @@ class FastWeightAttention(Layer):
         mask: [B, T] bool; a False token changes nothing, neither the fast weights nor what the convolution sees, and
             its output is 0. Padding on the left, on the right or in between changes nothing else.
         cu_seqlens: [N + 1] int32 or int64; B = 1 and sequence n lies at cu_seqlens[n] : cu_seqlens[n + 1]. Without it
-            N = B.
+            N = B. On a GPU the values are not checked; tokens outside all sequences count as masked.
+        context: [N, T', E], cross attention: its tokens are written, and x only reads. Needs causal=False. The state is
+            then the context's. Give it back with `context[:, :0]` to read it again, or with more context to add that.
+        context_mask: [N, T'] bool; a False token of the context is not written.
         """
         self._check(x, state, mask, cu_seqlens, self.q_proj)
+        self._check_context(x, context, context_mask, cu_seqlens)
         memory, tail, position = (None, None, 0) if state is None else state
         if state is None and isinstance(self.feature_map, FavorPlusFeatures):
             self.feature_map.begin()
-        if mask is not None:
-            x = x.masked_fill(~mask.unsqueeze(-1), 0)  # masked inputs may be anything, even NaN
+        real = real_tokens(x, mask, cu_seqlens)
+        if real is not None:
+            x = x.masked_fill(~real.unsqueeze(-1), 0)  # other inputs may be anything, even NaN
 
-        q, k, v, tail = self._project(x, tail, mask, cu_seqlens)
-        q, gates = self._ask(x, q, k)
-        o, memory = fast_weights(
+        if context is None:
+            q, k, v, tail = self._project(x, x, tail, mask, cu_seqlens)
+            q, gates = self._ask(x, q, k)
+            o, memory = self._program(q, k, v, gates, memory, mask, cu_seqlens)
+            written = lengths(x, mask, cu_seqlens)
+        else:
+            if context_mask is not None:
+                context = context.masked_fill(~context_mask.unsqueeze(-1), 0)
+            q, k, v, tail = self._project(x, context, tail, None, None)
+            q, gates = self._ask(context, q, k)
+            nobody = q.new_zeros(()).expand(*context.shape[:2], 1, q.shape[-1])  # writes need no queries
+            _, memory = self._program(nobody, k, v, gates, memory, context_mask, None)
+            o = read_state(
+                memory,
+                q,
+                scale=self.scale,
+                feature_map=self.feature_map,
+                feature_norm=self.feature_norm,
+                cu_seqlens=cu_seqlens,
+            )
+            written = lengths(context, context_mask, None)
+        if self.out_norm is not None:
+            o = self.out_norm(o.to(self.out_norm.weight.dtype))
+        o = rearrange(o, "b t h d -> b t (h d)")
+        if self.out_gate is not None and self.out_activation is not None:
+            o = o * self.out_activation(self.out_gate(matched(x, self.out_gate)).to(o.dtype))
+        y = self.o_proj(matched(o.to(v.dtype), self.o_proj))
+        if real is not None:
+            y = y.masked_fill(~real.unsqueeze(-1), 0)  # with a bias it would not be 0
+        return y, LayerState(memory, tail, position + written)
+
+    def _program(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: dict[str, Any],
+        memory: Any,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Any]:
+        """The op with the layer's options."""
+        return fast_weights(
             self.rule,
             q,
             k,
             v,
             mask=mask,
+            causal=self.causal,
             read=self.read,
             scale=self.scale,
             feature_map=self.feature_map,
@@ -294,24 +371,30 @@ class FastWeightAttention(Layer):
             backend=self.backend,
             **gates,
         )
-        if self.out_norm is not None:
-            o = self.out_norm(o.to(self.out_norm.weight.dtype))
-        o = rearrange(o, "b t h d -> b t (h d)")
-        if self.out_gate is not None and self.out_activation is not None:
-            o = o * self.out_activation(self.out_gate(matched(x, self.out_gate)).to(o.dtype))
-        y = self.o_proj(matched(o.to(v.dtype), self.o_proj))
-        if mask is not None:
-            y = y.masked_fill(~mask.unsqueeze(-1), 0)  # with a bias it would not be 0
-        return y, LayerState(memory, tail, position + lengths(x, mask, cu_seqlens))
+
+    def _check_context(
+        self, x: Tensor, context: Tensor | None, context_mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> None:
+        if context is None:
+            if context_mask is not None:
+                raise ValueError("context_mask: expected None without a context, got a tensor")
+            return
+        if self.causal:
+            raise ValueError("context: expected None in a layer with causal=True, got a tensor")
+        N = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        errors.tensor("context", context, (N, None, self.embed_dim), x.dtype, x.device)
+        if context_mask is not None:
+            errors.tensor("context_mask", context_mask, tuple(context.shape[:2]), torch.bool, x.device)
 
     def _project(
-        self, x: Tensor, tail: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
+        self, x: Tensor, source: Tensor, tail: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """q [B, T, Hq, K], k [B, n·T, Hk, K], v [B, n·T, Hv, V], and the convolution's new tail.
+        """q [B, T, Hq, K] of x, k [N, n·T, Hk, K] and v [N, n·T, Hv, V] of the source, the convolution's new tail.
 
         What the projections return decides the dtype. Adapters and quantised weights may have several dtypes.
         """
-        qkv = one_dtype(*(module(matched(x, module)) for module in (self.q_proj, self.k_proj, self.v_proj)))
+        made_of = ((self.q_proj, x), (self.k_proj, source), (self.v_proj, source))
+        qkv = one_dtype(*(module(matched(y, module)) for module, y in made_of))
         if self.conv is not None:
             mixed, tail = self.conv(torch.cat(qkv, -1), tail, mask, cu_seqlens)
             qkv = list(mixed.split(self.widths, -1))
@@ -341,7 +424,15 @@ class FastWeightAttention(Layer):
     def extra_repr(self) -> str:
         rule = self.rule if isinstance(self.rule, str) else self.rule.name
         writes = "" if self.writes_per_read == 1 else f", writes_per_read={self.writes_per_read}"
-        return f"{self.embed_dim}, rule={rule!r}, heads={self.heads}, feature_map={self.feature_map!r}{writes}"
+        causal = "" if self.causal else ", causal=False"
+        return f"{self.embed_dim}, rule={rule!r}, heads={self.heads}, feature_map={self.feature_map!r}{writes}{causal}"
+
+
+def _refuse_order(row: Rule) -> None:
+    """ValueError for a rule that decays or erases: its state depends on the order of the writes. The op can tell."""
+    q = torch.zeros(1, 0, 1, 1, device="cpu")
+    gates: dict[str, Any] = {name: q[..., 0] if gate.shape == "BTH" else q for name, gate in row.gates.items()}
+    fast_weights(row, q, q, q, causal=False, **gates)
 
 
 def _module_name(gate: str) -> str:

@@ -68,7 +68,8 @@ PLACEMENTS: Mapping[str, Callable[[Tensor, nn.Module, Callable[[Tensor], Tensor]
 class Block(Stateful):
     """A mixer and a feed-forward net, each with a residual connection and a norm.
 
-    mixer: (x [B, T, E], state, mask, cu_seqlens) → (y [B, T, E], state), such as `FastWeightAttention`.
+    mixer: (x [B, T, E], state, mask, cu_seqlens) → (y [B, T, E], state), such as `FastWeightAttention`. Other options
+        of its `forward`, such as a context, reach it as they are, without the norm.
     feed_forward: [..., E] → [..., E].
     norm: "rms" or "layer".
     placement: "pre" is x + f(norm(x)), "post" is norm(x + f(x)) (Xiong et al. 2020, arXiv 2002.04745).
@@ -92,15 +93,21 @@ class Block(Stateful):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, state: Any = None, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, Any]:
-        """x [B, T, E] → [B, T, E] and the mixer's state; the other arguments go to the mixer."""
+        self,
+        x: Tensor,
+        state: Any = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[Any, ...]:
+        """x [B, T, E] → [B, T, E], the mixer's state and its further results; the other arguments go to the mixer."""
+        rest: list[Any] = []
 
         def mix(x: Tensor) -> Tensor:
-            nonlocal state
-            y, state = carry(self.mixer, x, state, mask, cu_seqlens)
+            nonlocal rest
+            y, *rest = carry(self.mixer, x, state, mask, cu_seqlens, **options)
             return self.dropout(y)
 
         x = self.place(x, self.mixer_norm, mix)
         x = self.place(x, self.feed_forward_norm, lambda x: self.dropout(self.feed_forward(x)))
-        return x, state
+        return x, *rest

@@ -34,8 +34,14 @@ class CombaAttention(FastWeightAttention):
         if self.writes_per_read != 1:
             raise ValueError(f"writes_per_read: expected 1, since q is corrected by one k, got {self.writes_per_read}")
         errors.number("correction", correction)
-        self.decay = nn.Parameter(torch.ones(Hq))
-        self.D = nn.Parameter(torch.full((Hq,), float(correction)))
+        self.correction = float(correction)
+        self.decay, self.D = nn.Parameter(torch.empty(Hq)), nn.Parameter(torch.empty(Hq))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """decay is 1, D is `correction`."""
+        nn.init.ones_(self.decay)
+        nn.init.constant_(self.D, self.correction)
 
     def _ask(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, dict[str, Any]]:
         q, gates = super()._ask(x, q, k)

@@ -24,10 +24,12 @@ class Layer(Stateful):
     """A layer from x [B, T, E] and a `LayerState` to y [B, T, E] and the state after it.
 
     A subclass sets `embed_dim` and `tail`, the shape (W − 1, C) of what `LayerState.conv` holds per sequence, or None.
+    own_starts: whether a model leaves the first values of its linear weights to the layer.
     """
 
     embed_dim: int
     tail: tuple[int, int] | None
+    own_starts = False
 
     def step(
         self, x: Tensor, state: LayerState | None = None, *, in_place: bool = False, **options: Any

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fwp import errors, validate
 from fwp.core import without_autocast
 from fwp.functional import Backend, fast_weights
-from fwp.nn.convolution import token_shift
+from fwp.nn.convolution import real_tokens, token_shift
 from fwp.nn.layer import Layer, lengths, matched, one_dtype
 from fwp.rules import RULES
 from fwp.states import LayerState
@@ -24,23 +24,30 @@ FASTEST_DECAY = -math.exp(-0.5)  # the lowest log decay: a token keeps at least 
 class LowRank(nn.Module):
     """W_up a(W_down x) + b: x [..., E] → [..., E], through `rank` features.
 
-    At first W_down is 0, W_up is 0.1 √(E / rank) times orthogonal columns, and b is `bias` [E]; None: no b.
+    At first W_down is 0, W_up is 0.1 √(E / rank) times orthogonal columns, and b [E], if there is one, is 0.
     """
 
     def __init__(
         self,
         embed_dim: int,
         rank: int,
-        bias: Tensor | None = None,
+        bias: bool = True,
         activation: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.down = nn.Linear(embed_dim, rank, bias=False)
         self.up = nn.Linear(rank, embed_dim, bias=False)
-        self.bias = None if bias is None else nn.Parameter(bias)
+        self.bias = nn.Parameter(torch.empty(embed_dim)) if bias else None
         self.activation = activation
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As above."""
         nn.init.zeros_(self.down.weight)
+        embed_dim, rank = self.up.weight.shape
         nn.init.orthogonal_(self.up.weight, gain=0.1 * max(1.0, math.sqrt(embed_dim / rank)))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., E] → [..., E]."""
@@ -79,6 +86,8 @@ class RWKV7Attention(Layer):
     Source: Peng et al. 2025, arXiv 2503.14456, and BlinkDL's RWKV-LM, RWKV_Tmix_x070.
     """
 
+    own_starts = True
+
     def __init__(
         self,
         embed_dim: int,
@@ -111,21 +120,35 @@ class RWKV7Attention(Layer):
             errors.size(name, rank)
         self.embed_dim, self.num_heads, self.backend, self.tail = E, H, backend, (1, E)
         self.mixes_values = layer > 0 if mix_values is None else mix_values
+        self.layer, self.num_layers = layer, num_layers
 
-        start = _Start(E, N, layer, num_layers)
-        self.mix = nn.Parameter(start.mix())
+        self.mix = nn.Parameter(torch.empty(6, E))
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(E, E, bias=False) for _ in range(4))
+        self.decay = LowRank(E, ranks["decay_rank"], activation=torch.tanh)
+        self.rate = LowRank(E, ranks["rate_rank"])
+        self.value_mix = LowRank(E, ranks["value_rank"]) if self.mixes_values else None
+        self.out_gate = LowRank(E, ranks["gate_rank"], bias=False, activation=torch.sigmoid)
+        self.k_k, self.k_a = nn.Parameter(torch.empty(E)), nn.Parameter(torch.empty(E))
+        self.r_k = nn.Parameter(torch.empty(H, N))
+        self.out_norm = nn.GroupNorm(H, E, eps=N * norm_eps)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The published first values, also of the parts whose own are others. The parts come before it."""
+        E = self.embed_dim
+        start = _Start(E, E // self.num_heads, self.layer, self.num_layers)
         for linear, width in ((self.q_proj, 0.5), (self.k_proj, 0.05), (self.v_proj, 0.5)):
             nn.init.uniform_(linear.weight, -width * E**-0.5, width * E**-0.5)
         nn.init.zeros_(self.o_proj.weight)
-        self.decay = LowRank(E, ranks["decay_rank"], start.decay(), torch.tanh)
-        self.rate = LowRank(E, ranks["rate_rank"], start.rate())
-        self.value_mix = LowRank(E, ranks["value_rank"], start.value_mix()) if self.mixes_values else None
-        self.out_gate = LowRank(E, ranks["gate_rank"], activation=torch.sigmoid)
-        self.k_k, self.k_a = nn.Parameter(0.71 - 0.1 * start.ramp), nn.Parameter(torch.full((E,), 1.02))
-        self.r_k = nn.Parameter(torch.full((H, N), -0.04))
-        self.out_norm = nn.GroupNorm(H, E, eps=N * norm_eps)
-        nn.init.constant_(self.out_norm.weight, ((layer + 1) / num_layers) ** 0.7)
+        self.mix.copy_(start.mix())
+        for part, bias in ((self.decay, start.decay()), (self.rate, start.rate()), (self.value_mix, start.value_mix())):
+            if part is not None and part.bias is not None:
+                part.bias.copy_(bias)
+        self.k_k.copy_(0.71 - 0.1 * start.ramp)
+        nn.init.constant_(self.k_a, 1.02)
+        nn.init.constant_(self.r_k, -0.04)
+        nn.init.constant_(self.out_norm.weight, ((self.layer + 1) / self.num_layers) ** 0.7)
 
     def forward(
         self,
@@ -149,14 +172,15 @@ class RWKV7Attention(Layer):
         if v_first is not None:
             errors.tensor("v_first", v_first, tuple(x.shape), device=x.device)
         memory, tail, position = (None, None, 0) if state is None else state
-        if mask is not None:
-            x = x.masked_fill(~mask.unsqueeze(-1), 0)  # masked inputs may be anything, even NaN
+        real = real_tokens(x, mask, cu_seqlens)
+        if real is not None:
+            x = x.masked_fill(~real.unsqueeze(-1), 0)  # other inputs may be anything, even NaN
         q, k, v, gates, out_gate, tail = self._project(x, tail, mask, cu_seqlens)
         if v_first is None:
             v_first = v
         elif self.mixes_values:
             gate = gates.pop("value_mix")
-            first = v_first if mask is None else v_first.masked_fill(~mask.unsqueeze(-1), 0)
+            first = v_first if real is None else v_first.masked_fill(~real.unsqueeze(-1), 0)
             v = v + ((first.to(gate.dtype) - v) * gate).to(v.dtype)
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))  # [B, T, H, N]
         o, memory = fast_weights(
@@ -166,8 +190,8 @@ class RWKV7Attention(Layer):
         o = self.out_norm(o.flatten(0, 1)).view_as(o)
         o = o + ((q * k * self.r_k.to(k.dtype)).sum(-1, keepdim=True) * v).flatten(2)
         y = self.o_proj(matched((o * out_gate).to(v.dtype), self.o_proj))
-        if mask is not None:
-            y = y.masked_fill(~mask.unsqueeze(-1), 0)
+        if real is not None:
+            y = y.masked_fill(~real.unsqueeze(-1), 0)
         end = LayerState(memory, tail, position + lengths(x, mask, cu_seqlens))
         return (y, end, v_first) if return_v_first else (y, end)
 
@@ -203,7 +227,7 @@ class _Start:
     def __init__(self, E: int, N: int, layer: int, num_layers: int) -> None:
         self.depth = layer / max(1, num_layers - 1)  # 0 … 1
         self.rest = 1 - layer / num_layers  # 1 … 1 / num_layers
-        n = torch.arange(E)
+        n = torch.arange(E, dtype=torch.float64, device="cpu")
         self.place = n / E
         self.fraction = n / max(1, E - 1)
         self.ramp = self.fraction - 0.5

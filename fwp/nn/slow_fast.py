@@ -257,7 +257,12 @@ class FastWeightRNN(Stateful):
         _one_of("update", update, ("bounded", "additive"))
         self.inputs, self.g, self.h, self.activation = inputs, g, h, activation
         self.update, self.steepness = update, steepness
-        self.weight = nn.Parameter(torch.empty(units, inputs + units).uniform_(-0.1, 0.1))
+        self.weight = nn.Parameter(torch.empty(units, inputs + units))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """W(1), uniform in (−0.1, 0.1)."""
+        nn.init.uniform_(self.weight, -0.1, 0.1)
 
     def forward(self, x: Tensor, state: RecurrentState | None = None) -> tuple[Tensor, RecurrentState]:
         """x [B, T, inputs] → y [B, T, units], each step's y(t + 1), which is the first to see x(t), and the state."""

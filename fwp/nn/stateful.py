@@ -28,9 +28,10 @@ class _Hidden:
         self.state = state
 
 
-def carry(module: nn.Module, *args: Any) -> Any:
+def carry(module: nn.Module, *args: Any, **options: Any) -> Any:
     """module(x, state, …), where the module may be sharded though it is no `Stateful`, such as a wrapper of one."""
-    return _past_casts(module, *args) if hasattr(module, "set_reshard_after_forward") else module(*args)
+    sharded = hasattr(module, "set_reshard_after_forward")
+    return _past_casts(module, *args, **options) if sharded else module(*args, **options)
 
 
 def _past_casts(module: nn.Module, *args: Any, **options: Any) -> Any:
