@@ -19,6 +19,7 @@ _HOME = {
     "fast_weights": "functional",
     "read": "functional",
     "State": "core",
+    "ScaledState": "core",
     "FEATURE_MAPS": "feature_maps",
     "DPFP": "feature_maps",
     "FavorPlus": "feature_maps",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from fwp import models as models
     from fwp import nn as nn
     from fwp import testing as testing
+    from fwp.core import ScaledState as ScaledState
     from fwp.core import State as State
     from fwp.feature_maps import DPFP as DPFP
     from fwp.feature_maps import FEATURE_MAPS as FEATURE_MAPS

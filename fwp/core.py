@@ -102,6 +102,22 @@ class State(_State, Carried):
     __slots__ = ()
 
 
+class _ScaledState(NamedTuple):
+    S: Tensor
+    z: Tensor
+    log_scale: Tensor
+
+
+class ScaledState(_ScaledState, Carried):
+    """A `State` in units that keep exponential features in range: the fast weights are exp(log_scale) ⊙ S.
+
+    Calls with a denominator return it for maps such as "exp" and "favor+", without a feature norm. See `fwp.units`.
+    S: [N, H, K, V]. z: [N, H, K]. log_scale: [N, H, K], or [N, H, 1] for rules that erase.
+    """
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class Features:
     """The feature map that a backend is to apply as it reads q and k: q ← scale · norm(φ(q)), k ← norm(φ(k)).
@@ -151,6 +167,7 @@ class Core:
     features: Features = Features()
     writes: int = 1  # n
     erase_before_decay: bool = False  # whether the erase key reads S before the decay of its own token
+    rescale: Tensor | None = None  # one more decay, of S and z, as g: their units grow. `lower` leaves it as it is
 
     @property
     def erases(self) -> bool:

@@ -14,7 +14,6 @@ from functools import cache
 from operator import index
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fwp import errors
@@ -60,6 +59,10 @@ class FavorPlus:
     def __call__(self, x: Tensor) -> Tensor:
         return positive_features(x, self.R)
 
+    def logarithm(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`log_positive_features` of x."""
+        return log_positive_features(x, self.R)
+
 
 def directions(d: int, m: int | None = None, generator: torch.Generator | None = None) -> Tensor:
     """R [m, d] of `FavorPlus.draw`, in float64."""
@@ -76,11 +79,16 @@ def directions(d: int, m: int | None = None, generator: torch.Generator | None =
 
 def positive_features(x: Tensor, R: Tensor) -> Tensor:
     """φ of `FavorPlus`: x [..., d], R [m, d] → [..., 2m]."""
+    features, common = log_positive_features(x, R)
+    return (features + common).exp()
+
+
+def log_positive_features(x: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
+    """log φ of `FavorPlus`, as the sum of [Rx, −Rx] [..., 2m] and of what the features share [..., 1]."""
     if x.shape[-1] != R.shape[-1]:
         raise ValueError(f"R: expected (m, {x.shape[-1]}), got {tuple(R.shape)}")
     projected = x @ R.to(x).T  # [..., m]
-    offset = x.square().sum(-1, keepdim=True) / 2
-    return torch.cat([(projected - offset).exp(), (-projected - offset).exp()], -1) / math.sqrt(2 * len(R))
+    return torch.cat([projected, -projected], -1), -(x.square().sum(-1, keepdim=True) + math.log(2 * len(R))) / 2
 
 
 @dataclass(frozen=True)
@@ -117,8 +125,8 @@ def _drawn_once(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
-    """elu(x) + 1, positive everywhere (Katharopoulos et al. 2020)."""
-    return F.elu(x) + 1
+    """elu(x) + 1, positive everywhere (Katharopoulos et al. 2020). exp(x) below 0, where elu(x) + 1 rounds to 0."""
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
 
 
 def softmax(x: Tensor) -> Tensor:
@@ -170,20 +178,55 @@ def apply(phi: FeatureMap, x: Tensor) -> Tensor:
     return y
 
 
-def norm(x: Tensor, kind: str | None) -> Tensor:
-    """The norm of x over its last axis. "sum": x / Σx, 0 where the sum is 0. "l2": x · rsqrt(Σx² + 1e-6). None: x."""
+Logarithm = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def logarithm(feature_map: str | FeatureMap | None) -> Logarithm | None:
+    """x ↦ (l [..., K'], c [..., 1]) with φ(x) = exp(l + c), for maps that are exponentials; else None."""
+    phi = get(feature_map)
+    if phi is torch.exp:
+        return lambda x: (x, torch.zeros_like(x[..., :1]))
+    if phi is favor_plus:
+        return lambda x: log_positive_features(x, _fixed_directions(index(x.shape[-1]), x.dtype, x.device))
+    return getattr(phi, "logarithm", None)
+
+
+def log_features(log_phi: Logarithm, x: Tensor) -> Tensor:
+    """log φ(x) [..., K'] in the state's dtype."""
+    with without_autocast(x):
+        features, common = log_phi(x.to(state_dtype(x.dtype)))
+        return features + common
+
+
+def norm(x: Tensor, kind: str | None, log_scale: Tensor | None = None) -> Tensor:
+    """The norm of x over its last axis. "sum": x / Σx, 0 where the sum is 0. "l2": x · rsqrt(Σx² + 1e-6). None: x.
+
+    log_scale [..., 1]: of x · exp(log_scale), which may be out of range where its norm is not.
+    """
     if kind is None:
-        return x
+        return x if log_scale is None else x * log_scale.exp()
     if kind == "sum":
         return ratio(x, x.sum(-1, keepdim=True))
     if kind == "l2":
-        return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+        if log_scale is None:  # a power of 2 keeps squares in range and changes no bit
+            size = torch.ldexp(torch.ones_like(x[..., :1]), x.detach().abs().amax(-1, True).frexp().exponent).clamp(
+                min=1
+            )
+            x, least = x / size, 1e-6 / size.square()
+        else:
+            least = 1e-6 * (-2 * log_scale).clamp(max=80).exp()
+        return x * (x.square().sum(-1, keepdim=True) + least).rsqrt()
     raise ValueError(f"feature_norm: expected None, 'sum' or 'l2', got {kind!r}")
 
 
 def transform(x: Tensor, feature_map: str | FeatureMap | None, kind: str | None, scale: float = 1.0) -> Tensor:
     """scale · norm(φ(x)), computed in the state's dtype. A module gets x as it is, under the caller's autocast."""
     dtype, phi = x.dtype, get(feature_map)
+    if kind is not None and (log_phi := logarithm(feature_map)) is not None:
+        with without_autocast(x):
+            features, log_scale = log_phi(x.to(state_dtype(dtype)))
+            largest = features.detach().amax(-1, keepdim=True)
+            return (norm((features - largest).exp(), kind, log_scale + largest) * scale).to(dtype)
     if isinstance(phi, torch.nn.Module):
         x, phi = apply(phi, x), get(None)
     if feature_map is not None or kind is not None:
@@ -210,7 +253,7 @@ def kernel_features(feature_map: str | FeatureMap | None, kind: str | None, scal
             phi = "relu"
         elif fn is elu_plus_one:
             phi = "elu+1"
-        elif fn is torch.exp:
+        elif fn is torch.exp and kind is None:  # the norm of an exponential needs the largest feature first
             phi = "exp"
         else:
             return None

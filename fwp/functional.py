@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, Protocol
@@ -12,11 +13,22 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from fwp import canary, errors, feature_maps, observe, rules, trust, validate
+from fwp import canary, errors, feature_maps, observe, rules, trust, units, validate
 from fwp._torch_private import tree_leaves, tree_map
-from fwp.core import Core, Features, Form, Read, State, differentiable, overwrites, within, without_autocast
+from fwp.core import (
+    Core,
+    Features,
+    Form,
+    Read,
+    ScaledState,
+    State,
+    differentiable,
+    overwrites,
+    within,
+    without_autocast,
+)
 from fwp.feature_maps import FeatureMap
-from fwp.rules import Rule
+from fwp.rules import Rule, lowering
 
 trust.use_canary(canary.fault_of_kernels)
 
@@ -67,8 +79,10 @@ def fast_weights(
         feature_norm: "sum" divides φ by the sum of its features, "l2" makes it unit length.
         denominator: attention normalisation, o_t = Sᵀq / (zᵀq + eps) with z the (decayed) sum of keys, 0 where
             zᵀq = 0. Rules that erase divide the retrieved value by zᵀk likewise, as in the 2021 paper.
-        eps: ≥ 0, added to the denominator of the output.
-        state: what an earlier call returned; for rules on one matrix `State(S [N, H, K', V], z [N, H, K'] or None)`.
+        eps: ≥ 0, added to the denominator of the output. With "exp", "favor+" and other maps that have a `logarithm` it
+            counts in the units of `fwp.units`, in which these features neither overflow nor underflow.
+        state: what an earlier call returned; for rules on one matrix `State(S [N, H, K', V], z [N, H, K'] or None)`,
+            and a `ScaledState` where features count in units.
         cu_seqlens: [N + 1] int32 or int64 on v's device, in tokens of q; B = 1 and N sequences lie end to end, the i-th
             from cu_seqlens[i] on.
         backend: "auto" takes the fastest backend that can serve the call. An explicit one that can't raises an error.
@@ -120,12 +134,18 @@ def fast_weights(
         features=Features(),  # torch.compile can't trace the default object
         writes=writes,
     )
-    core, given = _prepared(row, core, gates, mask, feature_map, feature_norm, scale)
+    scaled = units.serve(row, denominator, feature_map, feature_norm)
+    written = None if mask is None else mask if writes == 1 else mask.repeat_interleave(writes, 1)
+    core, given = _prepared(row, core, gates, mask, written, feature_map, feature_norm, scale, scaled)
     state = differentiable(state)
     if row.plain:
-        core = validate.with_state(core, state)
+        core = validate.with_state(core, state, scaled)
     else:
         validate.own_state(row, core, state)
+    log_scale = None
+    if scaled:
+        with without_autocast(v):
+            core, log_scale = units.to_units(row, core, scale, state, written)
     if check:
         seen = feature_maps.applied(core)
         validate.values(row, seen.q, seen.k, seen.v, given, state)
@@ -133,7 +153,7 @@ def fast_weights(
     lowered = None
     if row.lower is not None and (backend != "reference" or not causal):  # the reference runs the equation itself
         with without_autocast(v):
-            lowered = row.lower(core, **given)
+            lowered = lowering.with_rescale(row.lower(core, **given))
     if not causal and (lowered is None or lowered.g is not None or lowered.erases):
         raise ValueError(f"causal: False needs a rule that neither decays nor erases, got {row.name!r}")
     name, form = choose(lowered, backend, form, q)
@@ -148,6 +168,8 @@ def fast_weights(
         out, end = _backend(name).run(lowered, form)
     if mask is not None:
         out = out.masked_fill(~mask[:, :, None, None], 0)
+    if log_scale is not None:
+        end = ScaledState(end.S, end.z, log_scale)
     return out.to(v.dtype), _owned(end, state)
 
 
@@ -156,22 +178,29 @@ def _prepared(
     core: Core,
     gates: Mapping[str, Tensor | None],
     mask: Tensor | None,
+    written: Tensor | None,
     feature_map: str | FeatureMap | None,
     feature_norm: str | None,
     scale: float,
+    scaled: bool,
 ) -> tuple[Core, dict[str, Tensor]]:
-    """The core with feature map and mask applied, and the rule's gates, checked.
+    """The core with feature map and mask applied, and the rule's gates, checked. written: the mask of k, v and gates.
 
     The feature map is left to the backend where the backend can apply it and the rule's lowering doesn't look at k.
+    scaled: q and k become the logarithms of their features, in the state's dtype.
     """
     q, k, v = core.q, core.k, core.v
-    written = None if mask is None else mask if core.writes == 1 else mask.repeat_interleave(core.writes, 1)
     if mask is not None and written is not None:
         q = q.masked_fill(~mask[:, :, None, None], 0)
         k, v = (x.masked_fill(~written[:, :, None, None], 0) for x in (k, v))
-    deferred = core.causal and not row.lower_uses_k
+    deferred = core.causal and not row.lower_uses_k and not scaled
     features, zero = feature_maps.kernel_features(feature_map, feature_norm, scale) if deferred else None, 0.0
-    if features is None:
+    if scaled:
+        log_phi = feature_maps.logarithm(feature_map)
+        assert log_phi is not None
+        q, k = feature_maps.log_features(log_phi, q), feature_maps.log_features(log_phi, k)
+        features, zero = core.features, -math.inf
+    elif features is None:
         q = feature_maps.transform(q, feature_map, feature_norm, scale)
         k = feature_maps.transform(k, feature_map, feature_norm)
         features = core.features
@@ -184,7 +213,8 @@ def _prepared(
     for name, gate in given.items():
         masked = ~written.view(*written.shape, *[1] * (gate.dim() - 2))
         given[name] = gate.masked_fill(masked, row.gates[name].neutral)
-    return replace(core, k=k.masked_fill(~written[:, :, None, None], zero)), given  # φ(0) need not be 0
+    k = k.masked_fill(~written[:, :, None, None], zero)  # φ(0) need not be 0
+    return replace(core, k=k), given
 
 
 def _owned(end: Any, given: Any) -> Any:
@@ -200,7 +230,7 @@ def _owned(end: Any, given: Any) -> Any:
 
 
 def read(
-    state: State,
+    state: State | ScaledState,
     q: Tensor,
     *,
     scale: float = 1.0,
@@ -221,9 +251,16 @@ def read(
     errors.tensor("q", q, (None, None, None, None))
     from fwp.backends import chunked
 
-    x = feature_maps.transform(q, feature_map, feature_norm, scale)
-    validate.readable(state, x, cu_seqlens)
+    log_phi = feature_maps.logarithm(feature_map) if feature_norm is None and isinstance(state, ScaledState) else None
+    if log_phi is None:
+        x = feature_maps.transform(q, feature_map, feature_norm, scale)
+    else:
+        x = feature_maps.log_features(log_phi, q)
+    validate.readable(state, x, cu_seqlens, scaled=log_phi is not None)
     state = differentiable(state)
+    if isinstance(state, ScaledState):
+        with without_autocast(q):
+            x = units.asked(state, x, scale, cu_seqlens).to(q.dtype)
     B, T = q.shape[:2]
     if cu_seqlens is not None and cu_seqlens.device.type != "cpu":
         cu_seqlens = within(cu_seqlens, T)

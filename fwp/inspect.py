@@ -24,7 +24,7 @@ from torch import Tensor
 from fwp import errors, functional, rules, validate
 from fwp._torch_private import tree_map
 from fwp.backends import reference
-from fwp.core import State, ratio
+from fwp.core import ScaledState, State, ratio
 from fwp.observe import ObservedCall, observing, unobserved
 from fwp.rules import Rule
 
@@ -155,7 +155,7 @@ def attention(rule: str | Rule, q: Tensor, k: Tensor, v: Tensor, *, state: Any =
     row = rules.get(rule)
     if not row.linear_in_v:
         raise ValueError(f"rule: expected one that is linear in v, got {row.name!r}")
-    if state is not None and not isinstance(state, State):
+    if state is not None and not isinstance(state, (State, ScaledState)):
         raise ValueError(f"state: expected fwp.State or None, got {type(state).__name__}")
     validate.tensors(row, q, k, v)
     B, T, Hv, V = v.shape
@@ -165,7 +165,7 @@ def attention(rule: str | Rule, q: Tensor, k: Tensor, v: Tensor, *, state: Any =
         return v.new_zeros(B, H, *([V] if by_feature else []), 0, 0)
     identity = torch.eye(T, dtype=v.dtype, device=v.device).view(1, T, 1, T).expand(B, T, Hv, T)
     if state is not None:
-        state = State(state.S.new_zeros(*state.S.shape[:-1], T), state.z)
+        state = state._replace(S=state.S.new_zeros(*state.S.shape[:-1], T))
 
     def matrix(**gates: Tensor) -> Tensor:
         with unobserved():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fwp._torch_private import keystr, tree_flatten_with_path
-from fwp.core import Core, State, check_bounds, state_dtype
+from fwp.core import Core, ScaledState, State, check_bounds, state_dtype
 from fwp.errors import number, suggest, tensor
 from fwp.rules import Rule
 from fwp.rules.spec import OPTIONS
@@ -116,12 +116,11 @@ def gates(
     return found
 
 
-def with_state(core: Core, state: Any) -> Core:
-    """The core with a given initial state."""
+def with_state(core: Core, state: Any, scaled: bool) -> Core:
+    """The core with a given initial state. scaled: whether the call counts in units, see `fwp.units`."""
     if state is None:
         return core
-    if not isinstance(state, State):
-        raise TypeError(f"state: expected fwp.State, got {type(state).__name__}")
+    _state(state, scaled, (core.sequences, core.heads), core.v.device)
     shape = (core.sequences, core.heads, core.width, core.v.shape[-1])
     tensor("state", state.S, shape, core.dtype, core.v.device)
     if core.denominator:
@@ -129,6 +128,16 @@ def with_state(core: Core, state: Any) -> Core:
     elif state.z is not None:
         raise ValueError("state.z: expected None without denominator=True, got a tensor")
     return replace(core, S=state.S, z=state.z)
+
+
+def _state(state: Any, scaled: bool, shape: tuple[int, int | None], device: torch.device) -> None:
+    """Checks the type of a state, and its units [N, H, ·] if it has them."""
+    if isinstance(state, ScaledState) and scaled:
+        tensor("state.log_scale", state.log_scale, (*shape, None), state.S.dtype, device)
+    elif isinstance(state, ScaledState):
+        raise TypeError("state: expected fwp.State, got ScaledState of an exponential feature map with a denominator")
+    elif not isinstance(state, State):
+        raise TypeError(f"state: expected fwp.State, got {type(state).__name__}")
 
 
 def own_state(rule: Rule, core: Core, state: Any) -> None:
@@ -149,10 +158,9 @@ def named_tensors(name: str, tree: Any) -> dict[str, Tensor]:
     return {name + keystr(path): leaf for path, leaf in tree_flatten_with_path(tree)[0] if isinstance(leaf, Tensor)}
 
 
-def readable(state: Any, q: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Checks that queries q [B, T, Hq, K'] can read the state."""
-    if not isinstance(state, State):
-        raise TypeError(f"state: expected fwp.State, got {type(state).__name__}")
+def readable(state: Any, q: Tensor, cu_seqlens: Tensor | None, scaled: bool) -> None:
+    """Checks that queries q [B, T, Hq, K'] can read the state. scaled: whether they are exponentials."""
+    _state(state, scaled, (None, None), q.device)  # type: ignore[arg-type]
     B, T, Hq, K = q.shape
     if cu_seqlens is not None:
         packing(cu_seqlens, B, T, device=q.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from operator import itemgetter
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor
 from fwp._torch_private import tree_map as _tree_map
 from fwp.core import Core, State, denominators, ratio, to_heads
 from fwp.feature_maps import applied
+from fwp.rules import lowering
+from fwp.rules.reference import gated_delta_normalised
 from fwp.rules.spec import Rule
 
 
@@ -27,12 +30,17 @@ def run(rule: Rule, core: Core, gates: Mapping[str, Tensor], mask: Tensor | None
     Returns o [B, T, max(Hq, H), V] in the state's dtype and the final state.
     """
     core, H = applied(core), core.heads
+    if core.rescale is not None and rule.erases:  # what is erased is found before the decay, so this must be part of it
+        g = lowering.with_rescale(replace(core, g=gates.get("g"))).g
+        assert g is not None
+        rule = rule if "g" in gates else replace(rule, normalised=gated_delta_normalised)
+        core, gates = replace(core, rescale=None), {**gates, "g": g}
     if state is None:
         state = rule.init((core.sequences, H), core.k.shape[-1], core.v.shape[-1], core.initial().S)
     q = to_heads(core.q, max(core.q.shape[2], H)).to(core.dtype)
     k, v = (to_heads(x, H).to(core.dtype) for x in (core.k, core.v))
     if core.cu_seqlens is None:
-        return _walk(rule, core, q, k, v, gates, mask, state)
+        return _walk(rule, core, q, k, v, gates, core.rescale, mask, state)
     bounds = core.cu_seqlens.tolist()
     V = core.v.shape[-1]  # tokens outside all sequences read nothing
     outputs, states = [q.new_zeros(1, bounds[0], q.shape[2], V)], []
@@ -46,6 +54,7 @@ def run(rule: Rule, core: Core, gates: Mapping[str, Tensor], mask: Tensor | None
             k[:, written],
             v[:, written],
             {name: gate[:, written] for name, gate in gates.items()},
+            None if core.rescale is None else core.rescale[:, written],
             None if mask is None else mask[:, part],
             tree_map(itemgetter(one), state),
         )
@@ -62,6 +71,7 @@ def _walk(
     k: Tensor,
     v: Tensor,
     gates: Mapping[str, Tensor],
+    rescale: Tensor | None,
     mask: Tensor | None,
     state: Any,
 ) -> tuple[Tensor, Any]:
@@ -73,6 +83,9 @@ def _walk(
             o, state = _read(rule, core, state, q[:, t])
             outputs.append(o)
         for i in range(core.writes * t, core.writes * (t + 1)):
+            if rescale is not None:
+                shrink = rescale[:, i].exp()
+                state = State(shrink.unsqueeze(-1) * state.S, shrink * state.z)
             state = _step(rule, core, state, k[:, i], v[:, i], {name: gate[:, i] for name, gate in gates.items()})
         if core.causal and core.read == "after":
             o, state = _read(rule, core, state, q[:, t])

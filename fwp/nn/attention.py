@@ -132,6 +132,10 @@ class FavorPlusFeatures(nn.Module):
         with without_autocast(x):
             return feature_maps.positive_features(x.to(torch.promote_types(x.dtype, torch.float32)), self.R)
 
+    def logarithm(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`fwp.feature_maps.log_positive_features` of x."""
+        return feature_maps.log_positive_features(x, self.R)
+
     def begin(self) -> None:
         """A sequence begins: draws a new R if `redraw` says so."""
         if self.redraw == "always" or (self.redraw == "training" and self.training):

@@ -74,6 +74,14 @@ def _interleaved(first: Tensor, second: Tensor) -> Tensor:
     return torch.stack([first, second], 2).flatten(1, 2)
 
 
+def with_rescale(core: Core) -> Core:
+    """The core with its growing units as a part of the decay."""
+    g, rescale = core.g, core.rescale
+    if g is not None and rescale is not None and g.dim() != rescale.dim():  # one per head is the same in every channel
+        g, rescale = (x if x.dim() == 4 else x.unsqueeze(-1) for x in (g, rescale))
+    return replace(core, rescale=None, g=g if rescale is None else rescale if g is None else g + rescale)
+
+
 def keys_before(core: Core, k: Tensor) -> Tensor:
     """z_{t−1}, the decayed sum of the keys before token t in its sequence. k and result [B, T, H, K].
 
@@ -81,10 +89,9 @@ def keys_before(core: Core, k: Tensor) -> Tensor:
     """
     z, T = core.initial().z, k.shape[1]
     assert z is not None
-    if core.g is None:
-        a = torch.ones_like(k)
-    else:
-        a = (core.g if core.g.dim() == 4 else core.g.unsqueeze(-1)).exp().expand_as(k)
+    g = with_rescale(core).g
+    decay = torch.zeros_like(k) if g is None else g if g.dim() == 4 else g.unsqueeze(-1)
+    a = decay.exp().expand_as(k)
     a = torch.cat([torch.zeros_like(a[:, :1]), a], 1)[:, :-1]  # the decay of the token before
     before = torch.cat([torch.zeros_like(k[:, :1]), k], 1)[:, :-1]
     if core.cu_seqlens is None:
