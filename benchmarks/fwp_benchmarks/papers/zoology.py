@@ -410,34 +410,25 @@ def draw(rows: Rows) -> Figure:
     sizes = sorted({(row["L"], row["pairs"]) for row in rows})
     found, each = points(rows), by_seed(rows)
     states = {(row["model"], row["conv"] > 0, row["L"], row["d"]): row["state"] for row in rows}
-    figure = Figure(figsize=(1.6 + 4.2 * len(sizes), 4.4), layout="constrained")
+    grown = {d: 4.0 + 2.5 * n for n, d in enumerate(sorted({point[3] for point in found}))}  # a marker's size
+    figure = Figure(figsize=(9, 5), layout="constrained")
     for axes, (L, pairs) in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes):
         for model, mixer in MIXERS.items():
             for conv in (True, False):
-                line = sorted((states[p], found[p]) for p in found if p[:3] == (model, conv, L))
-                style = {
-                    "color": mixer.colour,
-                    "marker": "s" if model == "softmax" else "o",
-                    "markersize": 5,
-                    "lw": 1.3,
-                }
-                axes.plot(*zip(*line), **style, ls="-" if conv else "--", mfc=mixer.colour if conv else "white")
-                for p in found:
-                    if p[:3] == (model, conv, L):
-                        axes.vlines(states[p], min(each[p]), max(each[p]), color=mixer.colour, lw=1.2)
-                        at = (-13, -9) if model == "gated_delta" else (5, 4) if model == "delta" else (5, -9)
-                        width = {"text": f"{p[3]}", "color": mixer.colour, "fontsize": 7}
-                        axes.annotate(xy=(states[p], found[p]), xytext=at, textcoords="offset points", **width)
+                line = sorted(p for p in found if p[:3] == (model, conv, L))
+                axes.plot(
+                    [states[p] for p in line],
+                    [found[p] for p in line],
+                    "-" if conv else "--",
+                    color=mixer.colour,
+                    lw=1.3,
+                )
+                for p in line:
+                    shape = "s" if model == "softmax" else "o"
+                    fill = mixer.colour if conv else "none"
+                    axes.plot(states[p], found[p], shape, color=mixer.colour, markersize=grown[p[3]], mfc=fill)
+                    axes.vlines(states[p], min(each[p]), max(each[p]), color=mixer.colour, lw=1.2)
         axes.axhline(1 / pairs, color="black", lw=0.7, ls=":")
-        axes.annotate(
-            "a guess among the values of the context",
-            (0.98, 1 / pairs),
-            (0, 3),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            ha="right",
-            fontsize=7,
-        )
         axes.set(ylim=(-0.02, 1.03), title=f"L = {L}, {pairs} pairs", ylabel="accuracy")
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -448,7 +439,10 @@ def draw(rows: Rows) -> Figure:
     ]
     black = {"color": "black", "marker": "o", "lw": 1.3}
     handles += axes.plot([], [], **black, label="short convolution")
-    handles += axes.plot([], [], **black, ls="--", mfc="white", label="none (softmax: learned positions)")
+    handles += axes.plot([], [], **black, ls="--", mfc="none", label="none (softmax: learned positions)")
+    for d, size in grown.items():
+        handles += axes.plot([], [], "o", color="#8a8a8a", markersize=size, label=f"width {d}")
+    handles += axes.plot([], [], "k:", lw=0.7, label="a guess among the values of the context")
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 
