@@ -338,7 +338,7 @@ def _heatmaps(
     if any(x.any() for x in hidden.values()):
         figure.legend(
             handles=[Patch(color=GREY, label="masked: t cannot read s")],
-            loc="outside lower center",
+            loc="outside upper center",
             fontsize=8,
             frameon=False,
         )
