@@ -264,7 +264,9 @@ def list_families(families: Iterable[Family]) -> None:
     """Prints every experiment with its scales and claims."""
     console = Console(highlight=False)
     for family in families:
-        console.print(f"[bold]{family.id}[/]  {family.title}\n{family.paper}", soft_wrap=True)
+        console.print(f"[bold]{family.id}[/]  {family.title}\n{family.paper.name}", soft_wrap=True)
+        for result in family.paper.not_attempted:
+            console.print(f"  not attempted: {result}", markup=False, soft_wrap=True)
         for name, scale in family.scales.items():
             console.print(f"  --scale {name:8} {len(scale.settings):4} runs, {scale.cost}", soft_wrap=True)
         for claim in family.claims:

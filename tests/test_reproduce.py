@@ -22,7 +22,7 @@ import torch
 import fwp
 from fwp import cli
 from fwp_benchmarks import reproduce, results, workers
-from fwp_benchmarks.claims import Claim, Family, Outcome, Scale
+from fwp_benchmarks.claims import Claim, Family, Outcome, Paper, Scale
 from fwp_benchmarks.papers.secretly_fast_weights_1 import SETTING_1
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,7 +66,7 @@ def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Family:
     toy = Family(
         id="toy",
         title="Squares <of> numbers",
-        paper="Nobody 0, No paper & none",
+        paper=Paper("Nobody 0, No paper & none", not_attempted=("the moon & stars",)),
         question="What is their sum?",
         protocol=("Square.", "Add."),
         caption="Squares.",
@@ -160,6 +160,7 @@ def test_claims_and_report(family: Family, tmp_path: Path) -> None:
     fill(family, "quick", tmp_path)
     page = reproduce.main(["toy"], "quick", tmp_path).read_text(encoding="utf-8")
     held, failed = strict(tmp_path / "claims.json")
+    assert "<td>the moon &amp; stars</td>" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert held == {
         "id": "sum",
         "paper": "Nobody 0, No paper & none",
@@ -398,6 +399,8 @@ def test_list_of_experiments(capsys: pytest.CaptureFixture[str]) -> None:
         assert set(family.scales) == set(reproduce.SCALES)
         assert all(f"--scale {scale}" in printed for scale in family.scales)
         assert all(claim.statement in printed for claim in family.claims)
+        assert family.paper.not_attempted
+        assert all(f"not attempted: {result}" in printed for result in family.paper.not_attempted)
 
 
 README_WIDTH = 830  # pixels of a figure in the rendered README

@@ -42,15 +42,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fwp.nn import SlowFastNet
 
-from ..claims import Claim, Family, Outcome, Rows, Scale, Settings
+from ..claims import Claim, Family, Outcome, Paper, Rows, Scale, Settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PAPER = (
+PAPER = Paper(
     "Schmidhuber 1992, Learning to control fast-weight memories: an alternative to dynamic recurrent networks, Neural "
-    "Computation 4(1); FKI-147-91, 1991"
+    "Computation 4(1); FKI-147-91, 1991",
+    not_attempted=("learning off-line, by unfolding in time",),
 )
 
 # ----------------------------------------------------------------------------------------------------------- the tasks

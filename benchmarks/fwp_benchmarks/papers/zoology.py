@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from fwp.nn import PRESETS, Block, LayerState, ShortConvolution
 
-from ..claims import Claim, Family, Outcome, Rows, Scale, Settings
+from ..claims import Claim, Family, Outcome, Paper, Rows, Scale, Settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -462,7 +462,14 @@ ZOOLOGY, BASED = "arXiv 2312.04927", "arXiv 2402.18668"
 MQAR = Family(
     id="arora2023-mqar",
     title="How much recall does a state of constant size buy?",
-    paper="Arora et al. 2023, Zoology: Measuring and Improving Recall in Efficient Language Models, arXiv 2312.04927",
+    paper=Paper(
+        "Arora et al. 2023, Zoology: Measuring and Improving Recall in Efficient Language Models, arXiv 2312.04927",
+        not_attempted=(
+            "language models, the Pile: perplexity, and how much of its gap is associative recall",
+            "MQAR with gated convolutions (Hyena, H3, RWKV, BaseConv)",
+            "hybrids that attend only where recall needs it",
+        ),
+    ),
     question="Softmax attention keeps every key and value; fast weights keep one matrix. A sequence shows some keys, "
     "each followed by its value, and then asks for each key once. How much does each update rule recall from a state "
     "of a given size? And how much does it help if a short convolution shows a layer a key and its value at once?",
