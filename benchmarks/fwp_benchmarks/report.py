@@ -30,7 +30,7 @@ th, td { text-align: left; vertical-align: top; padding: .4rem .6rem; border-bot
 code, pre { font-family: ui-monospace, monospace; background: #f3f5f7; } pre { padding: .6rem; overflow-x: auto; }
 .yes { color: #17703a; font-weight: 600; } .no { color: #b3261e; font-weight: 600; } .open { color: #555e66; }
 """
-FONT = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+FONT: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 VERDICTS = {True: ("yes", "holds"), False: ("no", "does not hold"), None: ("open", "undecided")}
 
 
