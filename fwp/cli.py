@@ -10,7 +10,8 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,10 +54,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @app.callback(invoke_without_command=True)
-def start(context: typer.Context) -> None:
-    """Prints the help if no command is given."""
+def start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="print the version and stop")] = False,
+) -> None:
+    """Fast weight programmers: look at the rules, check every implementation, reproduce the papers."""
+    if version:
+        from fwp import __version__
+
+        print(f"fwp {__version__}")
+        raise typer.Exit()
     if context.invoked_subcommand is None:
         print(context.get_help())
+
+
+@contextmanager
+def stoppable(kept: Callable[[], str]) -> Iterator[None]:
+    """A context that Ctrl-C leaves with exit status 130, and a line that says what is kept and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"Stopped. {kept()}", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def known(name: str, value: str, names: Iterable[str]) -> None:
@@ -133,7 +152,8 @@ def check(
     if backend is not None:
         known("backend", backend, [name for name in BACKENDS if name != "auto"])
     writable(json)
-    raise typer.Exit(equivalence.main(rule, backend, json))
+    with stoppable(lambda: "No rows were written; the same command starts anew."):
+        raise typer.Exit(equivalence.main(rule, backend, json))
 
 
 # --------------------------------------------------------------------------------------------------------- fwp bench
@@ -167,9 +187,20 @@ def bench(
             typer.echo(" ".join(f"{name}={value}" for name, value in row.items()))
         raise typer.Exit()
     writable(json)
-    from fwp_benchmarks import speed
 
-    raise typer.Exit(speed.main(device, peers, json))
+    def kept() -> str:
+        if json is None or not measured(json):
+            return "No rows were written; the same command starts anew."
+        return f"The rows measured so far are in {json.resolve()}; the same command starts anew and replaces them."
+
+    def measured(file: Path) -> bool:
+        return file.exists() and (file.stat().st_mtime_ns, file.stat().st_size) != before
+
+    before = (json.stat().st_mtime_ns, json.stat().st_size) if json is not None and json.exists() else None
+    with stoppable(kept):
+        from fwp_benchmarks import speed
+
+        raise typer.Exit(speed.main(device, peers, json))
 
 
 def writable(json: Path | None) -> None:
@@ -242,17 +273,21 @@ class Lines:
     """Prints a line for each finished run. A terminal also shows a progress bar below."""
 
     def __enter__(self) -> Lines:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         console = Console(highlight=False)
-        columns = (BarColumn(), MofNCompleteColumn(), "runs", TimeElapsedColumn())
+        doing = TextColumn("{task.description}")
+        columns = (BarColumn(), MofNCompleteColumn(), "runs", TimeElapsedColumn(), doing)
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
         self.bar.start()
-        self.task = self.bar.add_task("")
+        self.task = self.bar.add_task("starting the processes that train", total=None)
         return self
 
     def __call__(self, done: int, total: int, text: str) -> None:
-        self.bar.update(self.task, completed=done, total=total)
+        doing = "training" if text else "training the first runs; each prints a line when it ends"
+        self.bar.update(self.task, completed=done, total=total, description=doing)
+        if not text:
+            self.bar.console.print(f"{total - done} runs to train; each prints a line when it ends")
         if text or done:
             self.bar.console.print(text or f"{done} of {total} runs are there already")
 
@@ -264,7 +299,9 @@ def list_families(families: Iterable[Family]) -> None:
     """Prints every experiment with its scales and claims."""
     console = Console(highlight=False)
     for family in families:
-        console.print(f"[bold]{family.id}[/]  {family.title}\n{family.paper}", soft_wrap=True)
+        console.print(f"[bold]{family.id}[/]  {family.title}\n{family.paper.name}", soft_wrap=True)
+        for result in family.paper.not_attempted:
+            console.print(f"  not attempted: {result}", markup=False, soft_wrap=True)
         for name, scale in family.scales.items():
             console.print(f"  --scale {name:8} {len(scale.settings):4} runs, {scale.cost}", soft_wrap=True)
         for claim in family.claims:

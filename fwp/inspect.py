@@ -12,6 +12,7 @@ A = fwp.inspect.attention(**calls[2])  # of the third block
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -220,16 +221,30 @@ def plot_state(S: Tensor, steps: Sequence[int] | None = None) -> Figure:
     return _heatmaps(dict(zip(titles, S)), "value feature", "key feature", "fast weight", cell=1.5)
 
 
-def plot_attention(A: Panels) -> Figure:
-    """Attention matrices as pictures with one colour scale, one panel per matrix.
+def plot_attention(A: Panels, seen: Tensor | None = None) -> Figure:
+    """Attention matrices as pictures with one colour scale, one panel per matrix. What t cannot read is grey.
 
-    A: [T, T], [H, T, T], or a mapping of titles to [T, T].
+    A: [T, n·T], [H, T, n·T], or a mapping of titles to [T, n·T].
+    seen: which writes each token can read, bool [T, n·T]; None: those up to itself if all later ones are 0 in A, else
+        all. Masked tokens and packed sequences need it, since a 0 can also be a result.
     """
     if isinstance(A, Tensor):
         A = {f"head {h}": x for h, x in enumerate(A)} if A.dim() == 3 else {"": A}
     for name, x in A.items():
         errors.tensor(f"A[{name!r}]" if name else "A", x, (None, None))
-    return _heatmaps(A, "written token s", "reading token t", "attention A", cell=2.4)
+        if seen is not None:
+            errors.tensor("seen", seen, tuple(x.shape), torch.bool)
+    hidden = {name: _later(x) if seen is None else ~seen for name, x in A.items()}
+    return _heatmaps(A, "written token s", "reading token t", "attention A", cell=2.4, hidden=hidden)
+
+
+def _later(x: Tensor) -> Tensor:
+    """Which entries of A [T, n·T] are writes after the read, if they all are 0; else none of them."""
+    T, writes = x.shape
+    later = torch.ones_like(x, dtype=torch.bool).triu(1)
+    if T and writes % T == 0:
+        later = later.new_ones(T, T).triu(1).repeat_interleave(writes // T, 1)
+    return later & (x[later] == 0).all()
 
 
 def plot_rank(S: Panels, steps: Sequence[int] | None = None, rtol: float | None = None) -> Figure:
@@ -270,31 +285,61 @@ def _numbers(steps: Sequence[int] | None, count: int) -> Sequence[int]:
     return steps
 
 
-def _heatmaps(panels: Mapping[str, Tensor], across: str, down: str, value: str, cell: float) -> Figure:
+GREY = "#b8b8b8"
+SHOWN = 0.99  # the share of entries within the colour scale, so that a few large ones do not bleach the others
+
+
+def _heatmaps(
+    panels: Mapping[str, Tensor],
+    across: str,
+    down: str,
+    value: str,
+    cell: float,
+    hidden: Mapping[str, Tensor] | None = None,
+) -> Figure:
     """Matrices [rows, columns] by title, in rows of at most six.
 
-    White is 0, and the colour scale is symmetric.
+    White is 0, and the colour scale is symmetric. It ends at the SHOWN quantile of the sizes; the label of the colours
+    states the share beyond.
+    hidden: entries to draw grey, which the scale leaves out.
     """
+    import numpy as np
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
 
     columns = min(len(panels), 6)
     rows = -(-len(panels) // columns)
-    most = max(x.detach().abs().max().item() for x in panels.values()) or 1.0
+    hidden = hidden or {name: torch.zeros_like(x, dtype=torch.bool) for name, x in panels.items()}
+    sizes = torch.cat([x.detach()[~hidden[name]].abs().flatten() for name, x in panels.items()])
+    most = sizes.kthvalue(1 + math.ceil(SHOWN * (len(sizes) - 1))).values.item() or sizes.max().item() or 1.0
+    beyond = (sizes > most).float().mean().item()
+    if beyond:
+        value += f"\n{beyond:.1%} of entries lie beyond"
     height = cell * min(max(x.shape[0] / x.shape[1] for x in panels.values()), 3)
     figure = Figure(figsize=(columns * (cell + 0.2) + 1.4, rows * (height + 0.4) + 0.3), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for unused in grid.flat[len(panels) :]:
         unused.remove()
     used = list(grid.flat[: len(panels)])
+    colours = colormaps["RdBu_r"].with_extremes(bad=GREY)
     for axes, (title, x) in zip(used, panels.items()):
-        picture = x.detach().cpu().float().numpy()
-        shown = axes.imshow(picture, cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest")
+        picture = np.ma.array(x.detach().cpu().float().numpy(), mask=hidden[title].cpu().numpy())
+        shown = axes.imshow(picture, cmap=colours, vmin=-most, vmax=most, interpolation="nearest")
         axes.set_title(title, fontsize=9)
         axes.tick_params(labelsize=7)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     figure.supxlabel(across, fontsize=9)
     figure.supylabel(down, fontsize=9)
-    figure.colorbar(shown, ax=used, label=value)
+    bar = figure.colorbar(shown, ax=used, extend="both" if beyond else "neither")
+    bar.set_label(value, fontsize=8)
+    if any(x.any() for x in hidden.values()):
+        figure.legend(
+            handles=[Patch(color=GREY, label="masked: t cannot read s")],
+            loc="outside upper center",
+            fontsize=8,
+            frameon=False,
+        )
     return figure

@@ -143,6 +143,7 @@ def _module(path):
     ("rule", "message"),
     [
         ("dleta", "rule: expected one of .*did you mean 'delta'"),
+        ("my.py", "rule: expected FILE.py:NAME with the name of a fwp.Rule in that file, got 'my.py'"),
         ("nowhere.py:RULE", "rule: expected a file, got 'nowhere.py'"),
         (f"{OUTSIDE / 'pkda.py'}:NOBODY", "rule: expected a fwp.Rule called 'NOBODY'"),
         ("syntax.py:RULE", r"rule: expected a file that runs, got 'syntax.py', which raises SyntaxError: .*line 1"),
@@ -277,3 +278,41 @@ def test_the_quadratic_form_by_hand():
         core = equivalence.Core(q[:, 1:], k, v, g=g, a=a, writes=2, erase_before_decay=before)
         out = equivalence.quadratic(core)
         assert out.flatten().tolist() == pytest.approx([3 * (0.5 * 5 * 11 + 7 * (13 - 3 * found))])
+
+
+def test_the_table_fits_into_80_columns(one_case, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert equivalence.main("additive", "torch") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("e-") > 20
+    assert re.search(r"case +on +64 +32 +16 +64 +32 +16 *\n", printed)
+    assert "…" not in printed
+
+
+def test_auto_takes_the_reference_where_nothing_is_lowered(one_case, monkeypatch, capsys):
+    assert equivalence.main(f"{OUTSIDE / 'delta_rnn.py'}:DELTA_RNN", None) == 0
+    assert "backend='auto' takes reference." in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("command", "wrote", "said"),
+    [("check", False, "No rows"), ("bench", False, "No rows"), ("bench", True, "rows.json")],
+)
+def test_a_stopped_command_says_what_is_kept(command, wrote, said, tmp_path, monkeypatch, capsys):
+    from fwp_benchmarks import speed
+
+    def stop(first, second, file):
+        if wrote:
+            file.write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(equivalence if command == "check" else speed, "main", stop)
+    assert main([command, "--json", str(tmp_path / "rows.json")]) == 130
+    assert re.search(f"^Stopped. .*{said}.*the same command", capsys.readouterr().err)
+
+
+def test_the_version(capsys):
+    import fwp
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fwp {fwp.__version__}\n"

@@ -557,11 +557,41 @@ def test_plot_attention():
     figure = plot_attention(A)
     assert [axes.get_title() for axes in figure.axes[:3]] == ["head 0", "head 1", "head 2"]
     assert (figure.get_supxlabel(), figure.get_supylabel()) == ("written token s", "reading token t")
+    assert images(figure)[0].get_array().mask.tolist() == torch.ones(9, 9).triu(1).bool().tolist()
+    assert figure.legends[0].get_texts()[0].get_text() == "masked: t cannot read s"
     named = plot_attention({"delta": A[0], "twice": 2 * A[0]})
     assert [axes.get_title() for axes in named.axes[:2]] == ["delta", "twice"]
     most = 2 * A[0].abs().max().item()
     assert all(image.get_clim() == (-most, most) for image in images(named))
     assert len(images(plot_attention(A[0]))) == 1
+
+
+def test_one_large_entry_does_not_bleach_the_others():
+    """The scale ends at the 99th percentile of what can be read, and the colour bar says how much lies beyond."""
+    pytest.importorskip("matplotlib")
+    A = torch.ones(20, 20).tril()  # 210 entries
+    A[3, 1] = 1000
+    figure = plot_attention(A)
+    assert images(figure)[0].get_clim() == (-1, 1)
+    assert "0.5% of entries lie beyond" in figure.axes[-1].get_ylabel()
+    assert "beyond" not in plot_attention(A.clamp(max=1)).axes[-1].get_ylabel()
+
+
+@pytest.mark.parametrize(
+    ("A", "seen", "hidden"),
+    [
+        (torch.eye(2), None, [[0, 1], [0, 0]]),  # a 0 before the read is a result
+        (torch.ones(2, 2), None, [[0, 0], [0, 0]]),  # not causal
+        (torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 1]]), None, [[0, 0, 1, 1], [0, 0, 0, 0]]),  # two writes per read
+        (torch.eye(2), torch.eye(2).bool(), [[0, 1], [1, 0]]),
+    ],
+)
+def test_what_cannot_be_read_is_no_zero(A, seen, hidden):
+    np = pytest.importorskip("numpy")
+    pytest.importorskip("matplotlib")
+    figure = plot_attention(A, seen=seen)
+    assert np.ma.getmaskarray(images(figure)[0].get_array()).astype(int).tolist() == hidden
+    assert bool(figure.legends) == (sum(map(sum, hidden)) > 0)
 
 
 def test_plot_rank(S):

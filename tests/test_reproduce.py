@@ -22,7 +22,7 @@ import torch
 import fwp
 from fwp import cli
 from fwp_benchmarks import reproduce, results, workers
-from fwp_benchmarks.claims import Claim, Family, Outcome, Scale
+from fwp_benchmarks.claims import Claim, Family, Outcome, Paper, Scale
 from fwp_benchmarks.papers.secretly_fast_weights_1 import SETTING_1
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,7 +66,7 @@ def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Family:
     toy = Family(
         id="toy",
         title="Squares <of> numbers",
-        paper="Nobody 0, No paper & none",
+        paper=Paper("Nobody 0, No paper & none", not_attempted=("the moon & stars",)),
         question="What is their sum?",
         protocol=("Square.", "Add."),
         caption="Squares.",
@@ -160,6 +160,7 @@ def test_claims_and_report(family: Family, tmp_path: Path) -> None:
     fill(family, "quick", tmp_path)
     page = reproduce.main(["toy"], "quick", tmp_path).read_text(encoding="utf-8")
     held, failed = strict(tmp_path / "claims.json")
+    assert "<td>the moon &amp; stars</td>" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert held == {
         "id": "sum",
         "paper": "Nobody 0, No paper & none",
@@ -398,3 +399,56 @@ def test_list_of_experiments(capsys: pytest.CaptureFixture[str]) -> None:
         assert set(family.scales) == set(reproduce.SCALES)
         assert all(f"--scale {scale}" in printed for scale in family.scales)
         assert all(claim.statement in printed for claim in family.claims)
+        assert family.paper.not_attempted
+        assert all(f"not attempted: {result}" in printed for result in family.paper.not_attempted)
+
+
+README_WIDTH = 830  # pixels of a figure in the rendered README
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"), [*((name, "reduced") for name in reproduce.FAMILIES), ("schlag2021-setting2", "quick")]
+)
+def test_figures_can_be_read_in_readme(name: str, scale: str) -> None:
+    """Every text has at least 9 pixels, none lies on another, and no legend hides a curve or a line."""
+    matplotlib = pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    from fwp_benchmarks import report
+
+    family = reproduce.FAMILIES[name]
+    rows = results.finished(family, scale, Path(__file__).parents[1] / "benchmarks" / "results" / scale)
+    with matplotlib.rc_context(report.FONT):
+        figure = family.draw(rows)
+    canvas = FigureCanvasAgg(figure)
+    figure.set_dpi(README_WIDTH / figure.get_size_inches()[0])
+    canvas.draw()
+    visible = [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
+    axes_off = {text for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for text in hidden_labels(axis)}
+    texts = [text for text in visible if text not in axes_off]
+    assert texts
+    small = {text.get_text() for text in texts if text.get_fontsize() / 72 * figure.dpi < 9}
+    assert not small
+    boxes = [text.get_window_extent() for text in texts]
+    overlapping = {
+        (a.get_text(), b.get_text())
+        for i, a in enumerate(texts)
+        for j, b in enumerate(texts[:i])
+        if boxes[i].shrunk(0.9, 0.9).overlaps(boxes[j].shrunk(0.9, 0.9))
+    }
+    assert not overlapping
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        assert legend is None or not legend.get_window_extent().shrunk(1, 0.9).overlaps(axes.bbox.shrunk(0.9, 0.9))
+        shown = {text.get_text() for text in (legend.get_texts() if legend else [])}
+        shown |= {text.get_text() for whole in figure.legends for text in whole.get_texts()}
+        flat = [line for line in axes.lines if list(line.get_xdata()) == [0, 1]]  # axhline
+        assert all(line.get_label() in shown or figure.legends for line in flat)
+
+
+def hidden_labels(axis: Any) -> set[Any]:
+    """The labels of ticks beyond the limits of an axis, which are not drawn."""
+    low, high = sorted(axis.get_view_interval())
+    ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+    return {label for tick in ticks if not low <= tick.get_loc() <= high for label in (tick.label1, tick.label2)}

@@ -57,6 +57,17 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Paper:
+    """A reproduced paper.
+
+    not_attempted: its results that no family trains, so that a count of claims isn't read as the whole paper.
+    """
+
+    name: str
+    not_attempted: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Family:
     """One experiment of a paper, and the claims that rest on it.
 
@@ -68,7 +79,7 @@ class Family:
 
     id: str
     title: str
-    paper: str
+    paper: Paper
     question: str
     protocol: Sequence[str]
     caption: str

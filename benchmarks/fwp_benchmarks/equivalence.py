@@ -430,6 +430,8 @@ IDENTITIES: tuple[Callable[[Rule], Iterator[Row]], ...] = (
 def find(rule: str) -> Rule:
     """The rule of this name in the table, or, for "file.py:NAME", the `Rule` of this name in that file."""
     path, _, name = rule.rpartition(":")
+    if rule.endswith(".py"):
+        raise ValueError(f"rule: expected FILE.py:NAME with the name of a fwp.Rule in that file, got {rule!r}")
     if not path.endswith(".py"):
         return rules.get(rule)
     if not Path(path).is_file():
@@ -504,9 +506,11 @@ def main(rule: str | None = None, backend: str | None = None, json_file: Path | 
         pool.shutdown(cancel_futures=True)
     failed, ran = sum(r["ok"] is False for r in found), sum(r["ok"] is not None for r in found)
     console.print(
-        "Shown: the error of the worst row of outputs, states and gradients; * means in Triton's interpreter. Bounds: "
+        "Shown: the error of the worst row of outputs, states and gradients, in 64, 32 and 16 bits; "
+        "* means in Triton's interpreter. Bounds: "
         "1e-10 in float64 (1e-12 for recall, oracle and 1991), 3e-4 in float32. In 16 bits: twice (gradients: three "
-        f"times) the error of products of operands rounded to 16 bits. Here, backend='auto' takes {automatic()}."
+        f"times) the error of products of operands rounded to 16 bits. "
+        f"Here, backend='auto' takes {automatic([find(name) for name in names])}."
     )
     bad = failed > 0 or not ran
     console.print(f"{ran} comparisons, {failed} failed, {len(found) - ran} not run.", style="red" if bad else "green")
@@ -528,12 +532,12 @@ def table(rule: Rule, found: list[Row]) -> Any:
     result = Table(
         title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
     )
-    result.add_column("case", no_wrap=True)
+    result.add_column("case")
     result.add_column("on", no_wrap=True)
     columns = [(form, bits) for form in ("recurrent", "chunk") for bits in (64, 32, 16)]
     for form, bits in columns:
         result.add_column(
-            f"{form if bits == 64 else ''}\n{bits} bit", justify="right", min_width=len(form) if bits == 64 else None
+            f"{form if bits == 64 else ''}\n{bits}", justify="right", min_width=len(form) if bits == 64 else None
         )
     lines: dict[tuple[str, str], dict[tuple[str, int], list[Row]]] = {}
     notes: dict[tuple[str, str, bool], list[str]] = {}  # (where, note, whether it failed) → the cases
@@ -563,8 +567,10 @@ def cell(group: list[Row]) -> str:
     return f"{max(r['error'] for r in group):.0e}"
 
 
-def automatic() -> str:
-    """The backends that backend="auto" takes here for float32 and float64 inputs, in words."""
+def automatic(checked: list[Rule]) -> str:
+    """The backends that backend="auto" takes here for float32 and float64 inputs of these rules, in words."""
+    if all(rule.lower is None for rule in checked):
+        return "reference"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = []
     for dtype in (torch.float32, torch.float64):

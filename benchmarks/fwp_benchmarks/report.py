@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import fwp
 
-from .claims import Claim, Family, Outcome
+from .claims import Claim, Family, Outcome, Paper
 from .results import finished
 from .workers import cores
 
@@ -30,6 +30,7 @@ th, td { text-align: left; vertical-align: top; padding: .4rem .6rem; border-bot
 code, pre { font-family: ui-monospace, monospace; background: #f3f5f7; } pre { padding: .6rem; overflow-x: auto; }
 .yes { color: #17703a; font-weight: 600; } .no { color: #b3261e; font-weight: 600; } .open { color: #555e66; }
 """
+FONT: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 VERDICTS = {True: ("yes", "holds"), False: ("no", "does not hold"), None: ("open", "undecided")}
 
 
@@ -38,6 +39,7 @@ def write(families: Iterable[Family], scale: str, out: Path, asked: Sequence[str
 
     asked: the families that the command named. The report prints that command.
     """
+    families = list(families)
     sections, claims = [], []
     for family in families:
         rows = finished(family, scale, out)
@@ -48,7 +50,9 @@ def write(families: Iterable[Family], scale: str, out: Path, asked: Sequence[str
         json.dumps(claims, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
     )
     path = out / "report.html"
-    path.write_text(page(sections, claims, scale, asked), encoding="utf-8")
+    path.write_text(
+        page(sections, claims, {family.paper.name: family.paper for family in families}, scale, asked), encoding="utf-8"
+    )
     return path
 
 
@@ -63,7 +67,7 @@ def judge(family: Family, claim: Claim, rows: Sequence[dict[str, Any]], scale: s
         outcome = claim.measure(rows)
     return {
         "id": claim.id,
-        "paper": family.paper,
+        "paper": family.paper.name,
         "statement": claim.statement,
         "published": claim.published,
         "source": claim.source,
@@ -89,7 +93,7 @@ def picture(family: Family, rows: Sequence[dict[str, Any]], out: Path) -> str:
     """
     if not rows:
         return ""
-    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+    with matplotlib.rc_context(FONT):
         figure = family.draw(rows)
         FigureCanvasAgg(figure)
         path = out / f"{family.id}.png"
@@ -112,7 +116,7 @@ def section(
     runs = f"{len(rows)} of {len(wanted.settings)} runs, {spent:.0f} s of training"
     runs += f" with {'; '.join(versions)}." if versions else "."
     return (
-        f'<h2 id="{family.id}">{html.escape(family.title)}</h2><p class="small">{html.escape(family.paper)}</p>'
+        f'<h2 id="{family.id}">{html.escape(family.title)}</h2><p class="small">{html.escape(family.paper.name)}</p>'
         f"<p>{html.escape(family.question)}</p><ol>{protocol}</ol>{image}"
         f"<h3>Claims at the scale “{scale}” ({html.escape(wanted.cost)}; seeds: {seeds(rows)})</h3>"
         f"{claim_table(verdicts)}"
@@ -149,13 +153,21 @@ def tally(claims: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
     return counts
 
 
-def page(sections: Sequence[str], claims: Sequence[dict[str, Any]], scale: str, asked: Sequence[str]) -> str:
+def page(
+    sections: Sequence[str],
+    claims: Sequence[dict[str, Any]],
+    papers: Mapping[str, Paper],
+    scale: str,
+    asked: Sequence[str],
+) -> str:
     """The whole report, as HTML."""
-    papers = "".join(
-        f"<tr><td>{html.escape(paper)}</td>{''.join(f'<td>{n}</td>' for n in counts)}</tr>"
+    lines = "".join(
+        f"<tr><td>{html.escape(paper)}</td>{''.join(f'<td>{n}</td>' for n in counts)}"
+        f"<td>{html.escape('; '.join(papers[paper].not_attempted))}</td></tr>"
         for paper, counts in tally(claims).items()
     )
-    summary = f"<table><tr><th>Paper</th><th>Claims held</th><th>decided</th><th>listed</th></tr>{papers}</table>"
+    summary = "<table><tr><th>Paper</th><th>Claims held</th><th>decided</th><th>listed</th>"
+    summary += f"<th>Not attempted</th></tr>{lines}</table>"
     command = " ".join(["fwp", "reproduce", *asked, "--scale", scale])
     made = (
         f"fwp {fwp.__version__}, torch {torch.__version__}, Python {platform.python_version()} on {platform.machine()} "

@@ -42,15 +42,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fwp.nn import SlowFastNet
 
-from ..claims import Claim, Family, Outcome, Rows, Scale, Settings
+from ..claims import Claim, Family, Outcome, Paper, Rows, Scale, Settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PAPER = (
+PAPER = Paper(
     "Schmidhuber 1992, Learning to control fast-weight memories: an alternative to dynamic recurrent networks, Neural "
-    "Computation 4(1); FKI-147-91, 1991"
+    "Computation 4(1); FKI-147-91, 1991",
+    not_attempted=("learning off-line, by unfolding in time",),
 )
 
 # ----------------------------------------------------------------------------------------------------------- the tasks
@@ -452,7 +453,7 @@ def panels(nets: Sequence[str]) -> tuple[Figure, dict[str, Axes]]:
     """Two panels for learning, and below them one wide panel per net."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.5, 7), layout="constrained")
+    figure = Figure(figsize=(9, 7), layout="constrained")
     layout: list[Any] = [["solved", "curve"], *([net, net] for net in nets)]
     axes = figure.subplot_mosaic(layout, height_ratios=[1.5, 1, 1])
     for net in nets:
@@ -476,7 +477,9 @@ def learning(
     right.fill_between(at, low, high, color=colour, alpha=0.2, lw=0)
     right.set(xlabel="steps", ylabel="mean E, quartiles over nets", xlim=(0, row["steps"]))
     for axes in (left, right):
-        axes.legend(framealpha=1, edgecolor="none", fontsize=8)
+        axes.locator_params("x", nbins=5)
+        # above the axes, where it hides neither a curve nor the paper's line
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, frameon=False, fontsize=8)
 
 
 def fast_weights(axes: Axes, trace: Mapping[str, Any], names: str, answers: Sequence[str]) -> None:

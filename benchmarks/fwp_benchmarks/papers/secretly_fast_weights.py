@@ -49,7 +49,7 @@ from fwp.core import Core
 from fwp.feature_maps import FeatureMap
 from fwp.rules import Rule, lowering, reference, spec
 
-from ..claims import Outcome, Rows, Settings
+from ..claims import Outcome, Paper, Rows, Settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -489,7 +489,16 @@ def summarise_run(row: Mapping[str, Any]) -> str:
     )
 
 
-PAPER = "Schlag, Irie, Schmidhuber 2021, Linear Transformers Are Secretly Fast Weight Programmers, arXiv 2102.11174"
+PAPER = Paper(
+    "Schlag, Irie, Schmidhuber 2021, Linear Transformers Are Secretly Fast Weight Programmers, arXiv 2102.11174",
+    not_attempted=(
+        "machine translation, WMT14 English to German: BLEU",
+        "language models, WikiText-103: perplexity by update rule and feature map",
+        "WikiText-103 ablations: positions, attention norm and sum norm",
+        "WikiText-103 without truncated context: perplexity by state size",
+        "training speed in words per second",
+    ),
+)
 STOPPING = (
     "The loss is ½ ‖y − v‖²; answering 0 costs 0.5. Adam at 0.001, batches of 32. Every 100 steps the loss is "
     "evaluated on all keys of 20 new sequences.",

@@ -220,35 +220,36 @@ def draw(rows: Rows) -> Figure:
     """Draws the best loss against S, as in the paper, and against S / d_dot, and where each map breaks."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
-    left, middle, right = figure.subplots(1, 3, width_ratios=(1.2, 1, 0.8))
+    figure = Figure(figsize=(9, 7.5), layout="constrained")
+    panels = figure.subplot_mosaic([["top", "top"], ["left", "right"]], width_ratios=(1.2, 1))
+    top, left, right = panels["top"], panels["left"], panels["right"]
     d_key = rows[0]["d_key"]
-    lines(left, rows, MEMORIES_1, AUTHORS)
+    lines(top, rows, MEMORIES_1, AUTHORS)
 
     shares = [1 + i / 100 for i in range(901)]
-    middle.plot([0.01, *shares], [0, *(0.5 * (1 - 1 / x) for x in shares)], "k-", lw=0.8, zorder=0, label="floor")
+    left.plot([0.01, *shares], [0, *(0.5 * (1 - 1 / x) for x in shares)], "k-", lw=0.8, zorder=0, label="floor")
     for name in MAPS:
         colour = MEMORIES[name].colour
         theirs, losses, *_ = over_seeds(AUTHORS, name, fullness)
-        middle.plot(theirs, losses, "x", color=colour, markersize=5, alpha=0.7)
+        left.plot(theirs, losses, "x", color=colour, markersize=5, alpha=0.7)
         xs, losses, low, high = over_seeds(rows, name, fullness)
-        middle.plot(xs, losses, "o", color=colour, markersize=4)
-        middle.vlines(xs, low, high, color=colour, lw=1.2)
+        left.plot(xs, losses, "o", color=colour, markersize=4)
+        left.vlines(xs, low, high, color=colour, lw=1.2)
         for found, marker in ((AUTHORS, "x"), (rows, "o")):
             for row in first_unsolved(found, name):
                 right.plot(capacity(row), row["keys"], marker, color=colour, markersize=6)
-    middle.plot([], [], "ko", markersize=4, label=f"ours, d_key = {d_key}")
-    middle.plot([], [], "kx", markersize=5, label="the authors' logs, d_key = 64")
-    middle.set(xlabel="S / d_dot, Linear and DPFP", ylabel="best evaluation loss", xscale="log", xlim=(0.2, 10))
-    middle.set_xticks([0.2, 0.5, 1, 2, 5, 10], ["0.2", "0.5", "1", "2", "5", "10"])
+    left.plot([], [], "ko", markersize=4, label=f"ours, d_key = {d_key}")
+    left.plot([], [], "kx", markersize=5, label="the authors' logs, d_key = 64")
+    left.set(xlabel="S / d_dot, Linear and DPFP", ylabel="best evaluation loss", xscale="log", xlim=(0.2, 10))
+    left.set_xticks([0.2, 0.5, 1, 2, 5, 10], ["0.2", "0.5", "1", "2", "5", "10"])
     right.plot([10, 500], [10, 500], "k-", lw=0.8, label="S = d_dot")
     right.plot([], [], "ko", markersize=6, label="ours")
     right.plot([], [], "kx", markersize=6, label="theirs")
     right.set(xscale="log", yscale="log", xlabel="d_dot", ylabel="first S with a loss above 0.001")
 
-    for axes, columns in ((left, 4), (middle, 3), (right, 3)):
+    for axes, columns in ((top, 5), (left, 1), (right, 3)):
         legend(axes, columns)
-    for axes in (left, middle):
+    for axes in (top, left):
         axes.set_ylim(-0.01, 0.52)
     return figure
 
@@ -270,10 +271,10 @@ SETTING_1 = Family(
         DUAL,
         *STOPPING,
     ),
-    caption="Left: best evaluation loss against the number of keys, as in the paper’s figure. Bands reach from the "
-    "lowest to the highest seed. Middle: the deterministic maps against S / d_dot, and the floor ½ (1 − d_dot / S). S "
-    "answers read from d_dot features have at most rank d_dot, and no matrix of that rank is nearer to a permutation "
-    "of S than the floor (Eckart and Young). Right: the first S that is not solved grows like d_dot.",
+    caption="Top: best evaluation loss against the number of keys, as in the paper’s figure. Bands reach from the "
+    "lowest to the highest seed. Below left: deterministic maps against S / d_dot, and the floor ½ (1 − d_dot / S). "
+    "S answers read from d_dot features have at most rank d_dot, and no matrix of that rank is nearer to a permutation "
+    "of S than the floor (Eckart and Young). Below right: the first S that is not solved grows like d_dot.",
     scales=SCALES,
     train=train,
     summarise=summarise_run,

@@ -138,7 +138,7 @@ def draw(rows: Rows) -> Figure:
     if len(sizes) > 1:
         lines(axes, rows, MEMORIES_2, AUTHORS)
         axes.set(yscale="log", ylim=(5e-5, 150))
-        axes.axhline(1e-3, color="k", lw=0.6)
+        axes.axhline(1e-3, color="k", lw=0.6, label="0.001: solved, the run ends")
         legend(axes, 4)
         return figure
     names = [name for name in MEMORIES_2 if rows_of_model(rows, name)]
@@ -152,9 +152,9 @@ def draw(rows: Rows) -> Figure:
     axes.plot([], [], "o", color="#8a8a8a", markersize=9, label="ours")
     axes.plot([], [], "kD", markersize=4, label="the same on sequences of 2S pairs")
     axes.plot([], [], "kx", markersize=7, label="the authors' logs")
-    axes.axhline(1e-3, color="k", lw=0.6)
+    axes.axhline(1e-3, color="k", lw=0.6, label="0.001: solved, the run ends")
     axes.set(yscale="log", ylim=(1e-4, 3), ylabel=f"best evaluation loss at S = {min(sizes)}")
-    axes.set_xticks(range(len(names)), [MEMORIES_2[name].label.replace(", ", "\n") for name in names], fontsize=7)
+    axes.set_xticks(range(len(names)), [MEMORIES_2[name].label.replace(", ", "\n") for name in names], fontsize=8)
     legend(axes, 2)
     return figure
 

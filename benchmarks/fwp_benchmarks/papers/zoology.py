@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from fwp.nn import PRESETS, Block, LayerState, ShortConvolution
 
-from ..claims import Claim, Family, Outcome, Rows, Scale, Settings
+from ..claims import Claim, Family, Outcome, Paper, Rows, Scale, Settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -410,34 +410,25 @@ def draw(rows: Rows) -> Figure:
     sizes = sorted({(row["L"], row["pairs"]) for row in rows})
     found, each = points(rows), by_seed(rows)
     states = {(row["model"], row["conv"] > 0, row["L"], row["d"]): row["state"] for row in rows}
-    figure = Figure(figsize=(1.6 + 4.2 * len(sizes), 4.4), layout="constrained")
+    grown = {d: 4.0 + 2.5 * n for n, d in enumerate(sorted({point[3] for point in found}))}  # a marker's size
+    figure = Figure(figsize=(9, 5), layout="constrained")
     for axes, (L, pairs) in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes):
         for model, mixer in MIXERS.items():
             for conv in (True, False):
-                line = sorted((states[p], found[p]) for p in found if p[:3] == (model, conv, L))
-                style = {
-                    "color": mixer.colour,
-                    "marker": "s" if model == "softmax" else "o",
-                    "markersize": 5,
-                    "lw": 1.3,
-                }
-                axes.plot(*zip(*line), **style, ls="-" if conv else "--", mfc=mixer.colour if conv else "white")
-                for p in found:
-                    if p[:3] == (model, conv, L):
-                        axes.vlines(states[p], min(each[p]), max(each[p]), color=mixer.colour, lw=1.2)
-                        at = (-13, -9) if model == "gated_delta" else (5, 4) if model == "delta" else (5, -9)
-                        width = {"text": f"{p[3]}", "color": mixer.colour, "fontsize": 7}
-                        axes.annotate(xy=(states[p], found[p]), xytext=at, textcoords="offset points", **width)
+                line = sorted(p for p in found if p[:3] == (model, conv, L))
+                axes.plot(
+                    [states[p] for p in line],
+                    [found[p] for p in line],
+                    "-" if conv else "--",
+                    color=mixer.colour,
+                    lw=1.3,
+                )
+                for p in line:
+                    shape = "s" if model == "softmax" else "o"
+                    fill = mixer.colour if conv else "none"
+                    axes.plot(states[p], found[p], shape, color=mixer.colour, markersize=grown[p[3]], mfc=fill)
+                    axes.vlines(states[p], min(each[p]), max(each[p]), color=mixer.colour, lw=1.2)
         axes.axhline(1 / pairs, color="black", lw=0.7, ls=":")
-        axes.annotate(
-            "a guess among the values of the context",
-            (0.98, 1 / pairs),
-            (0, 3),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            ha="right",
-            fontsize=7,
-        )
         axes.set(ylim=(-0.02, 1.03), title=f"L = {L}, {pairs} pairs", ylabel="accuracy")
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -448,7 +439,10 @@ def draw(rows: Rows) -> Figure:
     ]
     black = {"color": "black", "marker": "o", "lw": 1.3}
     handles += axes.plot([], [], **black, label="short convolution")
-    handles += axes.plot([], [], **black, ls="--", mfc="white", label="none (softmax: learned positions)")
+    handles += axes.plot([], [], **black, ls="--", mfc="none", label="none (softmax: learned positions)")
+    for d, size in grown.items():
+        handles += axes.plot([], [], "o", color="#8a8a8a", markersize=size, label=f"width {d}")
+    handles += axes.plot([], [], "k:", lw=0.7, label="a guess among the values of the context")
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 
@@ -468,7 +462,14 @@ ZOOLOGY, BASED = "arXiv 2312.04927", "arXiv 2402.18668"
 MQAR = Family(
     id="arora2023-mqar",
     title="How much recall does a state of constant size buy?",
-    paper="Arora et al. 2023, Zoology: Measuring and Improving Recall in Efficient Language Models, arXiv 2312.04927",
+    paper=Paper(
+        "Arora et al. 2023, Zoology: Measuring and Improving Recall in Efficient Language Models, arXiv 2312.04927",
+        not_attempted=(
+            "language models, the Pile: perplexity, and how much of its gap is associative recall",
+            "MQAR with gated convolutions (Hyena, H3, RWKV, BaseConv)",
+            "hybrids that attend only where recall needs it",
+        ),
+    ),
     question="Softmax attention keeps every key and value; fast weights keep one matrix. A sequence shows some keys, "
     "each followed by its value, and then asks for each key once. How much does each update rule recall from a state "
     "of a given size? And how much does it help if a short convolution shows a layer a key and its value at once?",
