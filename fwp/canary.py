@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fwp import trust
 from fwp.core import Core, Features, State, state_dtype, to_heads
 from fwp.feature_maps import applied
 from fwp.measure import rounded_products, row_error
-from fwp import trust
 from fwp.trust import KernelCase, specialisation
 
 # Least sequence length: two chunks of 64 and a remainder, and at least two segments where sequences are cut.

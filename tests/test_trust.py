@@ -1,6 +1,5 @@
 """Kernels that a compiler got wrong are found before they are used."""
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
@@ -34,7 +33,8 @@ def stranger(monkeypatch, tmp_path):
     monkeypatch.setattr(trust, "gpu_and_architecture", lambda device: ("Some GPU 9000", "sm_99"))
     monkeypatch.setattr(trust, "runs_on_gpu", lambda x: True)
     monkeypatch.setattr(canary, "T", 37)
-    monkeypatch.setattr(canary, "PROGRAMS", 1)
+    for name in ("PROGRAMS", "DISTINCT", "REPEATS"):
+        monkeypatch.setattr(canary, name, 1)
     monkeypatch.setattr(trust, "_canary", beside)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     forget()
@@ -44,16 +44,10 @@ def stranger(monkeypatch, tmp_path):
 
 def beside(case, warps=None):
     """The check in this process, where faults are planted, and in a thread of its own."""
-
-    def run():
-        trust.forced_warps = warps
-        try:
-            return canary.check(case)
-        finally:
-            trust.forced_warps = None
-
+    if warps is not None:
+        return "fewer warps change nothing"
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(run).result()
+        return thread.submit(canary.check, case).result()
 
 
 def forget():
@@ -65,9 +59,13 @@ def forget():
 def canaries(monkeypatch):
     """The cases for which a canary was run."""
     ran, run = [], trust._canary
-    monkeypatch.setattr(
-        trust, "_canary", lambda case, warps: run(case, warps) if warps else ran.append(case) or run(case, warps)
-    )
+
+    def noted(case, warps):
+        if warps is None:
+            ran.append(case)
+        return run(case, warps)
+
+    monkeypatch.setattr(trust, "_canary", noted)
     return ran
 
 
@@ -207,7 +205,7 @@ def test_a_call_asks_for_a_canary_like_itself(name):
     assert core.k.shape[1] == core.v.shape[1] == case.writes * core.q.shape[1]
     for gate in (core.g, core.a, core.e, core.w):
         assert gate is None or gate.shape[:3] == (len(core.v), core.k.shape[1], 2)
-    assert core.a is None or (core.a.shape[-1] == core.width and core.a.dtype == core.k.dtype)
+    assert core.a is None or (core.a.shape[-1] == core.width and (core.a.dtype != core.k.dtype) == case.wide_erase_key)
 
 
 @pytest.mark.parametrize("name", ERASERS)
@@ -424,3 +422,84 @@ def test_a_compiled_call_is_refused_too(monkeypatch):
     inputs = {key: x.detach() for key, x in arguments().items()}
     with pytest.raises(Exception, match="is not to be trusted here"):
         torch.compile(lambda v: plain(v, inputs), fullgraph=True, backend="aot_eager")(inputs.pop("v"))
+
+
+# ---- the process of the check ----
+
+PLANT = "from fwp import canary, trust; import os, time; canary.check = {}; canary.serve()"
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """Sets what the process does in place of its check."""
+    monkeypatch.setattr(canary, "_worker", worker := canary._Worker())
+    monkeypatch.setattr(trust, "_canary", canary.fault_of_kernels)
+    yield lambda check: monkeypatch.setattr(canary, "WORKER", PLANT.format(check))
+    worker.stop()
+
+
+def test_the_process_runs_the_kernels_and_a_crash_or_a_hang_is_a_failure(planted, monkeypatch):
+    assert canary.fault_of_kernels(CASE._replace(gradients=False)) is None
+    canary._worker.stop()
+    planted("lambda case: os.abort() if case.K == 9 else time.sleep(99) if case.K == 8 else None")
+    assert canary.fault_of_kernels(CASE._replace(K=9)) == "the process of the check died with status -6"
+    assert canary.fault_of_kernels(CASE) is None
+    monkeypatch.setattr(canary, "TIMEOUT", 0.2)
+    assert canary.fault_of_kernels(CASE._replace(K=8)) == "the process of the check took more than 0.2 s"
+
+
+def test_fewer_warps_are_tried_and_remembered(monkeypatch):
+    tried = []
+    monkeypatch.setattr(trust, "_canary", lambda case, warps: tried.append(warps) or (None if warps == 2 else "wrong"))
+    core, started = some_core(), []
+    for _ in range(2):  # the second time as in a new process
+        forget()
+        assert trust.reason_to_distrust(core, "chunk") is None and trust.most_warps(lambda: core) == 2
+    assert tried == [None, 4, 2]
+    launch.start_with_fewer_warps(lambda *_, num_warps: started.append(num_warps), 2, None, 1, num_warps=8)
+    assert started == [2]
+
+
+def test_no_executable_is_no_trust(planted, monkeypatch):
+    monkeypatch.setattr("sys.executable", None)
+    assert "sys.executable" in trust.reason_to_distrust(some_core(), "chunk")
+
+
+class Copies:
+    """The torch backend as kernels whose program number 1,000 is wrong, or that differ between runs."""
+
+    def __init__(self, fault):
+        self.fault, self.runs = fault, 0
+
+    def run(self, core, form, segment):
+        o, state = chunked.run(core, form)
+        self.runs += 1
+        if self.fault == "copy":
+            o[1000] *= 1 + 1e-6
+        return (o * (1 + 1e-6 * self.runs) if self.fault == "run" else o), state
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"), [("copy", "o differs between copies"), ("run", "o differs between two runs")]
+)
+def test_copies_and_repeats_have_the_same_bits(monkeypatch, fault, found):
+    for name, value in (("PROGRAMS", 2048), ("DISTINCT", 2), ("REPEATS", 3), ("T", 5)):
+        monkeypatch.setattr(canary, name, value)
+    monkeypatch.setattr(kernels, "run", Copies(fault).run)
+    assert canary.check(CASE._replace(Hq=1, Hk=1, Hv=1, gradients=False)).startswith(found)
+
+
+def misaligned(x):
+    return torch.empty(x.numel() + 1)[1:].view_as(x).copy_(x)
+
+
+def test_the_inputs_of_a_check_lie_in_memory_as_the_callers():
+    core = some_core()
+    other = replace(core, v=misaligned(core.v.detach()), e=core.e.transpose(1, 2).contiguous().transpose(1, 2))
+    names = set()
+    for x in (core, other, replace(core, v=torch.randn(1, 5, 1, 20)[..., :4])):
+        case = trust.KernelCase(*trust.case_fields(x, "chunk"))
+        names.add(case.name)
+        laid = canary.in_layout(canary.small_inputs(case), case.layout)
+        assert trust.layout_of(laid) == case.layout
+    assert len(names) == 3
