@@ -501,5 +501,5 @@ def test_the_inputs_of_a_check_lie_in_memory_as_the_callers():
         case = trust.KernelCase(*trust.case_fields(x, "chunk"))
         names.add(case.name)
         laid = canary.in_layout(canary.small_inputs(case), case.layout)
-        assert trust.layout_of(laid) == case.layout
+        assert trust.layout_of(replace(laid, S=None)) == case.layout
     assert len(names) == 3
