@@ -149,7 +149,8 @@ def check(case: KernelCase) -> str | None:
     exact = partial(chunked.run, form="chunk")
     few = small_inputs(case)
     if case.layout:  # a missing state is compiled otherwise
-        few = replace(few, **{name: None for name in "Sz" if f".{name}" not in case.layout})
+        missing: dict[str, Any] = {name: None for name in "Sz" if f".{name}" not in case.layout}
+        few = replace(few, **missing)
     try:
         times, run = copies(case), partial(kernels.run, form=case.form, segment=int(case.cut))
         core, found = in_layout(copied(few, times), case.layout), None
@@ -208,10 +209,10 @@ def copied(core: Core, times: int) -> Core:
 def in_layout(core: Core, layout: str) -> Core:
     """The core with tensors that Triton specialises as `trust.layout_of` says."""
     parts = [part for part in layout.split(".")[1:] if part]
-    found = {}
+    found: dict[str, Any] = {}
     for part in parts:
         name = next(name for name in reversed(trust.TENSORS) if part.startswith(name))
-        pointer, *wanted = part.removeprefix(name)
+        pointer, *wanted = list(part.removeprefix(name))
         found[name] = _laid_out(getattr(core, name), pointer, wanted)
     return replace(core, **found)
 
