@@ -112,7 +112,7 @@ def fault_of_kernels(case: KernelCase, warps: int | None = None) -> str | None:
     if _worker.owner != os.getpid():  # after a fork
         _worker = _Worker()
     try:
-        return _worker.ask((case, warps, T, PROGRAMS))  # type: ignore[no-any-return]
+        return _worker.ask((case, warps, T, PROGRAMS))
     except (RuntimeError, OSError) as error:
         return str(error).partition("\n")[0]
 
