@@ -57,8 +57,3 @@ def forward_derivatives_enabled() -> bool:
 def dispatch_modes() -> int:
     """How many modes watch every operation. Launching a kernel past them would hide it."""
     return int(torch._C._len_torch_dispatch_stack())
-
-
-def inside_backward() -> bool:
-    """Whether this thread runs a backward pass. Another thread's backward would then wait for this one."""
-    return torch._C._current_graph_task_id() >= 0

@@ -1,54 +1,246 @@
-"""A small run of the Triton kernels, forward and backward, against the torch backend in float64."""
+"""A small run of the Triton kernels, forward and backward, against the torch backend in float64.
+
+It runs in a process of its own, since an illegal memory access makes the GPU unusable for its process.
+`fault_of_kernels` asks that process, which `serve` runs.
+"""
 
 from __future__ import annotations
 
+import atexit
 import math
+import os
+import pickle
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from math import gcd
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fwp import trust
 from fwp.core import Core, Features, State, state_dtype, to_heads
 from fwp.feature_maps import applied
 from fwp.measure import rounded_products, row_error
-from fwp.trust import KernelCase
+from fwp.trust import KernelCase, specialisation
 
-# Sequence length: two chunks of 64 and a remainder, and at least two segments where sequences are cut.
+# Least sequence length: two chunks of 64 and a remainder, and at least two segments where sequences are cut.
 T = 131
+PROGRAMS = 2048  # of each kernel: some wrong code showed from 1,000 programs on
+STATE_BYTES = 2**27  # most bytes of all states; the widest have fewer sequences
+DISTINCT = 2  # sequences of which all others are copies
+REPEATS = 3
+TIMEOUT = 600.0  # seconds per case, with compilation
+WORKER = "from fwp.canary import serve; serve()"
 
 
-def fault_of_kernels(case: KernelCase) -> str | None:
+# ---- the process ----
+
+
+class _Worker:
+    """A process that runs canaries. It is started by its first question, and anew where it died."""
+
+    def __init__(self) -> None:
+        self.lock, self.process, self.owner = threading.Lock(), None, os.getpid()
+
+    process: subprocess.Popen[bytes] | None
+
+    def ask(self, question: Any) -> Any:
+        """The answer, or RuntimeError if the process died or took too long."""
+        with self.lock:
+            if self.process is None or self.process.poll() is not None:
+                self.process = self._start()
+            process, late = self.process, threading.Event()
+
+            def end() -> None:
+                late.set()
+                process.kill()
+
+            timer = threading.Timer(TIMEOUT, end)
+            timer.daemon = True
+            timer.start()
+            answer = None
+            try:
+                assert process.stdin is not None and process.stdout is not None
+                pickle.dump(question, process.stdin)
+                process.stdin.flush()
+                answer = pickle.load(process.stdout)
+                return answer[0]
+            except (EOFError, OSError, pickle.UnpicklingError) as error:
+                process.kill()
+                why = f"took more than {TIMEOUT:g} s" if late.is_set() else f"died with status {process.wait()}"
+                raise RuntimeError(f"the process of the check {why}") from error
+            finally:
+                timer.cancel()
+                if answer is None:  # interrupted too: no later question may get this one's answer
+                    self.stop()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        if not sys.executable:
+            raise RuntimeError("the check needs a process of its own, and sys.executable names no Python")
+        path = os.pathsep.join(x or os.getcwd() for x in sys.path)
+        environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+        command = [sys.executable, "-c", WORKER]
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=null)
+
+    def stop(self) -> None:
+        """Ends the process, which may have ended. A fork leaves its parent's process alone."""
+        process, self.process = self.process, None
+        if process is None or self.owner != os.getpid():
+            return
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with suppress(OSError):  # what was not yet written to a dead process
+                pipe.close()  # type: ignore[union-attr]
+
+
+_worker = _Worker()
+atexit.register(lambda: _worker.stop())
+
+
+def fault_of_kernels(case: KernelCase, warps: int | None = None) -> str | None:
+    """One line that says what is wrong with the kernels of this case, with at most so many warps, or None."""
+    global _worker
+    if _worker.owner != os.getpid():  # after a fork
+        _worker = _Worker()
+    try:
+        return _worker.ask((case, warps, T, PROGRAMS))
+    except (RuntimeError, OSError) as error:
+        return str(error).partition("\n")[0]
+
+
+def serve() -> None:
+    """Answers questions on stdin until it ends. What others print goes to stderr."""
+    global T, PROGRAMS
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    while True:
+        try:
+            case, trust.forced_warps, T, PROGRAMS = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        fault = check(case)
+        pickle.dump((fault,), answers)
+        answers.flush()
+        if fault is not None:  # the GPU may be unusable for this process
+            return
+
+
+# ---- the check ----
+
+
+def check(case: KernelCase) -> str | None:
     """One line that says what is wrong with the kernels of this case, or None.
 
     Each result may be off by 4 times the error of float32 with rounded products, or by half the digits of the dtype.
+    All copies of a sequence must have the same bits, and all repeats too.
     """
     from fwp.backends import chunked
     from fwp.backends import triton as kernels
 
-    core, exact = small_inputs(case), partial(chunked.run, form="chunk")
+    exact = partial(chunked.run, form="chunk")
+    few = small_inputs(case)
+    if case.layout:  # a missing state is compiled otherwise
+        missing: dict[str, Any] = {name: None for name in "Sz" if f".{name}" not in case.layout}
+        few = replace(few, **missing)
     try:
-        found = _results(partial(kernels.run, form=case.form, segment=int(case.cut)), core, case.gradients)
+        times, run = copies(case), partial(kernels.run, form=case.form, segment=int(case.cut))
+        core, found = in_layout(copied(few, times), case.layout), None
+        for _ in range(REPEATS):
+            again = _results(run, core, case.gradients, times)
+            for name, x in (found or again).items():
+                if not _same_bits(x, again[name]):
+                    return f"{name} differs between two runs of {case.name}"
+            found = again
+        assert found is not None
     except Exception as error:
         return f"{type(error).__name__}: {error}".partition("\n")[0]
-    truth = _results(exact, _on_cpu(core, torch.float64), case.gradients)
+    truth = _results(exact, _on_cpu(few, torch.float64), case.gradients)
     with rounded_products(case.dtype):
-        rough = _results(exact, _on_cpu(core, state_dtype(case.dtype)), case.gradients)
+        rough = _results(exact, _on_cpu(few, state_dtype(case.dtype)), case.gradients)
     half_the_digits = math.sqrt(torch.finfo(case.dtype).eps)
     for name, x in truth.items():
-        off = row_error(found[name], x)
+        axis = 1 if case.packed and name.removeprefix("d") not in "Sz" else 0
+        parts = found[name].unflatten(axis, (times, -1)).movedim(axis, 0)
+        off = row_error(parts[0].contiguous(), x)
         if not off <= max(half_the_digits, 4 * row_error(rough[name], x)):
             return f"{name} is off by {off:.1g} in {case.name}"
+        if not _same_bits(parts, parts[:1].expand_as(parts)):
+            return f"{name} differs between copies of a sequence in {case.name}"
     return None
+
+
+def _same_bits(x: Tensor, y: Tensor) -> bool:
+    return torch.equal(x.nan_to_num(nan=7.0), y.nan_to_num(nan=7.0))
+
+
+def copies(case: KernelCase) -> int:
+    """How often the distinct sequences are repeated, so that each kernel has PROGRAMS programs."""
+    H = max(case.Hk, case.Hv)
+    width = Features(case.phi, case.norm).width(case.K)
+    most = max(1, STATE_BYTES // (H * width * case.V * state_dtype(case.dtype).itemsize))
+    return max(1, -(-min(most, -(-PROGRAMS // min(case.Hq, case.Hk, case.Hv))) // DISTINCT))
+
+
+def copied(core: Core, times: int) -> Core:
+    """The sequences of a core, so many times."""
+    packed = core.cu_seqlens is not None
+    found: dict[str, Any] = {}
+    for name in trust.TENSORS[:9]:
+        x = getattr(core, name)
+        if x is not None:
+            found[name] = torch.cat([x] * times, 1 if packed and name not in "Sz" else 0)
+    if core.cu_seqlens is not None:
+        end = core.q.shape[1]
+        starts = end * torch.arange(times, device=core.q.device).unsqueeze(1)
+        starts = (core.cu_seqlens[:-1] + starts).flatten()
+        found["cu_seqlens"] = torch.cat([starts, starts.new_full((1,), end * times)])
+    return replace(core, **found)
+
+
+def in_layout(core: Core, layout: str) -> Core:
+    """The core with tensors that Triton specialises as `trust.layout_of` says."""
+    parts = [part for part in layout.split(".")[1:] if part]
+    found: dict[str, Any] = {}
+    for part in parts:
+        name = next(name for name in reversed(trust.TENSORS) if part.startswith(name))
+        pointer, *wanted = list(part.removeprefix(name))
+        found[name] = _laid_out(getattr(core, name), pointer, wanted)
+    return replace(core, **found)
+
+
+def _laid_out(x: Tensor, pointer: str, wanted: list[str]) -> Tensor:
+    """x with a pointer and first strides of these specialisations, where its sizes allow them."""
+    strides, extent = list(x.stride()), math.prod(x.shape[3:]) if len(wanted) == 3 else 1
+    for i in sorted(range(len(wanted)), key=lambda i: (wanted[i] != "1", -i)):
+        if wanted[i] == "1" and (extent == 1 or x.shape[i] == 1):
+            strides[i] = 1
+        else:
+            strides[i] = next(n for n in range(max(2, extent), extent + 34) if specialisation(n) in (wanted[i], "1"))
+        extent = max(extent, strides[i] * x.shape[i])
+    if not wanted:
+        extent = x.numel()
+    memory = x.new_empty(extent + 1)[int(pointer == "n") :]
+    return memory.as_strided(x.shape, strides, memory.storage_offset()).copy_(x)
 
 
 def small_inputs(case: KernelCase) -> Core:
     """Random inputs of a case: keys of unit length, and gates under which a state survives several chunks."""
-    H, N = max(case.Hk, case.Hv), 3 if case.packed else 1
+    H, N, B = max(case.Hk, case.Hv), 3 if case.packed else DISTINCT, 1 if case.packed else DISTINCT
+    length = case.layout.partition(".")[0]
     reads = T * (2 if case.cut and case.packed else 1)
+    if length == "step":
+        reads = 2 if case.packed else 1
+    elif length:
+        reads = next(n for n in range(reads, reads + 32) if gcd(n, 16) == int(length[1:]))
     writes = reads * case.writes
     generator = torch.Generator().manual_seed(0)
     kept, features = state_dtype(case.dtype), Features(case.phi, case.norm, 0.5 if case.scaled else 1.0)
@@ -62,12 +254,12 @@ def small_inputs(case: KernelCase) -> Core:
         return torch.rand(size, generator=generator).to(case.device, kept)
 
     core = Core(
-        normal(1, reads, case.Hq, case.K).to(case.device, case.dtype),
-        F.normalize(normal(1, writes, case.Hk, case.K), dim=-1).to(case.device, case.dtype),
-        normal(1, writes, case.Hv, case.V).to(case.device, case.dtype),
-        g=-0.05 * uniform(1, writes, H, *[width] * (case.decay - 1)) if case.decay else None,
-        e=uniform(1, writes, H) if case.erase_strength else None,
-        w=uniform(1, writes, H) if case.write_strength else None,
+        normal(B, reads, case.Hq, case.K).to(case.device, case.dtype),
+        F.normalize(normal(B, writes, case.Hk, case.K), dim=-1).to(case.device, case.dtype),
+        normal(B, writes, case.Hv, case.V).to(case.device, case.dtype),
+        g=-0.05 * uniform(B, writes, H, *[width] * (case.decay - 1)) if case.decay else None,
+        e=uniform(B, writes, H) if case.erase_strength else None,
+        w=uniform(B, writes, H) if case.write_strength else None,
         S=normal(N, H, width, case.V).to(case.device, kept),
         z=uniform(N, H, width) + 1 if case.denominator else None,
         cu_seqlens=torch.tensor([0, reads // 2, reads // 2, reads], device=case.device) if case.packed else None,
@@ -98,15 +290,20 @@ def _on_cpu(core: Core, dtype: torch.dtype) -> Core:
     return _each_tensor(core, lambda x: x.to("cpu", dtype if x.is_floating_point() else x.dtype))
 
 
-def _results(run: Callable[[Core], tuple[Tensor, State]], core: Core, gradients: bool) -> dict[str, Tensor]:
+def _results(
+    run: Callable[[Core], tuple[Tensor, State]], core: Core, gradients: bool, times: int = 1
+) -> dict[str, Tensor]:
     """Output, state and, if wanted, the gradients of a weighted sum of both."""
     core = _each_tensor(core, lambda x: x.detach().requires_grad_(gradients and x.is_floating_point()))
     out, state = run(core)
     results = {"o": out, "S": state.S} | ({} if state.z is None else {"z": state.z})
     if not gradients:
         return results
-    generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in results.values()]
+    generator, weights = torch.Generator().manual_seed(1), []
+    for name, x in results.items():  # each copy of a sequence has the same
+        axis = 1 if core.cu_seqlens is not None and name == "o" else 0
+        size = [n // times if i == axis else n for i, n in enumerate(x.shape)]
+        weights.append(torch.cat([torch.randn(size, generator=generator).bfloat16().to(x)] * times, axis))
     leaves = {name: x for name, x in vars(core).items() if isinstance(x, Tensor) and x.requires_grad}
     grads = torch.autograd.grad(list(results.values()), list(leaves.values()), weights)
     return {name: x.detach() for name, x in results.items()} | {f"d{name}": x for name, x in zip(leaves, grads)}

@@ -2,18 +2,19 @@
 
 Triton has compiled correct kernels into wrong code on one GPU and not on another. On a pair of GPU and Triton that is
 not known to be good, each configuration of the kernels is therefore run once on a small input (`fwp.canary`) before
-its first use. What passed is remembered in the user's cache directory. This module decides and remembers; it imports
-no backend, so that backends can ask it.
+its first use, in a process of its own, whose crash leaves the caller's GPU context alone. What passed is remembered in
+the user's cache directory. This module decides and remembers; it imports no backend, so that backends can ask it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from math import gcd
 from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,12 +22,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fwp._torch_private import constant_under_compile, inside_backward
+from fwp._torch_private import constant_under_compile, inside_transform
 from fwp._version import __version__
-from fwp.core import Core, Form, Read, without_autocast
+from fwp.core import Core, Form, Read
 
 # (architecture, version of Triton) on which all tests passed. None has been measured yet.
 KNOWN_GOOD: frozenset[tuple[str, str]] = frozenset()
+
+
+TENSORS = ("q", "k", "v", "g", "a", "e", "w", "S", "z", "cu_seqlens")
+ALIGNED = ""  # the layout of contiguous tensors in new memory, and of traced ones, whose memory is not known
 
 
 class KernelCase(NamedTuple):
@@ -57,18 +62,17 @@ class KernelCase(NamedTuple):
     Hq: int
     Hk: int
     Hv: int
+    layout: str = ALIGNED  # what Triton specialises on, see `layout_of`
     cut: bool = False  # whether sequences are cut into segments, each of the fewest chunks
 
     @property
     def name(self) -> str:
-        """A file name for the case. It leaves out the device, which the folder names.
-
-        It leaves out the numbers of heads as well, since they change no code.
-        """
+        """A file name for the case. It leaves out the device, which the folder names."""
         switches = [self.form, f"decay{self.decay}", *(name for name in SWITCHES if getattr(self, name)), self.read]
         switches += [f"writes{self.writes}"] if self.writes != 1 else []
         switches += [name for name in (self.phi, self.norm) if name is not None]
-        return "-".join([*switches, f"K{self.K}", f"V{self.V}", str(self.dtype).removeprefix("torch.")])
+        switches += [f"{name}{getattr(self, name)}" for name in ("K", "V", "Hq", "Hk", "Hv")]
+        return "-".join([*switches, str(self.dtype).removeprefix("torch."), self.layout or "aligned"])
 
 
 SWITCHES = (
@@ -76,14 +80,15 @@ SWITCHES = (
     *("denominator", "packed", "gradients", "scaled", "cut"),
 )
 
-Canary = Callable[[KernelCase], str | None]
+Canary = Callable[[KernelCase, int | None], str | None]
 _canary: Canary | None = None
 
 
 def use_canary(canary: Canary) -> None:
     """Sets the function that runs the kernels of a case on a small input.
 
-    The function returns what is wrong with them, or None. `fwp.functional` sets it, since it may import the backends.
+    The function takes the most warps per program, None for the tuned ones. It returns what is wrong, or None.
+    `fwp.functional` sets it, since it may import the backends.
     """
     global _canary
     _canary = canary
@@ -92,8 +97,7 @@ def use_canary(canary: Canary) -> None:
 def reason_to_distrust(core: Core, form: Form) -> str | None:
     """Why the Triton kernels are not to be trusted with these inputs, in one line. None: they are.
 
-    It works under tracing, vmap and torch.func too, since the canary runs outside of them. No canary can run while a
-    CUDA graph is being captured: a case that is not yet known is not trusted then.
+    It works under tracing, vmap, torch.func and the capture of a CUDA graph too, since another process runs the canary.
     """
     if not runs_on_gpu(core.v):
         return None
@@ -153,25 +157,65 @@ def case_fields(core: Core, form: Form) -> tuple[Any, ...]:
         index(core.q.shape[2]),
         index(core.k.shape[2]),
         index(core.v.shape[2]),
+        layout_of(core),
     )
+
+
+def specialisation(n: int) -> str:
+    """How Triton compiles an integer: as the constant 1, as a multiple of 16 ("d"), or as any number ("n")."""
+    return "1" if n == 1 else "n" if n % 16 else "d"
+
+
+def layout_of(core: Core) -> str:
+    """The specialisation of each given tensor's pointer, and of its strides where kernels take them.
+
+    It begins with the power of 2 in T, on which strides of outputs and of buffers depend.
+    """
+    if torch.compiler.is_compiling() or inside_transform():
+        return ALIGNED
+    T = core.q.shape[1]
+    parts = ["step" if T == 1 else f"T{gcd(T, 16)}"]
+    for name in TENSORS:
+        x = getattr(core, name)
+        if x is None:
+            continue
+        strides = ()
+        if name in TENSORS[:7]:
+            x = x.contiguous() if x.dim() == 4 and x.shape[3] > 1 and x.stride(3) != 1 else x
+            strides = x.stride()[:3] if core.cu_seqlens is None else (0, *x.stride()[1:3])
+        elif not x.is_contiguous():  # the launch layer copies it
+            parts.append(name + "d")
+            continue
+        parts.append(name + ("n" if x.data_ptr() % 16 else "d") + "".join(map(specialisation, strides)))
+    return ".".join(parts)
 
 
 @constant_under_compile  # a traced call runs the canary as it is
 def _verdict(*fields: Any) -> str | None:
-    case = KernelCase(*fields)
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing() and case not in _asked:
-        return "this use of the kernels was not yet checked on this GPU; call it once before a CUDA graph is captured"
-    reason = _ask(case)
-    _asked.add(case)
-    return reason
+    return _ask(KernelCase(*fields))
 
 
-_asked: set[KernelCase] = set()
+_warps: dict[KernelCase, int] = {}  # the most warps with which a case passed, if fewer than tuned
+
+
+forced_warps: int | None = None  # what the process of a canary tries
+
+
+def most_warps(core: Callable[[], Core]) -> int | None:
+    """The most warps per program of these kernels, None: as tuned. A backward takes what its forward found."""
+    if forced_warps is not None or not _warps:
+        return forced_warps
+    return _warps.get(_family(KernelCase(*case_fields(core(), "chunk"))))
+
+
+def _family(case: KernelCase) -> KernelCase:
+    """The case without what a backward does not know of its forward."""
+    return case._replace(form="chunk", gradients=True, cut=False, layout=ALIGNED)
 
 
 @cache
 def _ask(case: KernelCase) -> str | None:
-    """Asks the cache directory, then the canary.
+    """Asks the cache directory, then the canary with the tuned number of warps and with fewer.
 
     A failure is remembered in this process only, since its cause may be temporary.
     """
@@ -180,34 +224,44 @@ def _ask(case: KernelCase) -> str | None:
     gpu, architecture = gpu_and_architecture(case.device)
     if (architecture, triton.__version__) in KNOWN_GOOD:
         return None
-    versions = f"triton-{triton.__version__}-torch-{torch.__version__}-fwp-{__version__}"
+    versions = f"triton-{triton.__version__}-torch-{torch.__version__}-fwp-{__version__}{_measured_tiles()}"
     passed = cache_folder() / re.sub(r"[^\w.+-]+", "_", f"{gpu}-{architecture}-{versions}") / case.name
     try:
-        if passed.exists():
-            return None
-    except OSError:
+        _limit(case, int(passed.read_text() or 0))
+        return None
+    except (OSError, ValueError):
         pass
     if _canary is None:
         return "the function that checks the kernels is not set; import fwp.functional"
-    fault = _run_outside(_canary, case)
-    if fault is not None:
+    fault = None
+    for warps in (None, 4, 2, 1):
+        found = _canary(case, warps)
+        if found is None:
+            break
+        fault = fault or found
+    else:
         with_ = f"Triton {triton.__version__} and torch {torch.__version__} on {gpu} ({architecture})"
         return f"the kernels fail a check with {with_}: {fault}"
+    _limit(case, warps or 0)
     try:
         passed.parent.mkdir(parents=True, exist_ok=True)
-        passed.touch()
+        passed.write_text(str(warps or ""))
     except OSError:
         pass  # then the next process asks again
     return None
 
 
-def _run_outside(canary: Canary, case: KernelCase) -> str | None:
-    """Runs the canary where no trace, vmap, autocast or mode of the caller is active."""
-    if inside_backward():  # a new thread would wait for this thread's backward to end
-        with torch.enable_grad(), without_autocast(torch.empty(0, device=case.device)):
-            return canary(case)
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(canary, case).result()
+def _limit(case: KernelCase, warps: int) -> None:
+    if warps:
+        _warps[_family(case)] = min(warps, _warps.get(_family(case), warps))
+
+
+def _measured_tiles() -> str:
+    """What names the block sizes measured on this machine, which take the place of those of the package."""
+    try:
+        return "-tiles-" + hashlib.sha256((cache_folder() / "tiles.csv").read_bytes()).hexdigest()[:12]
+    except OSError:
+        return ""
 
 
 def gpu_and_architecture(device: torch.device) -> tuple[str, str]:

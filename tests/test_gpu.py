@@ -14,7 +14,7 @@ import torch
 from poison import poisoned_empties
 
 pytest.importorskip("triton")
-from fwp import rules, trust
+from fwp import canary, rules, trust
 from fwp.backends import triton
 from fwp.core import State
 from fwp.functional import fast_weights
@@ -203,6 +203,17 @@ def test_compute_sanitizer(tool):
     run = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     assert "ran" in run.stdout.splitlines(), run.stdout
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU's context")
+def test_an_illegal_access_in_the_check_leaves_the_callers_context_alive(monkeypatch):
+    bad = "torch.empty(1, device='cuda').index_select(0, torch.full((1,), 2**40, device='cuda')).item()"
+    plant = f"import torch; from fwp import canary; canary.check = lambda case: {bad}; canary.serve()"
+    monkeypatch.setattr(canary, "_worker", canary._Worker())
+    monkeypatch.setattr(canary, "WORKER", plant)
+    assert canary.fault_of_kernels(None).startswith("the process of the check died")
+    assert torch.ones(3, device=DEVICE).sum().item() == 3
+    canary._worker.stop()
 
 
 def small_run():

@@ -1,6 +1,6 @@
 """Kernels that a compiler got wrong are found before they are used."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
@@ -33,14 +33,25 @@ def stranger(monkeypatch, tmp_path):
     monkeypatch.setattr(trust, "gpu_and_architecture", lambda device: ("Some GPU 9000", "sm_99"))
     monkeypatch.setattr(trust, "runs_on_gpu", lambda x: True)
     monkeypatch.setattr(canary, "T", 37)
+    for name in ("PROGRAMS", "DISTINCT", "REPEATS"):
+        monkeypatch.setattr(canary, name, 1)
+    monkeypatch.setattr(trust, "_canary", beside)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     forget()
     yield
     forget()
 
 
+def beside(case, warps=None):
+    """The check in this process, where faults are planted, and in a thread of its own."""
+    if warps is not None:
+        return "fewer warps change nothing"
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(canary.check, case).result()
+
+
 def forget():
-    trust._asked.clear()
+    trust._warps.clear()
     trust._ask.cache_clear()
 
 
@@ -48,7 +59,13 @@ def forget():
 def canaries(monkeypatch):
     """The cases for which a canary was run."""
     ran, run = [], trust._canary
-    monkeypatch.setattr(trust, "_canary", lambda case: ran.append(case) or run(case))
+
+    def noted(case, warps):
+        if warps is None:
+            ran.append(case)
+        return run(case, warps)
+
+    monkeypatch.setattr(trust, "_canary", noted)
     return ran
 
 
@@ -61,6 +78,11 @@ def some_core(dtype=torch.float32, **options):
     x = torch.randn(1, 5, 1, 4, dtype=dtype, device=DEVICE)
     width = options.get("features", Features()).width(4)
     gates = {"g": -torch.rand(1, 5, 1, width), "e": torch.rand(1, 5, 1), "w": torch.rand(1, 5, 1)}
+    kept = torch.promote_types(dtype, torch.float32)
+    options = {
+        "S": torch.randn(1 if "cu_seqlens" not in options else 2, 1, width, 4, dtype=kept, device=DEVICE),
+        **options,
+    }
     return Core(x.requires_grad_(), x, x, **{name: gate.to(DEVICE) for name, gate in gates.items()}, **options)
 
 
@@ -156,11 +178,11 @@ def test_no_two_cases_share_a_file():
         "phi": "relu",
         "norm": "l2",
         "writes": 2,
-        "K": 5,
-        "V": 5,
+        **dict.fromkeys(("K", "V", "Hq", "Hk", "Hv"), 5),
+        "layout": "T16.qdddd",
         **{name: not getattr(CASE, name) for name in trust.SWITCHES},
     }
-    assert set(CASE._fields) - set(changed) == {"device", "Hq", "Hk", "Hv"}
+    assert set(CASE._fields) - set(changed) == {"device"}
     names = [CASE.name, *(CASE._replace(**{name: value}).name for name, value in changed.items())]
     assert len(set(names)) == len(names)
     assert not any(set(name) & set("/\\: ") for name in names)
@@ -181,11 +203,14 @@ ERASERS = {
 def test_a_call_asks_for_a_canary_like_itself(name):
     case = CASE._replace(**ERASERS[name])
     core = canary.small_inputs(case)
-    assert trust.KernelCase(*trust.case_fields(replace(core, q=core.q.requires_grad_()), case.form)) == case
+    assert (
+        trust.KernelCase(*trust.case_fields(replace(core, q=core.q.requires_grad_()), case.form))._replace(layout="")
+        == case
+    )
     assert core.k.shape[1] == core.v.shape[1] == case.writes * core.q.shape[1]
     for gate in (core.g, core.a, core.e, core.w):
-        assert gate is None or gate.shape[:3] == (1, core.k.shape[1], 2)
-    assert core.a is None or (core.a.shape[-1] == core.width and core.a.dtype == core.k.dtype)
+        assert gate is None or gate.shape[:3] == (len(core.v), core.k.shape[1], 2)
+    assert core.a is None or (core.a.shape[-1] == core.width and (core.a.dtype != core.k.dtype) == case.wide_erase_key)
 
 
 @pytest.mark.parametrize("name", ERASERS)
@@ -223,9 +248,9 @@ def test_kernels_that_erase_or_read_wrongly_are_found(monkeypatch, name, fault, 
     """The torch backend plays the kernels' part."""
     case = CASE._replace(**ERASERS[name], gradients=False)
     monkeypatch.setattr(kernels, "run", lambda core, form, segment: chunked.run(core, form))
-    assert canary.fault_of_kernels(case) is None
+    assert canary.check(case) is None
     monkeypatch.setattr(kernels, "run", lambda core, form, segment: chunked.run(fault(core), form))
-    assert canary.fault_of_kernels(case).startswith(found)
+    assert canary.check(case).startswith(found)
 
 
 # ---- sequences in segments ----
@@ -268,25 +293,14 @@ def test_sequences_stay_whole_where_cutting_them_fails(monkeypatch, segments, ba
     assert all(deviation(x, y) < 1e-4 for x, y in zip(grads, truth))
 
 
-def test_a_backward_asks_in_its_own_thread(monkeypatch, segments, canaries):
-    """In another thread the canary's gradients would wait for this backward."""
-    asked = []
-    run = trust._canary
-    monkeypatch.setattr(trust, "_canary", lambda case: asked.append(threading.get_ident()) or run(case))
-    out, _ = fast_weights("kda", **arguments(), backend="triton", form="recurrent")
-    out.sum().backward()
-    assert [case.cut for case in canaries] == [False, True] and segments[-1] > 0
-    assert asked[0] != threading.get_ident() == asked[1]
-
-
 def test_an_interrupted_canary_decides_nothing(monkeypatch):
-    def interrupted(case):
+    def interrupted(case, warps):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(trust, "_canary", interrupted)
     with pytest.raises(KeyboardInterrupt):
         trust.reason_to_distrust(some_core(), "chunk")
-    assert not trust._asked
+    assert trust._ask.cache_info().currsize == 0
 
 
 def test_a_canary_has_two_segments():
@@ -415,12 +429,82 @@ def test_a_compiled_call_is_refused_too(monkeypatch):
         torch.compile(lambda v: plain(v, inputs), fullgraph=True, backend="aot_eager")(inputs.pop("v"))
 
 
-def test_while_a_cuda_graph_is_captured_nothing_runs(monkeypatch, canaries):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with monkeypatch.context() as capture:
-        capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        assert "call it once before a CUDA graph is captured" in trust.reason_to_distrust(some_core(), "chunk")
-        assert not canaries
-        trust._asked.add(trust.KernelCase(*trust.case_fields(some_core(), "chunk")))
-        capture.setattr(trust, "_ask", lambda case: None)
-        assert trust.reason_to_distrust(some_core(), "chunk") is None
+# ---- the process of the check ----
+
+PLANT = "from fwp import canary, trust; import os, time; canary.check = {}; canary.serve()"
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """Sets what the process does in place of its check."""
+    monkeypatch.setattr(canary, "_worker", worker := canary._Worker())
+    monkeypatch.setattr(trust, "_canary", canary.fault_of_kernels)
+    yield lambda check: monkeypatch.setattr(canary, "WORKER", PLANT.format(check))
+    worker.stop()
+
+
+def test_the_process_runs_the_kernels_and_a_crash_or_a_hang_is_a_failure(planted, monkeypatch):
+    assert canary.fault_of_kernels(CASE._replace(gradients=False)) is None
+    canary._worker.stop()
+    planted("lambda case: os.abort() if case.K == 9 else time.sleep(99) if case.K == 8 else None")
+    assert canary.fault_of_kernels(CASE._replace(K=9)) == "the process of the check died with status -6"
+    assert canary.fault_of_kernels(CASE) is None
+    monkeypatch.setattr(canary, "TIMEOUT", 0.2)
+    assert canary.fault_of_kernels(CASE._replace(K=8)) == "the process of the check took more than 0.2 s"
+
+
+def test_fewer_warps_are_tried_and_remembered(monkeypatch):
+    tried = []
+    monkeypatch.setattr(trust, "_canary", lambda case, warps: tried.append(warps) or (None if warps == 2 else "wrong"))
+    core, started = some_core(), []
+    for _ in range(2):  # the second time as in a new process
+        forget()
+        assert trust.reason_to_distrust(core, "chunk") is None and trust.most_warps(lambda: core) == 2
+    assert tried == [None, 4, 2]
+    launch.start_with_fewer_warps(lambda *_, num_warps: started.append(num_warps), 2, None, 1, num_warps=8)
+    assert started == [2]
+
+
+def test_no_executable_is_no_trust(planted, monkeypatch):
+    monkeypatch.setattr("sys.executable", None)
+    assert "sys.executable" in trust.reason_to_distrust(some_core(), "chunk")
+
+
+class Copies:
+    """The torch backend as kernels whose program number 1,000 is wrong, or that differ between runs."""
+
+    def __init__(self, fault):
+        self.fault, self.runs = fault, 0
+
+    def run(self, core, form, segment):
+        o, state = chunked.run(core, form)
+        self.runs += 1
+        if self.fault == "copy":
+            o[1000] *= 1 + 1e-6
+        return (o * (1 + 1e-6 * self.runs) if self.fault == "run" else o), state
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"), [("copy", "o differs between copies"), ("run", "o differs between two runs")]
+)
+def test_copies_and_repeats_have_the_same_bits(monkeypatch, fault, found):
+    for name, value in (("PROGRAMS", 2048), ("DISTINCT", 2), ("REPEATS", 3), ("T", 5)):
+        monkeypatch.setattr(canary, name, value)
+    monkeypatch.setattr(kernels, "run", Copies(fault).run)
+    assert canary.check(CASE._replace(Hq=1, Hk=1, Hv=1, gradients=False)).startswith(found)
+
+
+def misaligned(x):
+    return torch.empty(x.numel() + 1)[1:].view_as(x).copy_(x)
+
+
+def test_the_inputs_of_a_check_lie_in_memory_as_the_callers():
+    core = some_core()
+    other = replace(core, v=misaligned(core.v.detach()), e=core.e.transpose(1, 2).contiguous().transpose(1, 2))
+    names = set()
+    for x in (core, other, replace(core, v=torch.randn(1, 5, 1, 16)[..., :4])):
+        case = trust.KernelCase(*trust.case_fields(x, "chunk"))
+        names.add(case.name)
+        laid = canary.in_layout(canary.small_inputs(case), case.layout)
+        assert trust.layout_of(laid) == case.layout
+    assert len(names) == 3

@@ -153,6 +153,8 @@ class _Inputs(NamedTuple):
         from fwp_kernels.problem import Problem
 
         problem = Problem(*self)
+        if (warps := trust.most_warps(self.core)) is not None:
+            problem = replace(problem, warps=warps)
         if form == "chunk" and self.segment is None and segment_chunks(problem) and not trust.may_cut(self.core()):
             return replace(problem, segment=0)
         return problem

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -45,11 +45,17 @@ def start_kernel(kernel: Any, programs: int, **arguments: Any) -> None:
     kernel[(programs,)](**arguments)
 
 
+def start_with_fewer_warps(start: Start, most: int, kernel: Any, programs: int, **arguments: Any) -> None:
+    """Starts a kernel with at most so many warps per program. Triton's default is 4."""
+    start(kernel, programs, **arguments | {"num_warps": min(most, arguments.get("num_warps", 4))})
+
+
 class Kernels:
     """The kernels on the tensors of one problem."""
 
     def __init__(self, problem: Problem, start: Start) -> None:
-        self.p, self.start = problem, start
+        self.p = problem
+        self.start = start if problem.warps is None else partial(start_with_fewer_warps, start, problem.warps)
         self.switches = problem.switches
         self.before = contiguous(problem.S, problem.z)
 

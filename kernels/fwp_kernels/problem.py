@@ -53,6 +53,7 @@ class Problem:
     erase_before_decay: bool = False
     chunk: int | None = None  # tokens of a chunk; None: the table's
     segment: int | None = None  # chunks of a segment; 0: sequences aren't cut; None: `packing.segment_length` decides
+    warps: int | None = None  # the most warps per program; None: as tuned
     gpu: str | None = None  # the architecture to choose block sizes for; None: that of v's device
 
     @property
