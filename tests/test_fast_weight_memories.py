@@ -205,11 +205,13 @@ GOOD = [
     *(row(kind) for kind in paper.FLIP_FLOP.values()),
     row(paper.PARKING, good=[1.0, 1.0, 1.0, 0.2][:1] + [0.95, 0.3, 0.2]) | {"solved": [200, 5000, None, None]},
     row(paper.GENTLE),
+    row(paper.SAME_RATE),
 ]
 LATE = {"solved": [5000, 7000, 8000, None]}
 PLANTED: dict[str, list[dict[str, Any]]] = {
     "flip-flop-steps-1": [GOOD[0] | LATE, *GOOD[1:]],
     "flip-flop-steps-2": [GOOD[0], GOOD[1] | LATE, *GOOD[2:]],
+    "flip-flop-steps-2-same-rate": [*GOOD[:4], GOOD[4] | LATE],
     "flip-flop-latch": [GOOD[0] | {"good": [0.8, 0.8, 1.0, 1.0]}, *GOOD[1:]],
     "flip-flop-lag": [GOOD[0], GOOD[1] | {"after_lag": [0.0, 0.5, 0.0, 0.0]}, *GOOD[2:]],
     "parking-steps-1": [*GOOD[:2], GOOD[2] | {"solved": [7000, None, None, None]}, GOOD[3]],

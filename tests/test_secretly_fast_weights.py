@@ -138,7 +138,8 @@ def test_divergence_ends_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     found = iter([0.3, 0.2, math.nan])
     monkeypatch.setattr(paper, "evaluate", lambda *_: next(found))
     result = paper.train(settings(evaluate_every=1))
-    assert result == {"best_loss": 0.2, "best_step": 2, "last_step": 3, "diverged": True}
+    kept = {"curve": [0.3, 0.2], "curve_every": 1}
+    assert result == {"best_loss": 0.2, "best_step": 2, "last_step": 3, "diverged": True, **kept}
     monkeypatch.setattr(paper, "evaluate", lambda *_: math.nan)
     with pytest.raises(FloatingPointError, match="step 1 "):
         paper.train(settings(evaluate_every=1))
@@ -204,6 +205,18 @@ def test_claim_holds_for_the_authors_and_can_fail(claim: Claim, rows: Any) -> No
     assert outcome.holds is True
     assert claim.published in (None, outcome.measured)
     assert claim.measure(PLANTED[claim.id]).holds is False
+
+
+def test_seeds_that_disagree_decide_nothing() -> None:
+    claim = next(claim for claim in setting_1.SETTING_1.claims if claim.id == "break-linear")
+    later = [row | {"seed": 9} for row in scaled(A1, "linear", "keys", 2)]
+    outcome = claim.measure([*A1, *later])
+    assert outcome.holds is None and "the seeds disagree" in outcome.note
+
+
+def test_an_order_that_no_run_could_contradict_decides_nothing() -> None:
+    quick = [row for row in A1 if row["model"] in setting_1.MAPS and row["keys"] // 4 in setting_1.QUICK[row["model"]]]
+    assert setting_1.may_be_out_of_order(A1) and not setting_1.may_be_out_of_order(quick)
 
 
 def test_break_counts_each_seed() -> None:

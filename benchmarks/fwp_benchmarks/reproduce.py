@@ -74,9 +74,10 @@ def train(todo: Sequence[tuple[Family, Settings]]) -> Generator[tuple[Family, di
 
 
 def timed_run(run: Callable[[Settings], Any], settings: Settings) -> dict[str, Any]:
-    """Does one run. Returns its result, the seconds it took, PyTorch's version and the device."""
+    """Does one run. Returns its result, the seconds it took, PyTorch's version, the device and the CPU's vectors."""
     started = time.perf_counter()
     result = run(settings)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     seconds = round(time.perf_counter() - started, 2)
-    return {**result, "seconds": seconds, "torch": torch.__version__, "device": device}
+    cpu = torch.backends.cpu.get_cpu_capability()  # AVX2 and AVX-512 round differently
+    return {**result, "seconds": seconds, "torch": torch.__version__, "device": device, "cpu": cpu}

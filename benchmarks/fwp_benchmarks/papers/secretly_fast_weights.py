@@ -120,7 +120,8 @@ class Memory:
     def features(self, d_key: int) -> str | FeatureMap:
         """φ for one pass."""
         assert self.phi is not None and self.d_dot is not None
-        return fwp.FavorPlus.draw(d_key, self.d_dot * d_key // 2) if self.random else self.phi
+        # as a plain function, of which the 1e-6 in the denominator is a number, as in the paper, and no share
+        return fwp.FavorPlus.draw(d_key, self.d_dot * d_key // 2).__call__ if self.random else self.phi
 
 
 LINEAR = Memory("Linear", "d64_linear", "#7a7a7a", "elu+1", 1)
@@ -288,7 +289,7 @@ def train(settings: Settings) -> dict[str, Any]:
     """Trains one run, and returns its best evaluation loss, the step of it, and the last step.
 
     "diverged" says that a later evaluation was not finite. In Setting 2, "loss_2S" is the loss on sequences of 2S pairs
-    at the best step.
+    at the best step. "curve" holds evaluation losses, one per "curve_every" steps from the first evaluation on.
     """
     S, repeated = settings["keys"], settings["repeated"]
     how = Training(**{name: settings[name] for name in asdict(Training())})
@@ -298,7 +299,7 @@ def train(settings: Settings) -> dict[str, Any]:
         model = Retrieval(MEMORIES[settings["model"]], S, settings["d_key"])
         optimizer = torch.optim.Adam(model.parameters(), how.learning_rate, fused=True)
         result: dict[str, Any] = {"best_loss": math.inf, "best_step": 0}
-        step = 0
+        step, curve = 0, []
         while result["best_loss"] > how.solved and step < min(
             how.max_steps, result["best_step"] + how.patience * how.evaluate_every
         ):
@@ -315,11 +316,13 @@ def train(settings: Settings) -> dict[str, Any]:
                         raise FloatingPointError(f"the evaluation loss is {now} at step {step} of {dict(settings)}")
                     result["diverged"] = True  # no later evaluation can be better
                     break
+                curve.append(float(f"{now:.3g}"))
                 if now < result["best_loss"]:
                     result = {"best_loss": now, "best_step": step}
                     if repeated:
                         result["loss_2S"] = evaluate(model, how.evaluation_sequences, length, repeated)
-    return result | {"last_step": step}
+    every = max(1, math.ceil(len(curve) / 50))  # at most 50 points are kept
+    return result | {"last_step": step, "curve": curve[::every], "curve_every": every * how.evaluate_every}
 
 
 def runs(

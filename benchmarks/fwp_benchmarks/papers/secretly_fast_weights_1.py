@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from statistics import linear_regression, median
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ SCALES = {
     "smoke": Scale(
         runs(16, dict.fromkeys(MEMORIES_1, (5,)), 1, max_steps=100), "seconds; shows that the code runs", False
     ),
-    "quick": Scale(runs(16, QUICK, 2), "four minutes on 2 cores; d_key 16, 2 seeds"),
+    "quick": Scale(runs(16, QUICK, 3), "six minutes on 2 cores; d_key 16, 3 seeds"),
     "reduced": Scale(runs(64, REDUCED, 1), "two hours on 2 cores; d_key 64, S to 600, one seed"),
     "paper": Scale(runs(64, dict.fromkeys(MEMORIES_1, EVERY_20), 3), "days on 2 cores, estimated; d_key 64, 3 seeds"),
 }
@@ -109,7 +110,11 @@ def breaks(model: str) -> Claim:
         shares = [fullness(row) for row in first]
         below = median(last_solved(rows, row) for row in first)
         interval = [round(below, 3), round(median(shares), 3)]
-        holds = below > 0 and abs(median(shares) - published) <= step + 1e-9
+        near = [abs(share - published) <= step + 1e-9 for share in shares]
+        if below > 0 and any(near) and not all(near):
+            agree = f"undecided: the seeds disagree, {sum(near)} of {len(near)} are within a step"
+            return Outcome(interval, None, spread(rows, shares), note(rows, agree))
+        holds = below > 0 and all(near)
         early = min(first, key=fullness)
         why = f"at S = {early['keys']} training ended with {2 * early['keys'] * early['best_loss']:.1f} keys lost"
         why += ", though there was room for them" if fullness(early) <= 1 else ""
@@ -121,7 +126,8 @@ def breaks(model: str) -> Claim:
         f"authors’ grid ({step:.3f}).",
         measure(AUTHORS).measured,
         SOURCE,
-        "last S solved and first S with a best loss above 0.001, over d_dot; median over seeds, then their range",
+        "last S solved and first S with a best loss above 0.001, over d_dot; median over seeds, then their range; "
+        "undecided where seeds disagree, since then it depends on the seeds and on a processor’s rounding",
         measure,
     )
 
@@ -183,11 +189,20 @@ def measure_floor(rows: Rows) -> Outcome:
     return Outcome(round(middle, 3), middle <= 1.1, [round(min(ratios), 2), round(max(ratios), 2)], note(rows))
 
 
+def may_be_out_of_order(rows: Rows) -> bool:
+    """Whether each map could have broken no later than the map with fewer features, by the S that were run."""
+    sizes = [sorted({row["keys"] for row in rows_of_model(rows, model)})[1:] for model in MAPS]
+    return all(larger and smaller and larger[0] <= smaller[-1] for smaller, larger in pairwise(sizes))
+
+
 def measure_order(rows: Rows) -> Outcome:
     cells = located(rows)
     if cells is None:
         return Outcome(None, None, note=note(rows, NOT_LOCATED))
     firsts = {model: [int(high) for _, high in cells[model]] for model in MAPS}
+    if not may_be_out_of_order(rows):
+        why = "undecided: with the S that were run, some neighbours could break in no other order"
+        return Outcome(None, None, note=note(rows, why))
     middle = {model: median(found) for model, found in firsts.items()}
     ranges = {model: spread(rows, found) for model, found in firsts.items()}
     holds = sorted(set(middle.values())) == list(middle.values())
@@ -270,6 +285,8 @@ SETTING_1 = Family(
         DEVIATION,
         DUAL,
         *STOPPING,
+        "“Solved” means a loss of at most 0.001 here, where the paper ends a run. Setting 2 counts the first S left "
+        "above 0.01, since there the losses of the authors and ours cross 0.001 more than once.",
     ),
     caption="Top: best evaluation loss against the number of keys, as in the paper’s figure. Bands reach from the "
     "lowest to the highest seed. Below left: deterministic maps against S / d_dot, and the floor ½ (1 − d_dot / S). "
