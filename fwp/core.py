@@ -264,12 +264,12 @@ def denominators(found: Tensor, eps: float) -> Tensor:
     return torch.where(found.abs() < least if eps < least else found == 0, 0, found + eps)
 
 
-def retrieval_key(z: Tensor, k: Tensor, g: Tensor | None = None) -> Tensor:
-    """α k / (zᵀ α k), the key a with which Sᵀa is the value that attention normalisation retrieves; 0 where zᵀ α k is.
+def retrieval(z: Tensor, k: Tensor, g: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """c α k and c zᵀ α k [..., 1]: Sᵀ of the first over the second is what attention normalisation retrieves.
 
-    z, k [..., K], and α = exp g with g [..., 1 or K]. A common factor of α k cancels. So α k is divided by its largest
-    feature before it can underflow, and only decays that are 0 in float64 erase nothing. A zᵀ α k near the least number
-    of the dtype counts as 0: the state is lost in this dtype, and products of a with other keys would overflow.
+    z, k [..., K], and α = exp g with g [..., 1 or K]. The factor c cancels. It makes the largest feature of α k 1 in
+    time, so that only decays that are 0 in float64 erase nothing. A divisor near the least number of the dtype is 0:
+    the state is lost in this dtype, and what is divided by it could overflow.
     """
     size = _largest(k)
     if g is not None:
@@ -279,7 +279,7 @@ def retrieval_key(z: Tensor, k: Tensor, g: Tensor | None = None) -> Tensor:
     k = k / _largest(k)
     found = (z * k).sum(-1, keepdim=True)
     lost = found.abs() < torch.finfo(found.dtype).tiny * 64 * size.clamp(min=1)
-    return ratio(k, found.masked_fill(lost, 0))
+    return k, found.masked_fill(lost, 0)
 
 
 def _largest(k: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ CORE_FAULTS: dict[str, Fault] = {
         "undecayed if options.erase_before_decay else S",
         "S",
     ),
-    "a value that is retrieved without dividing": ("lowering.delta", "retrieval_key(_, k, _)", "k"),
+    "a value that is retrieved without dividing": ("lowering.delta", "ratio(*retrieval(_, k, _))", "k"),
     "the keys up to a token, not before it": (
         "keys_before",
         "before = torch.cat(_, 1)[:, :-1]",

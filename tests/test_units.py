@@ -98,8 +98,7 @@ def test_masks_and_packing_see_no_other_unit(phi, size, form):
 
 
 @FORMS
-@pytest.mark.parametrize("writes", [1, 2])
-@pytest.mark.parametrize("read", ["after", "before"])
+@pytest.mark.parametrize(("read", "writes"), [("after", 1), ("before", 2)])
 @pytest.mark.parametrize("rule", ["decay", "gla", "delta", "gated_delta", "kda"])
 def test_every_rule_counts_in_units(rule, form, read, writes):
     """float64 has the range for these features without units."""

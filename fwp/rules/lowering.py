@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fwp.core import Core, opaque, refuse_forward_derivatives, retrieval_key, to_heads
+from fwp.core import Core, opaque, ratio, refuse_forward_derivatives, retrieval, to_heads
 from fwp.feature_maps import applied
 
 
@@ -34,7 +34,7 @@ def delta(core: Core, beta: Tensor, g: Tensor | None = None) -> Core:
     core = applied(core)
     k = to_heads(core.k, core.heads).to(core.dtype)  # [B, T, H, K]
     decay = g.unsqueeze(-1) if g is not None and g.dim() == 3 else g
-    return replace(core, a=retrieval_key(keys_before(core, k), k, decay), erase_before_decay=True)
+    return replace(core, a=ratio(*retrieval(keys_before(core, k), k, decay)), erase_before_decay=True)
 
 
 def gdn2(core: Core, b: Tensor, w: Tensor, g: Tensor) -> Core:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fwp.core import retrieval_key
+from fwp.core import ratio, retrieval
 
 
 def outer(k: Tensor, v: Tensor) -> Tensor:
@@ -76,9 +76,10 @@ def rwkv7(S: Tensor, k: Tensor, v: Tensor, kappa: Tensor, a: Tensor, g: Tensor) 
 def mean(S: Tensor, z: Tensor, k: Tensor, g: Tensor | None = None) -> Tensor:
     """S'ᵀk / (z'ᵀk) with S' = α S, z' = α z and α = exp g, g [..., 1 or K]: the mean of the values under keys like k.
 
-    It is 0 where z'ᵀk is 0. `retrieval_key` cancels what numerator and denominator share before they underflow.
+    It is 0 where z'ᵀk is 0. `retrieval` cancels what numerator and denominator share before they underflow.
     """
-    return retrieve(S, retrieval_key(z, k, g))
+    k, found = retrieval(z, k, g)
+    return ratio(retrieve(S, k), found)
 
 
 def delta_normalised(S: Tensor, z: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
