@@ -276,7 +276,7 @@ FLIP_FLOP: dict[int, dict[str, Any]] = {
     1: {"task": "flip-flop", "version": 1, "steepness": 10.0, "rate": 1.0},
     2: {"task": "flip-flop", "version": 2, "steepness": 10.0, "rate": 0.5},
 }
-# The scanned paper doesn't legibly state η of version 2. At η = 0.5 all nets learn; η = 1 is that of version 1.
+# The scanned paper doesn't legibly state η of version 2. η = 1 is that of version 1.
 SAME_RATE = FLIP_FLOP[2] | {"rate": 1.0}
 PARKING = {"task": "parking", "version": 1, "steepness": 10.0, "rate": 0.02, "asked": 0.5}
 GENTLE = PARKING | {"steepness": 5.0}
@@ -540,8 +540,8 @@ FLIP_FLOP_FAMILY = Family(
     protocol=(
         "At each step A, B or C is drawn. Both nets see it as a one-hot vector. F has 3 inputs and 1 output.",
         "Version 1: S has one output for each of F’s 3 weights; T = 10, η = 1. Version 2: S has 3 outputs FROM and 1 "
-        "output TO, and □w_ab = FROM_a TO_b; T = 10. Its η is not legible in the scanned paper. η = 0.5 is our choice, "
-        "at which all nets learn; η = 1, that of version 1, is shown beside it.",
+        "output TO, and □w_ab = FROM_a TO_b; T = 10. Its η is not legible in the scanned paper. η = 0.5 is our choice; "
+        "η = 1, that of version 1, is shown beside it.",
         *NETS,
         "Solved: E(t) ≤ 0.05 for 100 steps in a row. It is unknown whether the paper’s “error” was E or |d − y|; at "
         "T = 10 that makes hardly any difference.",
