@@ -431,8 +431,9 @@ def draw_flip_flop(rows: Rows) -> Figure:
             armed = event == "A" or (armed and event != "B")
             if armed:
                 axes[name].axvspan(t + 0.5, t + 1.5, color="#e9ecef", zorder=0)
-    same, label = row_of_kind(rows, SAME_RATE), "version 2, η = 1"
-    learning(axes["solved"], axes["curve"], same, TASKS["flip-flop"], None, COLOURS[2], label)
+    for row in rows:
+        if SAME_RATE.items() <= row.items():
+            learning(axes["solved"], axes["curve"], row, TASKS["flip-flop"], None, COLOURS[2], "version 2, η = 1")
     axes["curve"].set_ylim(0)
     axes["version 2"].set_xlabel("step of the test, its event above; grey: an A waits for its B")
     return figure
