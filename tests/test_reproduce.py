@@ -447,6 +447,15 @@ def test_figures_can_be_read_in_readme(name: str, scale: str) -> None:
         assert all(line.get_label() in shown or figure.legends for line in flat)
 
 
+@pytest.mark.parametrize("name", reproduce.FAMILIES)
+def test_figures_are_drawn_from_what_a_stopped_run_leaves(name: str) -> None:
+    """Runs end in any order, so a stopped command may leave any one of them."""
+    pytest.importorskip("matplotlib")
+    rows = results.finished(reproduce.FAMILIES[name], "quick", ROOT / "benchmarks" / "results" / "quick")
+    for left in ([rows[0]], [rows[-1]], rows[1:]):
+        assert any(axes.lines for axes in reproduce.FAMILIES[name].draw(left).axes)
+
+
 def hidden_labels(axis: Any) -> set[Any]:
     """The labels of ticks beyond the limits of an axis, which are not drawn."""
     low, high = sorted(axis.get_view_interval())

@@ -30,7 +30,7 @@ within them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -415,11 +415,21 @@ def measure_steepness(rows: Rows) -> Outcome:
 COLOURS = ("#219ebc", "#e76f3c", "#2a9d4a")
 
 
+def drawn(rows: Rows, kinds: Iterable[Settings]) -> Iterator[tuple[Settings, Mapping[str, Any], str]]:
+    """The kinds that have a row, each with its row and colour. A stopped run leaves rows of some kinds only."""
+    for kind, colour in zip(kinds, COLOURS):
+        if any(kind.items() <= row.items() for row in rows):
+            yield kind, row_of_kind(rows, kind), colour
+
+
 def draw_flip_flop(rows: Rows) -> Figure:
     """When the nets solve the task, how E falls, and the latch in one net of each version."""
     figure, axes = panels(("version 1", "version 2"))
-    for (version, kind), published, colour in zip(FLIP_FLOP.items(), (300, 800), COLOURS):
-        row, name = row_of_kind(rows, kind), f"version {version}"
+    for kind, row, colour in drawn(rows, [*FLIP_FLOP.values(), SAME_RATE]):
+        if kind is SAME_RATE:
+            learning(axes["solved"], axes["curve"], row, TASKS["flip-flop"], None, colour, "version 2, η = 1")
+            continue
+        name, published = f"version {kind['version']}", {1: 300, 2: 800}[kind["version"]]
         learning(axes["solved"], axes["curve"], row, TASKS["flip-flop"], published, colour, name)
         first = next(t for t, seen in enumerate(row["trace"]["slow"]) if seen[0])  # from the first A on, armed is known
         part = {what: values[first : first + 60] for what, values in row["trace"].items()}
@@ -431,9 +441,6 @@ def draw_flip_flop(rows: Rows) -> Figure:
             armed = event == "A" or (armed and event != "B")
             if armed:
                 axes[name].axvspan(t + 0.5, t + 1.5, color="#e9ecef", zorder=0)
-    for row in rows:
-        if SAME_RATE.items() <= row.items():
-            learning(axes["solved"], axes["curve"], row, TASKS["flip-flop"], None, COLOURS[2], "version 2, η = 1")
     axes["curve"].set_ylim(0)
     axes["version 2"].set_xlabel("step of the test, its event above; grey: an A waits for its B")
     return figure
@@ -442,8 +449,8 @@ def draw_flip_flop(rows: Rows) -> Figure:
 def draw_parking(rows: Rows) -> Figure:
     """When the nets solve the task, how E falls, and what one net of each steepness binds."""
     figure, axes = panels(("T = 10", "T = 5"))
-    for kind, colour in zip((PARKING, GENTLE), COLOURS):
-        row, name = row_of_kind(rows, kind), f"T = {kind['steepness']:g}"
+    for kind, row, colour in drawn(rows, (PARKING, GENTLE)):
+        name = f"T = {kind['steepness']:g}"
         part = {what: values[:60] for what, values in row["trace"].items()}
         learning(axes["solved"], axes["curve"], row, TASKS["parking"], 6000 if kind is PARKING else None, colour, name)
         fast_weights(axes[name], part, "123", COLOURS)
