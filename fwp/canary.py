@@ -47,9 +47,8 @@ class _Worker:
     """A process that runs canaries. It is started by its first question, and anew where it died."""
 
     def __init__(self) -> None:
-        self.lock, self.process, self.owner = threading.Lock(), None, os.getpid()
-
-    process: subprocess.Popen[bytes] | None
+        self.lock, self.owner = threading.Lock(), os.getpid()
+        self.process: subprocess.Popen[bytes] | None = None
 
     def ask(self, question: Any) -> Any:
         """The answer, or RuntimeError if the process died or took too long."""

@@ -301,6 +301,12 @@ def within(cu_seqlens: Tensor, T: int) -> Tensor:
     return cu_seqlens.clamp(0, T).cummax(0).values
 
 
+def sequence_of(borders: Tensor, T: int) -> Tensor:
+    """The sequence of each of T tokens [T], by borders [N + 1]. Tokens behind the last border are in the last one."""
+    t = torch.arange(T, device=borders.device)
+    return torch.searchsorted(borders[1:].contiguous(), t, right=True).clamp(max=len(borders) - 2)
+
+
 def check_bounds(cu_seqlens: Tensor, T: int) -> None:
     """ValueError unless the borders of packed sequences start at 0, never decrease and end at T."""
     bounds = cu_seqlens.tolist()

@@ -201,17 +201,16 @@ def log_features(log_phi: Logarithm, x: Tensor) -> Tensor:
 def norm(x: Tensor, kind: str | None, log_scale: Tensor | None = None) -> Tensor:
     """The norm of x over its last axis. "sum": x / Σx, 0 where the sum is 0. "l2": x · rsqrt(Σx² + 1e-6). None: x.
 
-    log_scale [..., 1]: of x · exp(log_scale), which may be out of range where its norm is not.
+    log_scale [..., 1]: that of x · exp(log_scale) for a kind, which is in range where the product is not.
     """
     if kind is None:
-        return x if log_scale is None else x * log_scale.exp()
+        return x
     if kind == "sum":
         return ratio(x, x.sum(-1, keepdim=True))
     if kind == "l2":
         if log_scale is None:  # a power of 2 keeps squares in range and changes no bit
-            size = torch.ldexp(torch.ones_like(x[..., :1]), x.detach().abs().amax(-1, True).frexp().exponent).clamp(
-                min=1
-            )
+            largest = x.detach().abs().amax(-1, keepdim=True)
+            size = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent).clamp(min=1)
             x, least = x / size, 1e-6 / size.square()
         else:
             least = 1e-6 * (-2 * log_scale).clamp(max=80).exp()

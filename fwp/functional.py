@@ -241,9 +241,10 @@ def read(
 ) -> Tensor:
     """o = Sᵀ q, or Sᵀ q / (zᵀ q + eps) if the state has z: queries against given fast weights.
 
-    state: `State(S [N, H, K', V], z)`; q [N, T, Hq, K], or [1, T, Hq, K] with cu_seqlens [N + 1]; the rest as in
-    `fast_weights`, with the feature map the state was written with. Returns [N or 1, T, max(Hq, H), V] in q's dtype.
-    Under autocast q is cast as there. For cross attention and inspection. Errors as in `fast_weights`.
+    state: `State(S [N, H, K', V], z)` or a `ScaledState`. q: [N, T, Hq, K], or [1, T, Hq, K] with cu_seqlens [N + 1].
+    The rest is as in `fast_weights`, with the feature map the state was written with.
+    Returns [N or 1, T, max(Hq, H), V] in q's dtype. Under autocast q is cast as there. For cross attention and
+    inspection. Errors as in `fast_weights`.
     """
     errors.number("scale", scale)
     errors.number("eps", eps, 0)

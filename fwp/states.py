@@ -21,7 +21,8 @@ class _LayerState(NamedTuple):
 class LayerState(_LayerState, Carried):
     """All that a layer remembers of N sequences. Its size doesn't depend on how many tokens they had.
 
-    memory: `fwp.State(S [N, H, K', V], z [N, H, K'] or None)`, or the state of a rule that has its own.
+    memory: `fwp.State(S [N, H, K', V], z [N, H, K'] or None)`, a `fwp.ScaledState` of exponential features with a
+        denominator, or the state of a rule that has its own.
     conv: [N, W − 1, C], the last inputs of the short convolution, oldest first; None without one. A token shift
         counts as a convolution of width W = 2.
     position: [N] int64, the tokens seen, masked ones not counted.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fwp import feature_maps
-from fwp.core import Core, ScaledState, State, to_heads
+from fwp.core import Core, ScaledState, State, sequence_of, to_heads
 from fwp.feature_maps import FeatureMap
 from fwp.rules import Rule, lowering, reference
 
@@ -59,7 +59,7 @@ def to_units(
         sequences, empty = start.unsqueeze(1), torch.full_like(start, len(t) == 0, dtype=torch.bool)
     else:
         bounds = core.cu_seqlens.long() * n
-        sequence = torch.searchsorted(bounds[1:].contiguous(), t, right=True).clamp(max=N - 1)
+        sequence = sequence_of(bounds, len(t))
         outside = (t < bounds[0]) | (t >= bounds[-1])
         exponents = torch.maximum(exponents.masked_fill(outside[:, None, None], LEAST), past[sequence])
         lift = sequence[:, None, None] * (-4 * LEAST)  # no sequence sees the exponents of those before it
@@ -90,9 +90,7 @@ def asked(state: ScaledState, logs: Tensor, scale: float, cu_seqlens: Tensor | N
     """Queries for S and z in the state's units [N, T, max(Hq, H), K'], from the logarithms of their features."""
     unit = state.log_scale.unsqueeze(1)
     if cu_seqlens is not None:
-        t = torch.arange(logs.shape[1], device=logs.device)
-        sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), t, right=True).clamp(max=len(unit) - 1)
-        unit = unit.squeeze(1)[sequence].unsqueeze(0)
+        unit = unit.squeeze(1)[sequence_of(cu_seqlens, logs.shape[1])].unsqueeze(0)
     heads = max(logs.shape[2], unit.shape[2])
     return scale * largest_1(to_heads(logs, heads) + to_heads(unit, heads))
 

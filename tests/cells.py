@@ -14,6 +14,7 @@ from fwp.testing import deviation
 
 pytest.importorskip("triton")
 from fwp.backends import triton as backend
+from fwp_kernels import tiling
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -169,3 +170,9 @@ def agree(core, bound=1e-10, run=kernels, truth=recurrence, **how):
     for name in FIELDS:
         assert getattr(core, name) is None or found[f"d{name}"].dtype == getattr(core, name).dtype
     return found
+
+
+def kept_every(monkeypatch, chunks):
+    """Keeps a state every that many chunks for the backward."""
+    tiles = tiling.tiles
+    monkeypatch.setattr(tiling, "tiles", lambda *sizes: replace(tiles(*sizes), checkpoint_every=chunks))

@@ -3,7 +3,6 @@
 import copy
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,9 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from laws import RULES, cat_states, close, leaves, sequence
+from layers import LAYERS, E, H, awake, gradients, tokens
 from outside.delta_rnn import DELTA_RNN
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_leaves, tree_map
 
 import fwp
@@ -27,7 +26,6 @@ from fwp.nn import (
     FavorPlusFeatures,
     FeedForward,
     GateProjection,
-    RWKV7Attention,
     ShortConvolution,
     SlowFastNet,
     SoftplusDecay,
@@ -35,57 +33,6 @@ from fwp.nn import (
 )
 from fwp.nn.block import ACTIVATIONS
 
-E, H = 8, 2
-
-
-def given(rule):
-    """The name of a rule of the table, or the rule itself if it is from outside."""
-    return rule.name if rule.name in fwp.RULES else rule
-
-
-def awake(layer):
-    """The layer, with random weights in place of those that start at 0."""
-    for p in layer.parameters():
-        if not p.any():
-            nn.init.normal_(p, std=0.3)
-    return layer
-
-
-def gates(layer):
-    """The layer's gate modules. Layers other than FastWeightAttention have none."""
-    return getattr(layer, "gates", {})
-
-
-LAYERS = {
-    f"{rule.name}-conv{width}": (
-        lambda rule=rule, width=width, **options: FastWeightAttention(
-            E, H, given(rule), feature_norm="l2", short_conv=width, value_dim=3, **options
-        )
-    )
-    for rule in RULES
-    for width in (0, 4)
-}
-LAYERS |= {
-    f"preset-{name}": (lambda make=make, **options: awake(make(E, H, **options))) for name, make in PRESETS.items()
-}
-LAYERS |= {
-    "grouped-queries": lambda: FastWeightAttention(
-        E, 4, "gated_delta", num_key_heads=2, num_value_heads=2, short_conv=2
-    ),
-    "grouped-values": lambda: PRESETS["gated_delta_net"](E, H, num_value_heads=4, norm_eps=1e-6),
-    "normalised": lambda: FastWeightAttention(E, H, "delta", "dpfp-2", "sum", True, short_conv=3, bias=True),
-    "wide-gates": lambda: FastWeightAttention(E, H, "kda", "dpfp-2", "sum", out_norm="layer", out_gate=True),
-    "before": lambda: FastWeightAttention(E, H, "decay", "elu+1", read="before", activation="relu"),
-    "writes": lambda: FastWeightAttention(E, H, "gated_delta", feature_norm="l2", short_conv=3, writes_per_read=2),
-    "writes-of-keys": lambda: FastWeightAttention(E, H, "rwkv7", writes_per_read=3, out_gate=True, bias=True),
-    "writes-before": lambda: FastWeightAttention(
-        E, H, "delta", "dpfp-1", "sum", True, read="before", num_value_heads=4, writes_per_read=2
-    ),
-    "writes-outside": lambda: FastWeightAttention(E, H, DELTA_RNN, "softmax", value_dim=3, writes_per_read=2),
-    "grouped-erase-gates": lambda: PRESETS["gdn2"](E, H, num_value_heads=4, value_dim=3),
-    "grouped-corrections": lambda: PRESETS["comba"](E, H, num_value_heads=4),
-    "favor": lambda: FastWeightAttention(E, H, "additive", FavorPlusFeatures(4, 6, redraw="never"), denominator=True),
-}
 each_layer = pytest.mark.parametrize("layer", LAYERS, indirect=True)
 
 
@@ -93,17 +40,6 @@ each_layer = pytest.mark.parametrize("layer", LAYERS, indirect=True)
 def layer(request):
     torch.manual_seed(0)
     return LAYERS[request.param]().double()
-
-
-def tokens(*size, seed=1):
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def gradients(layer, x, *results, retain_graph=True):
-    """Gradients of a fixed random sum of all results, for the inputs and every parameter."""
-    results = [r for r in leaves(*results) if r.is_floating_point()]
-    loss = sum((r * tokens(*r.shape, seed=i)).sum() for i, r in enumerate(results))
-    return torch.autograd.grad(loss, [x, *layer.parameters()], allow_unused=True, retain_graph=retain_graph)
 
 
 # ---- laws ----
@@ -562,189 +498,6 @@ def test_a_rule_is_pickled_by_its_name(rule):
     own = replace(rule, name="own")  # no module has it
     for same in (copy.deepcopy(own), *([pickle.loads(pickle.dumps(own))] if rule.name in fwp.RULES else [])):
         assert same is not own and (same.name, same.step, *same.gates) == ("own", own.step, *own.gates)
-
-
-# ---- inference mode ----
-
-
-@each_layer
-def test_inference_first_then_loading_training_and_continuing(layer):
-    x = tokens(2, 6, E)
-    with torch.inference_mode():
-        _, state = layer(x)
-    layer.load_state_dict(copy.deepcopy(layer).state_dict())
-    truth = gradients(layer, x.requires_grad_(), *layer(x, tree_map(lambda y: None if y is None else y.clone(), state)))
-    close(gradients(layer, x, *layer(x, state)), truth)
-    with torch.no_grad():
-        wanted = layer.step(x[:, 0], state)
-        held, places = state, tree_leaves(state)
-        found, state = layer.step(x[:, 0], state, in_place=True)
-        close((found, state), wanted)
-        assert state is held and all(a is b for a, b in zip(places, tree_leaves(state)))
-
-
-@pytest.mark.parametrize("redraw", ["training", "always"])
-def test_random_features_drawn_in_inference_mode_load_and_train(redraw):
-    layer = FastWeightAttention(E, H, "delta", FavorPlusFeatures(4, redraw=redraw), "sum", True)
-    x, R = torch.randn(2, 6, E), layer.feature_map.R
-    with torch.inference_mode():
-        _, state = layer(x)
-    assert not torch.equal(layer.feature_map.R, R)
-    layer(x, state)[0].sum().backward()
-    assert all(p.grad.any() for p in layer.parameters())
-    other = FastWeightAttention(E, H, "delta", FavorPlusFeatures(4, redraw=redraw), "sum", True)
-    layer.load_state_dict(other.state_dict())
-    assert torch.equal(layer.feature_map.R, other.feature_map.R)
-
-
-# ---- dtypes ----
-
-
-@each_layer
-def test_dtypes_under_autocast(layer):
-    layer = layer.float()
-    x = torch.randn(2, 6, E, requires_grad=True)
-    seen = {}
-    for name, gate in gates(layer).items():
-        gate.register_forward_hook(lambda module, args, out, name=name: seen.update({name: out.dtype}))
-    with torch.autocast("cpu", torch.bfloat16):
-        y, state = layer(x)
-        y, state = layer(x, state)
-    assert y.dtype == torch.bfloat16
-    assert {x.dtype for x in leaves(state.memory)} == {torch.float32}
-    shifts = isinstance(layer, RWKV7Attention)  # its tail is x itself
-    assert state.conv is None or state.conv.dtype == (torch.float32 if shifts else torch.bfloat16)
-    assert state.position.dtype == torch.int64
-    assert set(seen.values()) <= {torch.float32}
-    y.float().sum().backward()
-    assert {p.grad.dtype for p in layer.parameters()} == {x.grad.dtype} == {torch.float32}
-    if getattr(layer, "feature_norm", None) != "sum":  # dividing by a sum of features near 0 magnifies rounding errors
-        exact = layer(x, layer(x)[1])[0]
-        assert (y - exact).norm() < 0.05 * exact.norm()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("name", PRESETS)
-def test_dtypes_of_a_layer_in_one_dtype(name, dtype):
-    layer = PRESETS[name](E, H).to(dtype)
-    y, state = layer(torch.randn(2, 6, E, dtype=dtype))
-    assert y.dtype == dtype
-    kept = torch.float64 if dtype == torch.float64 else torch.float32
-    assert {x.dtype for x in leaves(state.memory)} == {kept}
-    assert {gate(torch.randn(1, 1, E, dtype=dtype)).dtype for gate in gates(layer).values()} <= {kept}
-    y.sum().backward()
-
-
-class Adapted(nn.Module):
-    """A quantised linear map and a trained one of low rank beside it. Only the named dtypes pass through it."""
-
-    def __init__(self, linear, returns):
-        super().__init__()
-        self.returns = returns
-        scale = linear.weight.abs().amax().detach() / 127
-        self.register_buffer("quantised", (linear.weight / scale).round().to(torch.int8))
-        self.register_buffer("scale", scale)
-        self.down, self.up = nn.Linear(linear.in_features, 2, False), nn.Linear(2, linear.out_features, False)
-
-    def forward(self, x):
-        assert x.dtype in (self.returns, torch.bfloat16)
-        whole = F.linear(x.float(), self.quantised * self.scale.float()) + self.up(self.down(x.float()))
-        return whole.to(self.returns)
-
-
-def adapted(module, returns, names=("q_proj", "k_proj", "v_proj", "o_proj")):
-    """The module with adapters in place of the linear maps of those names."""
-    for name, child in module.named_children():
-        if name in names and isinstance(child, nn.Linear):
-            setattr(module, name, Adapted(child.float(), returns))
-        else:
-            adapted(child, returns, names)
-    return module
-
-
-@pytest.mark.parametrize("returns", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("names", [("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "proj", "out_gate", "o_proj")])
-@pytest.mark.parametrize("name", ["gated_delta_net", "kda", "comba", "rwkv7"])
-def test_projections_decide_the_dtype(name, names, returns):
-    """Quantised weights with float32 adapters among 16-bit parameters, and some parameters in float32."""
-    torch.manual_seed(0)
-    layer = adapted(awake(PRESETS[name](E, H)).bfloat16(), returns, names)
-    if len(names) > 2:
-        layer = layer.float()
-    x = torch.randn(2, 6, E, dtype=torch.bfloat16)
-    y, state = layer(x)
-    again, state = layer(x, state)
-    assert {part.dtype for part in leaves(state.memory)} == {torch.float32}
-    (y.float().sum() + again.float().sum()).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
-    exact = copy.deepcopy(layer).double()
-    for module in exact.modules():
-        if isinstance(module, Adapted):
-            module.forward = lambda x, m=module: F.linear(x, m.quantised * m.scale) + m.up(m.down(x))
-    truth = exact(x.double())[0]
-    assert (y - truth).norm() < 0.05 * truth.norm()
-
-
-# ---- compile ----
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:DeprecationWarning")  # by PyTorch itself
-@pytest.mark.parametrize(
-    ("name", "how", "backend"),
-    [
-        ("preset-linear_transformer", "plain", "aot_eager"),
-        ("preset-gated_delta_net", "masked", "aot_eager"),
-        ("preset-kda", "packed", "aot_eager"),
-        ("preset-gated_delta_product", "masked", "aot_eager"),
-        ("preset-comba", "plain", "aot_eager"),
-        ("preset-rwkv7", "packed", "aot_eager"),
-        pytest.param(
-            *("additive-conv4", "plain", "inductor"),
-            marks=pytest.mark.skipif(
-                not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))), reason="needs a C++ compiler"
-            ),
-        ),
-    ],
-)
-def test_compiles_as_one_graph_for_every_length(name, how, backend):
-    torch.compiler.reset()
-    torch.manual_seed(0)
-    layer = LAYERS[name]()
-    counter = CompileCounterWithBackend(backend)
-    compiled = torch.compile(layer, fullgraph=True, backend=counter)
-    for T in (7, 9, 12, 16):
-        x = torch.randn(1 if how == "packed" else 2, T, E, requires_grad=True)
-        mask = torch.rand(2, T) < 0.7 if how == "masked" else None
-        cu_seqlens = torch.tensor([0, 4, 4, T]) if how == "packed" else None
-        found, truth = (f(x, None, mask, cu_seqlens) for f in (compiled, layer))
-        close(found, truth, 1e-5)
-        found, truth = (gradients(layer, x, *results, retain_graph=False) for results in (found, truth))
-        close(found, truth, 1e-4)
-    assert counter.frame_count <= 2  # once for the first length, once for all others
-
-
-@pytest.mark.parametrize("name", ["preset-gated_delta_net", "gated_delta-conv4", "preset-rwkv7"])
-@torch.no_grad()
-def test_export_for_every_batch_and_length(name):
-    torch.compiler.reset()
-    layer, (B, T) = LAYERS[name](), (torch.export.Dim(axis, min=1 + (axis == "T"), max=4096) for axis in "BT")
-    program = torch.export.export(layer, (torch.randn(3, 9, E),), dynamic_shapes=({0: B, 1: T},))
-    for sizes in ((3, 9), (1, 2), (5, 130)):
-        x = torch.randn(*sizes, E)
-        close(program.module()(x), layer(x), 1e-5)
-
-
-def test_favor_plus_draws_in_a_compiled_layer_too():
-    torch.compiler.reset()
-    layer = FastWeightAttention(E, H, feature_map="favor+")
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    x = torch.randn(1, 3, E)
-    drawn = []
-    for _ in range(3):
-        compiled(x)
-        drawn.append(layer.feature_map.R)
-    assert not torch.equal(drawn[0], drawn[1])
-    assert not torch.equal(drawn[1], drawn[2])
 
 
 def test_importing_the_layers_loads_torch_and_einops_alone():

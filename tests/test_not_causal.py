@@ -5,14 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from laws import RULES, close
+from layers import E, H, tokens
 
 import fwp
 from fwp.core import Core
 from fwp.models import Decoder, DecoderConfig
 from fwp.nn import PRESETS, Block, FastWeightAttention, FavorPlusFeatures, FeedForward
 from fwp.rules import Rule, reference, spec
-
-E, H = 8, 2
 
 
 def strong(S, k, v, beta):
@@ -45,10 +44,6 @@ each_layer = pytest.mark.parametrize("layer", LAYERS, indirect=True)
 def layer(request):
     torch.manual_seed(0)
     return LAYERS[request.param]().double()
-
-
-def tokens(*size, seed=1):
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def by_hand(layer, x, context):

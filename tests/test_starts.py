@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import torch
 from laws import RULES, leaves, normalises
+from layers import E, H, given
 from torch import nn
 
-import fwp
 from fwp.models import Decoder, DecoderConfig
 from fwp.nn import (
     PRESETS,
@@ -21,14 +21,6 @@ from fwp.nn import (
     SlowFastNet,
     SoftplusDecay,
 )
-
-E, H = 8, 2
-
-
-def given(rule):
-    """The name of a rule of the table, or the rule itself if it is from outside."""
-    return rule.name if rule.name in fwp.RULES else rule
-
 
 MODELS = {
     f"rule-{rule.name}": (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fwp.core import Core, opaque, ratio, refuse_forward_derivatives, retrieval, to_heads
+from fwp.core import Core, opaque, ratio, refuse_forward_derivatives, retrieval, sequence_of, to_heads
 from fwp.feature_maps import applied
 
 
@@ -83,10 +83,7 @@ def with_rescale(core: Core) -> Core:
 
 
 def keys_before(core: Core, k: Tensor) -> Tensor:
-    """z_{t−1}, the decayed sum of the keys before token t in its sequence. k and result [B, T, H, K].
-
-    Borders of packed sequences beyond T, which nobody checks on a GPU, read nothing out of range.
-    """
+    """z_{t−1}, the decayed sum of the keys before token t in its sequence. k and result [B, T, H, K]."""
     z, T = core.initial().z, k.shape[1]
     assert z is not None
     g = with_rescale(core).g
@@ -99,11 +96,10 @@ def keys_before(core: Core, k: Tensor) -> Tensor:
         first[:1] = True
         start = z.unsqueeze(1)
     else:
-        bounds = (core.cu_seqlens.long() * core.writes).clamp(0, T)
+        bounds = core.cu_seqlens.long() * core.writes
         slot = torch.where(bounds[:-1] < bounds[1:], bounds[:-1], T)  # the slot of empty sequences is discarded
         first = torch.zeros(T + 1, dtype=torch.bool, device=k.device).index_fill(0, slot, True)[:T]
-        sequence = torch.searchsorted(bounds[1:].contiguous(), torch.arange(T, device=k.device), right=True)
-        start = z[sequence.clamp(max=len(z) - 1)].unsqueeze(0)
+        start = z[sequence_of(bounds, T)].unsqueeze(0)
     scan = _scan_op if opaque() and T else _scan
     return scan(a.masked_fill(first[:, None, None], 0), torch.where(first[:, None, None], start, before))
 

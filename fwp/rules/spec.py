@@ -34,7 +34,6 @@ class Gate:
     neutral: the value at which a token leaves the state alone (with k = v = 0); what a masked token gets.
     unit: whether its features are a key of at most unit length.
     default: the value when it isn't given; None: it must be given.
-    unit: whether its features are a key of at most unit length.
     """
 
     shape: Shape
