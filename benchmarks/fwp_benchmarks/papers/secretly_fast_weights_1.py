@@ -63,7 +63,7 @@ SCALES = {
     "smoke": Scale(
         runs(16, dict.fromkeys(MEMORIES_1, (5,)), 1, max_steps=100), "seconds; shows that the code runs", False
     ),
-    "quick": Scale(runs(16, QUICK, 3), "five minutes on 2 cores, estimated; d_key 16, 3 seeds"),
+    "quick": Scale(runs(16, QUICK, 3), "ten minutes on 2 busy cores; d_key 16, 3 seeds"),
     "reduced": Scale(runs(64, REDUCED, 1), "two hours on 2 cores; d_key 64, S to 600, one seed"),
     "paper": Scale(runs(64, dict.fromkeys(MEMORIES_1, EVERY_20), 3), "days on 2 cores, estimated; d_key 64, 3 seeds"),
 }
