@@ -232,6 +232,24 @@ def overwrites() -> bool:
     return not torch.compiler.is_compiling() and _overwrites.get()
 
 
+_exports: ContextVar[bool] = ContextVar("_exports", default=False)
+
+
+@contextmanager
+def exporting() -> Iterator[None]:
+    """A context in which what `torch.export` traces is meant for ONNX."""
+    token = _exports.set(True)
+    try:
+        yield
+    finally:
+        _exports.reset(token)
+
+
+def exports() -> bool:
+    """Whether this is traced for ONNX, here or by `torch.onnx.export`. torch.compile, which isn't, can't trace this."""
+    return not torch.compiler.is_dynamo_compiling() and (_exports.get() or torch.onnx.is_in_onnx_export())
+
+
 def differentiable(state: Any) -> Any:
     """The state, with copies of tensors that were made in inference mode: outside it autograd can't save them.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fwp import errors
 from fwp._torch_private import constant_under_compile
-from fwp.core import Core, Features, ratio, state_dtype, without_autocast
+from fwp.core import Core, Features, exports, ratio, state_dtype, without_autocast
 from fwp.errors import suggest
 
 FeatureMap = Callable[[Tensor], Tensor]
@@ -208,7 +208,9 @@ def norm(x: Tensor, kind: str | None, log_scale: Tensor | None = None) -> Tensor
     if kind == "sum":
         return ratio(x, x.sum(-1, keepdim=True))
     if kind == "l2":
-        if log_scale is None:  # a power of 2 keeps squares in range and changes no bit
+        if exports():  # it has no frexp
+            least = torch.full_like(x[..., :1], 1e-6)
+        elif log_scale is None:  # a power of 2 keeps squares in range and changes no bit
             largest = x.detach().abs().amax(-1, keepdim=True)
             size = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent).clamp(min=1)
             x, least = x / size, 1e-6 / size.square()

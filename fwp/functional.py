@@ -23,6 +23,7 @@ from fwp.core import (
     ScaledState,
     State,
     differentiable,
+    exports,
     overwrites,
     within,
     without_autocast,
@@ -144,6 +145,8 @@ def fast_weights(
         validate.own_state(row, core, state)
     log_scale = None
     if scaled:
+        if exports():
+            raise ValueError("feature_map: expected no exponential with a denominator for ONNX, got one")
         with without_autocast(v):
             core, log_scale = units.to_units(row, core, scale, state, written)
     if check:
@@ -283,6 +286,12 @@ def read(
 
 def choose(core: Core | None, backend: str, form: str, q: Tensor) -> tuple[str, Form]:
     """The backend and form that run a lowered core (None: the rule has no lowered form) for queries q."""
+    if backend == "auto" and exports() and (core is None or core.causal):
+        if core is None:
+            raise ValueError("rule: expected one with a lowering for LinearAttention of ONNX, got one without")
+        if why := _refusal("onnx", core, "recurrent"):
+            raise ValueError(why)
+        return "onnx", "recurrent"
     if core is None:
         if backend not in ("auto", "reference"):
             raise ValueError(f"backend: {backend!r} serves rules that lower onto the recurrence, this one does not")
@@ -319,6 +328,10 @@ def _backend(name: str) -> _Backend:
         from fwp.backends import triton
 
         return triton
+    if name == "onnx":
+        from fwp.backends import onnx
+
+        return onnx
     from fwp.backends import chunked
 
     return chunked

@@ -144,6 +144,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "fwp.nn.*": BASE | {"fwp.functional", "fwp.validate", "fwp.rules", "fwp.rules.spec", "fwp.states", "fwp.nn.*"},
     "fwp.config": HELPERS | {"fwp.nn.*"},
     "fwp.models.*": HELPERS | {"fwp.config", "fwp.nn.*", "fwp.models.*", "fwp.rules"},
+    "fwp.interop.onnx": HELPERS | {"fwp.core", "fwp.backends.onnx", "fwp.models", "fwp.nn.layer", "fwp.states"},
     "fwp.cli": {"fwp.*", "fwp_benchmarks.*"},
     "fwp.*": {"fwp.*"},
     "fwp_kernels.*": {"fwp_kernels.*"},
