@@ -29,6 +29,9 @@
 #define NOW __attribute__((always_inline))  // for lambdas
 #define BUF(name, size) float *const name = room.take(size)
 
+// Names of this library alone: libraries of other widths are loaded beside it.
+namespace {
+
 constexpr int W = WIDTH;                  // floats in a vector
 constexpr int MR = W == 8 ? 6 : 8;        // rows and
 constexpr int NV = 2, NR = NV * W;        // vectors of a tile of a product: it leaves a few registers free
@@ -87,7 +90,7 @@ struct Room {
   static constexpr long size = (GROUP + 20) * KP * VP + 64 * 32 * (KP + VP) + (1 << 15);
 };
 
-// Rooms that no call uses at the moment. Thread-local memory of this size is not reliable in a library that is loaded late.
+// Rooms that no call uses at the moment.
 struct Lease {
   static std::atomic<float *> *spare() { static std::atomic<float *> slots[64]; return slots; }
   float *at = nullptr;
@@ -732,6 +735,8 @@ template <int DECAY, int ERASE> static void run(long what, const Problem &p) {
   else if (what == 1) Run<DECAY, ERASE>::backward(p);
   else Run<DECAY, ERASE>::recurrent(p);
 }
+}  // namespace
+
 extern "C" int fwp_run(long what, const Problem *p) {
   FlushDenormals flush;
   switch (p->decay * 3 + p->erase) {
