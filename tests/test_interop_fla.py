@@ -2,11 +2,13 @@
 
 import inspect
 
+import published
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fwp.interop import fla
+from fwp.nn import PRESETS, FastWeightAttention
 
 # The parameters of release 0.6.0 in their order, with defaults; after * those that it takes from **kwargs.
 SHARED = "scale=None initial_state=None output_final_state=False"
@@ -341,3 +343,181 @@ def test_what_has_no_counterpart_is_refused_in_one_line():
         fla.chunk_linear_attn(q, k, v, initial_state=(S, S))
     with pytest.raises(TypeError, match="q: expected a tensor"):
         fla.chunk_gla(None, k, v, gk)
+
+
+# ---- weights of its layers; those of gdn2, comba, gated_delta_product and of transformers load in test_presets.py ----
+
+E, N = 12, 2  # N value heads per key head
+
+
+def conv(q, k, v):
+    return {f"{letter}_conv1d.weight": (width, 1, 4) for letter, width in zip("qkv", (q, k, v))}
+
+
+def projections(q, k, v):
+    widths = {"q_proj.weight": (q, E), "k_proj.weight": (k, E), "v_proj.weight": (v, E)}
+    return widths | {"o_norm.weight": (V,), "b_proj.weight": (v // V, E)}
+
+
+# Preset and options, the shapes of the published weights, and the published layer.
+LAYERS = {
+    "DeltaNet": (
+        ("delta_net", {}),
+        projections(H * K, H * K, H * V) | conv(H * K, H * K, H * V) | {"o_proj.weight": (E, H * V)},
+        lambda w, x: published.delta_product(w, x, H, H, 1, neg=False),
+    ),
+    "DeltaNet with a gate": (
+        ("delta_net", {"out_gate": True, "allow_neg_eigval": True}),
+        projections(H * K, H * K, H * V)
+        | conv(H * K, H * K, H * V)
+        | {"o_proj.weight": (E, H * V), "g_proj.weight": (H * V, E)},
+        lambda w, x: published.delta_product(w, x, H, H, 1),
+    ),
+    "GatedDeltaNet": (
+        ("gated_delta_net", {"num_value_heads": N * H}),
+        projections(H * K, H * K, N * H * V)
+        | conv(H * K, H * K, N * H * V)
+        | {"o_proj.weight": (E, N * H * V), "g_proj.weight": (N * H * V, E)}
+        | {"a_proj.weight": (N * H, E), "A_log": (N * H,), "dt_bias": (N * H,)},
+        lambda w, x: published.delta_product(w, x, H, N * H, 1, neg=False),
+    ),
+    "KimiDeltaAttention": (
+        ("kda", {"num_value_heads": N * H, "gate_rank": V, "out_gate_bias": True}),
+        projections(H * K, H * K, N * H * V)
+        | conv(H * K, H * K, N * H * V)
+        | {"o_proj.weight": (E, N * H * V), "A_log": (N * H,), "dt_bias": (N * H * K,)}
+        | {"f_proj.0.weight": (V, E), "f_proj.1.weight": (N * H * K, V)}
+        | {"g_proj.0.weight": (V, E), "g_proj.1.weight": (N * H * V, V), "g_proj.1.bias": (N * H * V,)},
+        lambda w, x: published.kda(w, x, H, N * H),
+    ),
+    "GatedLinearAttention": (
+        ("gla", {"num_key_heads": 1, "num_value_heads": 1}),
+        {"q_proj.weight": (H * K, E), "k_proj.weight": (K, E), "v_proj.weight": (V, E)}
+        | {"gk_proj.0.weight": (16, E), "gk_proj.1.weight": (K, 16), "gk_proj.1.bias": (K,)}
+        | {"g_proj.weight": (H * V, E), "g_norm_swish_gate.weight": (V,), "o_proj.weight": (E, H * V)},
+        lambda w, x: published.gla(w, x, H, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@torch.no_grad()
+def test_layers_load_and_compute_the_same(name):
+    (preset, options), shapes, truth = LAYERS[name]
+    w = {key: random(*shape, seed=i) / 2 for i, (key, shape) in enumerate(shapes.items())}
+    layer = PRESETS[preset](E, H, head_dim=K, value_dim=V, **options).double()
+    assert fla.load_layer(layer, w) is layer
+    x = random(2, T, E, seed=99)
+    torch.testing.assert_close(layer(x)[0], truth(w, x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("at", [0, 1])
+@torch.no_grad()
+def test_rwkv7_loads_under_both_of_its_names(at):
+    width = H * K
+    shapes = {f"x_{letter}": (1, 1, width) for letter in "rwkvag"} | {"r_k": (H, K)}
+    shapes |= dict.fromkeys(("w0", "a0", "k_k", "k_a"), (1, 1, width)) | {
+        "ln_x.weight": (width,),
+        "ln_x.bias": (width,),
+    }
+    shapes |= {"w1": (width, 5), "w2": (5, width), "a1": (width, width), "a2": (width, width)}
+    shapes |= {"g1": (width, 3), "g2": (3, width)}
+    shapes |= {f"{key}.weight": (width, width) for key in ("receptance", "key", "value", "output")}
+    if at:
+        shapes |= {"v0": (1, 1, width), "v1": (width, 4), "v2": (4, width)}
+    w = {key: random(*shape, seed=i) / 2 for i, (key, shape) in enumerate(shapes.items())}
+    theirs = {key: x for key, x in w.items() if key[:2] in ("x_", "k_", "r_")}
+    theirs |= {key: theirs[key].flatten() for key in ("k_k", "k_a")}
+    for other, name in {"r": "receptance", "k": "key", "v": "value", "o": "output"}.items():
+        theirs[f"{other}_proj.weight"] = w[f"{name}.weight"]
+    for letter in "wavg"[: None if at else 2] + ("" if at else "g"):
+        theirs[f"{letter}_lora.lora.0.weight"], theirs[f"{letter}_lora.lora.2.weight"] = (
+            w[f"{letter}1"].T,
+            w[f"{letter}2"].T,
+        )
+        if letter != "g":
+            theirs[f"{letter}_lora.lora.2.bias"] = w[f"{letter}0"].flatten()
+    theirs |= {f"g_norm.{key}": w[f"ln_x.{key}"] for key in ("weight", "bias")}
+    x, v_first = random(2, T, width, seed=98), random(2, T, width, seed=99) if at else None
+    ranks = {"decay_rank": 5, "rate_rank": width, "value_rank": 4, "gate_rank": 3}
+    for weights in (w, theirs):
+        layer = PRESETS["rwkv7"](width, H, layer=at, num_layers=2, **ranks).double()
+        found = fla.load_layer(layer, weights)(x, v_first=v_first)[0]
+        torch.testing.assert_close(found, published.rwkv7(w, x, H, v_first)[0], rtol=1e-10, atol=1e-10)
+
+
+def test_linear_transformers_load():
+    parts = {"query": "q", "key": "k", "value": "v", "out": "o"}
+    w = {f"{name}_projection.weight": random(E, E, seed=i) for i, name in enumerate(parts)}
+    w |= {f"{name}_projection.bias": random(E, seed=9 + i) for i, name in enumerate(parts)}
+    layer = fla.load_layer(PRESETS["linear_transformer"](E, H).double(), w)
+    for name, letter in parts.items():
+        own = getattr(layer, f"{letter}_proj")
+        assert torch.equal(own.weight, w[f"{name}_projection.weight"])
+        assert torch.equal(own.bias, w[f"{name}_projection.bias"])
+
+
+def test_the_joint_projection_of_2021_loads():
+    d = E // H
+    w = {"qkvb_net.weight": random(H * (3 * d + 1), E), "o_net.weight": random(E, E, seed=1)}
+    layer = fla.load_layer(PRESETS["delta_net_2021"](E, H).double(), w)
+    for head, rows in enumerate(w["qkvb_net.weight"].split(3 * d + 1)):
+        for i, letter in enumerate("qkv"):
+            own = getattr(layer, f"{letter}_proj").weight
+            assert torch.equal(own[head * d : head * d + d], rows[i * d : i * d + d])
+        assert torch.equal(layer.gates.beta.proj.weight[head], rows[-1])
+    assert torch.equal(layer.o_proj.weight, w["o_net.weight"])
+
+
+def test_its_linear_attention_loads_too():
+    shapes = {f"{letter}_proj.weight": (E, E) for letter in "qkvo"} | {"norm.weight": (E // H,)}
+    w = {key: random(*shape, seed=i) for i, (key, shape) in enumerate(shapes.items())}
+    layer = fla.load_layer(FastWeightAttention(E, H, out_norm="rms").double(), w)
+    assert torch.equal(layer.out_norm.weight, w["norm.weight"])
+
+
+def test_layers_load_their_own_weights():
+    for name, make in PRESETS.items():
+        one, other = make(E, H), make(E, H)
+        fla.load_layer(other, one.state_dict())
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters())), name
+
+
+def test_every_weight_must_find_its_place():
+    (preset, options), shapes, _ = LAYERS["KimiDeltaAttention"]
+    w = {key: random(*shape) for key, shape in shapes.items()}
+    make = PRESETS[preset]
+    layer = make(E, H, head_dim=K, value_dim=V, **options)
+    before = {key: x.clone() for key, x in layer.state_dict().items()}
+    narrow = make(E, H, head_dim=K, value_dim=V, **options | {"out_gate_bias": False})
+    wide = make(E, H, head_dim=K, value_dim=V, **options | {"gate_rank": V + 1})
+    qwen = PRESETS["gated_delta_net"](E, H, head_dim=K, num_value_heads=4)
+    for target, weights, match in [
+        (
+            narrow,
+            w,
+            "expected weights with a place in the layer, got 'g_proj.1.bias', which would be 'out_gate.1.bias'",
+        ),
+        (layer, w | {"extra": w["A_log"]}, "expected weights with a place in the layer, got 'extra'$"),
+        (
+            layer,
+            w | {"conv1d.weight": random(28, 1, 4)},
+            "expected weights with a place in the layer, got 'conv.weight'",
+        ),
+        (layer, {key: x for key, x in w.items() if key != "A_log"}, "expected weights for gates.g.A_log too, got none"),
+        (
+            layer,
+            {key: x for key, x in w.items() if key != "k_conv1d.weight"},
+            "got only q_conv1d.weight, v_conv1d.weight$",
+        ),
+        (wide, w, r"state_dict\['f_proj.0.weight'\]: expected \(4, 12\) for gates.g.proj.0.weight, got \(3, 12\)"),
+        (
+            qwen,
+            {"in_proj_ba.weight": random(6, E)},
+            r"state_dict\['in_proj_ba.weight'\]: expected \(8, 12\), got \(6, 12\)",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=match) as caught:
+            fla.load_layer(target, weights)
+        assert "\n" not in str(caught.value)
+    assert all(torch.equal(x, before[key]) for key, x in layer.state_dict().items())

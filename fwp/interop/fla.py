@@ -1,6 +1,7 @@
 """flash-linear-attention's functions over `fwp.fast_weights`, with the names, arguments and results of its release 0.6.
 
 They run on CPUs and GPUs, in float64 too. "chunk" and "fused_recurrent" name the `form` of `fwp.fast_weights`.
+`load_layer` puts the weights of its layers into our presets.
 
 Shapes: q, k [B, T, H, K], v [B, T, HV, V] with HV a multiple of H, gates as each docstring says; decays are in log
 space. o [B, T, HV, V]. The state is [N, HV, K, V] in float32, or float64 for float64 inputs.
@@ -36,6 +37,7 @@ from torch import Tensor
 from fwp import errors
 from fwp.core import State, state_dtype, without_autocast
 from fwp.functional import fast_weights
+from fwp.interop.weights import load_layer as load_layer
 
 Form = Literal["chunk", "recurrent"]
 KeySums = tuple[Tensor, Tensor]  # a state [N, H, K, V], and its sum of keys [N, 1, H, K]
