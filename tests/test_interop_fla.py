@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fwp.errors import OPTIONS_ELSEWHERE
 from fwp.interop import fla
-from fwp.nn import PRESETS, FastWeightAttention
+from fwp.nn import PRESETS, CombaAttention, FastWeightAttention, RWKV7Attention
 
 # The parameters of release 0.6.0 in their order, with defaults; after * those that it takes from **kwargs.
 SHARED = "scale=None initial_state=None output_final_state=False"
@@ -390,6 +391,15 @@ LAYERS = {
         | {"g_proj.0.weight": (V, E), "g_proj.1.weight": (N * H * V, V), "g_proj.1.bias": (N * H * V,)},
         lambda w, x: published.kda(w, x, H, N * H),
     ),
+    "KimiDeltaAttention with negative eigenvalues": (
+        ("kda", {"allow_neg_eigval": True}),
+        projections(H * K, H * K, H * V)
+        | conv(H * K, H * K, H * V)
+        | {"o_proj.weight": (E, H * V), "A_log": (H,), "dt_bias": (H * K,)}
+        | {"f_proj.0.weight": (K, E), "f_proj.1.weight": (H * K, K)}
+        | {"g_proj.0.weight": (K, E), "g_proj.1.weight": (H * V, K)},
+        lambda w, x: published.kda(w, x, H, H, neg=True),
+    ),
     "GatedLinearAttention": (
         ("gla", {"num_key_heads": 1, "num_value_heads": 1}),
         {"q_proj.weight": (H * K, E), "k_proj.weight": (K, E), "v_proj.weight": (V, E)}
@@ -521,3 +531,39 @@ def test_every_weight_must_find_its_place():
             fla.load_layer(target, weights)
         assert "\n" not in str(caught.value)
     assert all(torch.equal(x, before[key]) for key, x in layer.state_dict().items())
+
+
+OPTIONS = {  # of flash-linear-attention's layers, and our names
+    "hidden_size": "embed_dim",
+    "expand_k": "head_dim",
+    "expand_v": "value_dim",
+    "num_v_heads": "num_value_heads",
+    "num_kv_heads": "num_key_heads and num_value_heads",
+    "num_householder": "writes_per_read",
+    "conv_size": "short_conv",
+    "use_short_conv": "short_conv",
+    "qk_activation": "activation or feature_map",
+    "qk_norm": "feature_norm",
+    "use_gate": "out_gate",
+    "use_output_gate": "out_gate",
+    "gate_low_rank_dim": "gate_rank",
+    "layer_idx": "layer",
+    "mode": "nothing",
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_its_options_are_answered_with_ours(option):
+    for make in (FastWeightAttention, *PRESETS.values()):
+        with pytest.raises(TypeError, match=f"^unexpected keyword '{option}'; here it is {OPTIONS[option]}") as caught:
+            make(E, H, **{option: 2})
+        assert "\n" not in str(caught.value)
+
+
+def test_explained_options_are_none_of_ours():
+    for make in (FastWeightAttention, CombaAttention, RWKV7Attention):
+        parameters = inspect.signature(make).parameters
+        assert {"embed_dim", "num_heads"} < parameters.keys()
+        assert not parameters.keys() & OPTIONS_ELSEWHERE.keys()
+    with pytest.raises(TypeError, match="here it is an activation 2σ of gates"):
+        FastWeightAttention(E, H, "delta", allow_neg_eigval=True)

@@ -289,6 +289,12 @@ def test_multihead_attention_refuses_what_it_can_not_serve():
             (x, x, x),
             {"attn_mask": band & False, "is_causal": True},
         ),
+        (
+            ValueError,
+            r"attn_mask: expected \(6, 4, 4\), got \(3, 4, 4\)",
+            (x, x, x),
+            {"attn_mask": band.expand(3, 4, 4)},
+        ),
         (ValueError, r"key_padding_mask: expected \(2, 4\)", (x, x, x), {"key_padding_mask": band}),
         (TypeError, "key_padding_mask: expected torch.bool", (x, x, x), {"key_padding_mask": torch.ones(2, 4).long()}),
         (ValueError, r"query: expected \(\*, \*, 12\)", (x[..., 1:], x, x), {}),
@@ -324,6 +330,20 @@ def test_multihead_attention_starts_as_pytorchs_and_can_be_copied():
     file.seek(0)
     for other in (later, copy.deepcopy(ours), torch.load(file, weights_only=False)):
         assert torch.equal(other(x, x, x)[0], ours(x, x, x)[0])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_attended_row_by_row(layout):
+    layer = MultiheadAttention(12, 3, batch_first=True, dtype=torch.float64)
+    rows = [random(4, 12), random(2, 12, seed=1)]
+    nested = torch.nested.nested_tensor(rows, layout=layout)
+    out, weights = layer(nested, nested, nested, need_weights=False)
+    assert weights is None and out.layout == layout
+    for found, x in zip(out.unbind(), rows):
+        torch.testing.assert_close(found, layer(x, x, x)[0], rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="key: expected the query where that is nested"):
+        layer(nested, torch.nested.nested_tensor(rows, layout=layout), nested)
 
 
 @pytest.mark.parametrize(

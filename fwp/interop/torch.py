@@ -226,6 +226,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         bias = None
         if attn_mask is not None and not (is_causal and torch.compiler.is_compiling()):
             if attn_mask.dim() == 3:
+                kind = torch.bool if attn_mask.dtype == torch.bool else None
+                errors.tensor("attn_mask", attn_mask, (B * self.num_heads, L, S), kind)
                 attn_mask = attn_mask.unflatten(0, (B, self.num_heads))
             seen = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask
             found, bias = _as_key_bias(seen, (B, self.num_heads, L, S), query)
@@ -244,10 +246,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         if query is not key or key is not value:
             raise ValueError("key: expected the query where that is nested, got another tensor")
         lengths = [len(x) for x in query.unbind()]
-        x = query.to_padded_tensor(0.0)  # [B, T, E]
+        x = torch.nested.to_padded_tensor(query, 0.0)  # [B, T, E]
         padding = torch.arange(x.shape[1], device=x.device) >= torch.tensor(lengths, device=x.device).unsqueeze(1)
         out, attention = self(x, x, x, padding, weights[0], None, weights[1])
-        return torch.nested.as_nested_tensor([row[:n] for row, n in zip(out, lengths)]), attention
+        rows = [row[:n] for row, n in zip(out, lengths)]
+        return torch.nested.as_nested_tensor(rows, layout=query.layout), attention
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, {self.num_heads}, feature_map={self.feature_map!r}, denominator={self.denominator}"

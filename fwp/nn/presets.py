@@ -140,11 +140,19 @@ def gated_delta_net(
     )
 
 
-def kda(embed_dim: int, num_heads: int, *, gate_rank: int | None = None, **options: Any) -> FastWeightAttention:
+def kda(
+    embed_dim: int,
+    num_heads: int,
+    *,
+    allow_neg_eigval: bool = False,
+    gate_rank: int | None = None,
+    **options: Any,
+) -> FastWeightAttention:
     """Kimi Delta Attention, Kimi Team 2025 (arXiv 2510.26692): Gated DeltaNet with a decay per key channel.
 
     The decay's and the output gate's projections go through gate_rank (default head_dim) features; the output gate is a
     sigmoid. flash-linear-attention's KimiDeltaAttention has value_dim for head_dim there, and out_gate_bias=True.
+    allow_neg_eigval: β in (0, 2).
     """
     rank = _head_dim(embed_dim, num_heads, options) if gate_rank is None else gate_rank
     return _layer(
@@ -155,7 +163,7 @@ def kda(embed_dim: int, num_heads: int, *, gate_rank: int | None = None, **optio
         feature_norm="l2",
         short_conv=4,
         activation="silu",
-        gates={"beta": _beta(), "g": partial(SoftplusDecay, rank=rank)},
+        gates={"beta": _beta(allow_neg_eigval), "g": partial(SoftplusDecay, rank=rank)},
         out_norm="rms",
         out_gate="sigmoid",
         out_gate_rank=rank,
