@@ -4,14 +4,59 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
 from numbers import Integral
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# What flash-linear-attention's layers call our options.
+OPTIONS_ELSEWHERE = {
+    "hidden_size": "embed_dim",
+    "d_model": "embed_dim",
+    "expand_k": "head_dim, the features of a key head",
+    "expand_v": "value_dim, the features of a value head",
+    "num_v_heads": "num_value_heads",
+    "num_kv_heads": "num_key_heads and num_value_heads",
+    "num_householder": "writes_per_read",
+    "use_short_conv": "short_conv, the width of the convolution, 0 for none",
+    "conv_size": "short_conv",
+    "qk_activation": "activation or feature_map",
+    "qk_norm": "feature_norm",
+    "use_gate": "out_gate",
+    "use_output_gate": "out_gate",
+    "gate_fn": "out_gate, which takes the name of an activation",
+    "output_gate_activation": "out_gate, which takes the name of an activation",
+    "output_norm": "out_norm",
+    "do_feature_map_norm": "denominator",
+    "allow_neg_eigval": "an activation 2σ of gates['beta']",
+    "gate_low_rank_dim": "gate_rank",
+    "decay_low_rank_dim": "decay_rank",
+    "a_low_rank_dim": "rate_rank",
+    "v_low_rank_dim": "value_rank",
+    "layer_idx": "layer, or nothing where no place in a stack is needed",
+    "num_hidden_layers": "num_layers",
+    "mode": "nothing, since the number of tokens decides",
+}
+
+P = ParamSpec("P")
+
+
+def explains_options(init: Callable[P, None]) -> Callable[P, None]:
+    """An `__init__` whose TypeError for an option of flash-linear-attention's layers says what it is here."""
+
+    @wraps(init)
+    def explained(*args: P.args, **options: P.kwargs) -> None:
+        for name in options:
+            if name in OPTIONS_ELSEWHERE:
+                raise TypeError(f"unexpected keyword {name!r}; here it is {OPTIONS_ELSEWHERE[name]}")
+        init(*args, **options)
+
+    return explained
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

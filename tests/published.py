@@ -64,6 +64,32 @@ def product(k, v):
     return torch.einsum("bhk,bhv->bhkv", k, v)
 
 
+def gla(w, x, H, Hk):
+    """GatedLinearAttention of flash-linear-attention, with grouped queries."""
+    q, k, v = (heads(linear(w, f"{key}_proj", x), n) for key, n in (("q", H), ("k", Hk), ("v", Hk)))
+    g = heads(F.logsigmoid(linear(w, "gk_proj", x)) / 16, Hk)
+    k, v, g = (y.repeat_interleave(H // Hk, 2) for y in (k, v, g))
+    S, out = x.new_zeros(len(x), H, k.shape[-1], v.shape[-1]), []
+    for t in range(x.shape[1]):
+        S = g[:, t].exp().unsqueeze(-1) * S + product(k[:, t], v[:, t])
+        out.append(found(S, q[:, t]) * k.shape[-1] ** -0.5)
+    return finish(w | {"o_norm.weight": w["g_norm_swish_gate.weight"]}, x, torch.stack(out, 1), F.silu)
+
+
+def kda(w, x, Hk, Hv, neg=False):
+    """KimiDeltaAttention of flash-linear-attention, whose decays belong to value heads."""
+    q, k, v = qkv(w, x, Hk, Hv)
+    beta = linear(w, "b_proj", x).sigmoid()[..., None] * (2 if neg else 1)
+    g = softplus_decay(w, heads(linear(w, "f_proj", x), Hv), True)
+    q, k = (y.repeat_interleave(Hv // Hk, 2) for y in (unit(q), unit(k)))
+    S, out = x.new_zeros(len(x), Hv, k.shape[-1], v.shape[-1]), []
+    for t in range(x.shape[1]):
+        S = g[:, t].exp().unsqueeze(-1) * S
+        S = S + product(beta[:, t] * k[:, t], v[:, t] - found(S, k[:, t]))
+        out.append(found(S, q[:, t]) * k.shape[-1] ** -0.5)
+    return finish(w, x, torch.stack(out, 1), torch.sigmoid)
+
+
 def gdn2(w, x, Hk, Hv, neg=False, gate=F.silu):
     """GatedDeltaNet2 of the authors (silu) and of flash-linear-attention (sigmoid)."""
     q, k, v = qkv(w, x, Hk, Hv)

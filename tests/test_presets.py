@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from laws import cat_states, close, leaves, sequence
 from torch import nn
 
+from fwp.interop.fla import load_layer
 from fwp.nn import PRESETS, RWKV7Attention
 from fwp_benchmarks import oracle
 
@@ -108,55 +109,8 @@ def test_presets_are_the_published_layers(name):
     close(layer(x)[0], torch.from_numpy(truth))
 
 
-def olmo_hybrid(w):
-    """OlmoHybridGatedDeltaNet's weights under our names."""
-    return {
-        **{f"{key}.weight": w[f"{key}.weight"] for key in ("q_proj", "k_proj", "v_proj", "o_proj")},
-        "conv.weight": w["conv1d.weight"],
-        "gates.beta.proj.weight": w["b_proj.weight"],
-        "gates.g.proj.weight": w["a_proj.weight"],
-        "gates.g.A_log": w["A_log"],
-        "gates.g.dt_bias": w["dt_bias"],
-        "out_norm.weight": w["o_norm.weight"],
-        "out_gate.weight": w["g_proj.weight"],
-    }
-
-
-def qwen3_next(w, key_heads, K, group, V):
-    """Qwen3NextGatedDeltaNet's. Its joint projections hold q, k, and the group's values and gates, per key head."""
-    q, k, v, z = w["in_proj_qkvz.weight"].unflatten(0, (key_heads, -1)).split([K, K, group * V, group * V], 1)
-    b, a = w["in_proj_ba.weight"].unflatten(0, (key_heads, -1)).split([group, group], 1)
-    return {
-        **{f"{key}_proj.weight": x.flatten(0, 1) for key, x in zip("qkv", (q, k, v))},
-        "conv.weight": w["conv1d.weight"],
-        "gates.beta.proj.weight": b.flatten(0, 1),
-        "gates.g.proj.weight": a.flatten(0, 1),
-        "gates.g.A_log": w["A_log"],
-        "gates.g.dt_bias": w["dt_bias"],
-        "out_norm.weight": w["norm.weight"],
-        "out_gate.weight": z.flatten(0, 1),
-        "o_proj.weight": w["out_proj.weight"],
-    }
-
-
-def kimi_linear(w):
-    """KimiLinearDeltaAttention's."""
-    return {
-        **{f"{key}.weight": w[f"{key}.weight"] for key in ("q_proj", "k_proj", "v_proj", "o_proj")},
-        "conv.weight": w["conv1d.weight"],
-        "gates.beta.proj.weight": w["b_proj.weight"],
-        "gates.g.proj.0.weight": w["forget_gate.f_a_proj.weight"],
-        "gates.g.proj.1.weight": w["forget_gate.f_b_proj.weight"],
-        "gates.g.A_log": w["forget_gate.A_log"].flatten(),
-        "gates.g.dt_bias": w["forget_gate.dt_bias"],
-        "out_norm.weight": w["o_norm.weight"],
-        "out_gate.0.weight": w["g_a_proj.weight"],
-        "out_gate.1.weight": w["g_b_proj.weight"],
-    }
-
-
 def _published(family):
-    """A layer of transformers with random weights, and our preset with the same weights."""
+    """A layer of transformers, and our preset of the same sizes."""
     from transformers import AutoConfig  # noqa: F401  (the models below need the package's own set-up)
 
     sizes = {"linear_key_head_dim": 8, "linear_value_head_dim": 6}
@@ -168,8 +122,15 @@ def _published(family):
         theirs = Qwen3NextGatedDeltaNet(
             Qwen3NextConfig(hidden_size=32, num_hidden_layers=1, layer_types=["linear_attention"], **sizes), 0
         )
-        ours = PRESETS["gated_delta_net"](32, 2, head_dim=8, num_value_heads=4, value_dim=6, norm_eps=1e-6)
-        return theirs, ours, lambda w: qwen3_next(w, 2, 8, 2, 6)
+        return theirs, PRESETS["gated_delta_net"](32, 2, head_dim=8, num_value_heads=4, value_dim=6, norm_eps=1e-6)
+    if family == "qwen3_5":
+        from transformers import Qwen3_5TextConfig
+        from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
+
+        theirs = Qwen3_5GatedDeltaNet(
+            Qwen3_5TextConfig(hidden_size=32, num_hidden_layers=1, layer_types=["linear_attention"], **sizes), 0
+        )
+        return theirs, PRESETS["gated_delta_net"](32, 2, head_dim=8, num_value_heads=4, value_dim=6, norm_eps=1e-6)
     if family == "olmo_hybrid":
         from transformers import OlmoHybridConfig
         from transformers.models.olmo_hybrid.modeling_olmo_hybrid import OlmoHybridGatedDeltaNet
@@ -181,27 +142,27 @@ def _published(family):
         assert config.linear_allow_neg_eigval
         theirs = OlmoHybridGatedDeltaNet(config, 0)
         ours = PRESETS["gated_delta_net"](32, 2, head_dim=8, num_value_heads=4, value_dim=6, allow_neg_eigval=True)
-        return theirs, ours, olmo_hybrid
+        return theirs, ours
     from transformers import KimiLinearConfig
     from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
 
     config = KimiLinearConfig(
         hidden_size=32, num_hidden_layers=1, layer_types=["linear_attention"], linear_head_dim=8, linear_num_heads=4
     )
-    return KimiLinearDeltaAttention(config, 0), PRESETS["kda"](32, 4), kimi_linear
+    return KimiLinearDeltaAttention(config, 0), PRESETS["kda"](32, 4)
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "olmo_hybrid", "kimi_linear"])
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5", "olmo_hybrid", "kimi_linear"])
 @torch.no_grad()
 def test_presets_take_the_weights_of_transformers(family):
     pytest.importorskip("transformers")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs, ours, names = _published(family)
+        theirs, ours = _published(family)
     torch.manual_seed(0)
     for p in theirs.parameters():
         nn.init.normal_(p, std=0.3)
-    ours.load_state_dict(names(theirs.state_dict()))
+    load_layer(ours, theirs.state_dict())
     x = torch.randn(2, 70, 32)  # more than one of their chunks
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -233,21 +194,6 @@ def attention(Hk, Hv, n=1):
     return shapes | {"o_proj.weight": (E, Hv * V), "o_norm.weight": (V,)}
 
 
-def renamed(w, names):
-    """Our names: `names` maps published ones to ours, the convolutions are joined, the rest stays."""
-    w = dict(w)
-    joined = torch.cat([w.pop(f"{key}_conv1d.weight") for key in "qkv"])
-    names = {"o_norm": "out_norm", "g_proj": "out_gate", **names}
-
-    def ours(key):
-        return next((key.replace(old, new, 1) for old, new in names.items() if key.startswith(old)), key)
-
-    return {"conv.weight": joined, **{ours(key): x for key, x in w.items()}}
-
-
-DECAY = {"a_proj": "gates.g.proj", "A_log": "gates.g.A_log", "dt_bias": "gates.g.dt_bias", "b_proj": "gates.beta.proj"}
-
-
 @pytest.mark.parametrize("Hv", [H, 2 * H], ids=["", "grouped"])
 @pytest.mark.parametrize(("neg", "gate"), [(False, "silu"), (True, "sigmoid")])
 def test_gdn2_is_the_published_layer(Hv, neg, gate):
@@ -258,8 +204,7 @@ def test_gdn2_is_the_published_layer(Hv, neg, gate):
     layer = PRESETS["gdn2"](
         E, H, head_dim=K, value_dim=V, num_value_heads=Hv, allow_neg_eigval=neg, out_gate=gate
     ).double()
-    names = {"f_proj": "gates.g.proj", "b_proj": "gates.b.proj", "w_proj": "gates.w.proj"}
-    layer.load_state_dict(renamed(w, DECAY | names))
+    load_layer(layer, w)
     close(layer(x)[0], published.gdn2(w, x, H, Hv, neg, getattr(F, gate)))
 
 
@@ -269,7 +214,7 @@ def test_comba_is_the_published_layer(Hv):
     shapes |= {"A_log": (Hv,), "dt_bias": (Hv,), "g_proj.weight": (Hv * V, E)}
     w, x = random(shapes), inputs(2, T, E)
     layer = PRESETS["comba"](E, H, head_dim=K, value_dim=V, num_value_heads=Hv).double()
-    layer.load_state_dict(renamed(w, DECAY))
+    load_layer(layer, w)
     close(layer(x)[0], published.comba(w, x, H, Hv))
 
 
@@ -284,7 +229,7 @@ def test_delta_product_is_the_published_layer(name, n, neg, Hv):
     w, x = random(shapes), inputs(2, T, E)
     options = {"head_dim": K, "value_dim": V, "num_value_heads": Hv, "writes_per_read": n, "allow_neg_eigval": neg}
     layer = PRESETS[name](E, H, **options).double()
-    layer.load_state_dict(renamed(w, DECAY))
+    load_layer(layer, w)
     close(layer(x)[0], published.delta_product(w, x, H, Hv, n, neg))
 
 
@@ -301,7 +246,7 @@ def test_longhorn_solves_its_problem_at_every_token():
     del shapes["o_norm.weight"]
     w, x = random(shapes), 3 * inputs(2, T, E)
     layer = PRESETS["longhorn"](E, H, head_dim=K, value_dim=V).double()
-    layer.load_state_dict(renamed(w, DECAY))
+    load_layer(layer, w)
     close(layer(x)[0], published.longhorn(w, x, H))
 
 
@@ -318,20 +263,6 @@ def rwkv7_weights(layer, seed):
     return random(shapes, seed)
 
 
-def rwkv7_names(w):
-    """BlinkDL's weights under our names."""
-    found = {"mix": torch.stack([w[f"x_{key}"].flatten() for key in "rwkvag"])}
-    for ours, theirs in {"q_proj": "receptance", "k_proj": "key", "v_proj": "value", "o_proj": "output"}.items():
-        found[f"{ours}.weight"] = w[f"{theirs}.weight"]
-    for ours, theirs in {"decay": "w", "rate": "a", "value_mix": "v", "out_gate": "g"}.items():
-        if f"{theirs}1" in w:
-            found |= {f"{ours}.down.weight": w[f"{theirs}1"].T, f"{ours}.up.weight": w[f"{theirs}2"].T}
-        if f"{theirs}0" in w:
-            found[f"{ours}.bias"] = w[f"{theirs}0"].flatten()
-    found |= {name: w[name].flatten() for name in ("k_k", "k_a")} | {"r_k": w["r_k"]}
-    return found | {f"out_norm.{key}": w[f"ln_x.{key}"] for key in ("weight", "bias")}
-
-
 def rwkv7_stack():
     """Two layers with weights under published names. Returns those weights too."""
     weights, layers = [rwkv7_weights(layer, layer) for layer in range(2)], []
@@ -339,8 +270,7 @@ def rwkv7_stack():
         layer = PRESETS["rwkv7"](
             E, H, layer=at, num_layers=2, decay_rank=5, rate_rank=5, value_rank=4, gate_rank=3
         ).double()
-        layer.load_state_dict(rwkv7_names(w))
-        layers.append(layer)
+        layers.append(load_layer(layer, w))
     return layers, weights
 
 

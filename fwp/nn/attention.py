@@ -191,6 +191,7 @@ class FastWeightAttention(Layer):
 
     made_of_keys: tuple[str, ...] = ()  # gates that a subclass makes in `_ask`
 
+    @errors.explains_options
     def __init__(
         self,
         embed_dim: int,

@@ -1,7 +1,7 @@
 """The published layers, one function per layer, all in `PRESETS`. Published weights load unless a docstring says no.
 
-Options are those of `FastWeightAttention` and replace a preset's own. Where names of parameters differ, each docstring
-gives ours for the published ones. `conv.weight` is q's, k's and v's convolution one after the other.
+Options are those of `FastWeightAttention` and replace a preset's own. `fwp.interop.fla.load_layer` loads the weights of
+the publications that it lists under their own names.
 """
 
 from __future__ import annotations
@@ -49,11 +49,7 @@ def _layer(embed_dim: int, num_heads: int, options: dict[str, Any], **own: Any) 
 
 
 def linear_transformer(embed_dim: int, num_heads: int, **options: Any) -> FastWeightAttention:
-    """Linear Transformer, Katharopoulos et al. 2020 (arXiv 2006.16236): φ = elu + 1, o_t = Sᵀφ(q) / (zᵀφ(q) + 1e-6).
-
-    pytorch-fast-transformers' AttentionLayer: query_projection, key_projection, value_projection, out_projection are
-    q_proj, k_proj, v_proj, o_proj.
-    """
+    """Linear Transformer, Katharopoulos et al. 2020 (arXiv 2006.16236): φ = elu + 1, o_t = Sᵀφ(q) / (zᵀφ(q) + 1e-6)."""
     return _layer(
         embed_dim,
         num_heads,
@@ -69,8 +65,7 @@ def linear_transformer(embed_dim: int, num_heads: int, **options: Any) -> FastWe
 def delta_net_2021(embed_dim: int, num_heads: int, **options: Any) -> FastWeightAttention:
     """Delta Net, Schlag, Irie and Schmidhuber 2021 (arXiv 2102.11174): DPFP-1, sum norm, β = σ(w x) per head, 1/√d.
 
-    The authors' language models: o_net is o_proj; qkvb_net.weight, seen as [head, 3d + 1, E], holds each head's rows of
-    q_proj, k_proj, v_proj and gates.beta.proj. Their residual connection and layer norm belong to the block.
+    The residual connection and the layer norm of the authors' language models belong to the block.
     """
     return _layer(
         embed_dim,
@@ -86,8 +81,7 @@ def delta_net_2021(embed_dim: int, num_heads: int, **options: Any) -> FastWeight
 def delta_net(embed_dim: int, num_heads: int, *, allow_neg_eigval: bool = False, **options: Any) -> FastWeightAttention:
     """DeltaNet, Yang et al. 2024 (arXiv 2406.06484): convolution 4 and silu, unit q and k, RMSNorm of each head.
 
-    flash-linear-attention's DeltaNet: b_proj is gates.beta.proj, o_norm is out_norm, q_conv1d, k_conv1d, v_conv1d are
-    conv; its use_gate=True is out_gate=True, with g_proj. allow_neg_eigval: β in (0, 2).
+    flash-linear-attention's use_gate=True is out_gate=True. allow_neg_eigval: β in (0, 2).
     """
     return _layer(
         embed_dim,
@@ -106,8 +100,6 @@ def gla(embed_dim: int, num_heads: int, *, gate_rank: int = 16, **options: Any) 
     """Gated Linear Attention, Yang et al. 2024 (arXiv 2312.06635): g = logsigmoid(W x)/16 per channel, W of low rank.
 
     Keys half as wide as values: head_dim is embed_dim / (2 num_heads), value_dim embed_dim / num_heads.
-    flash-linear-attention's GatedLinearAttention: gk_proj is gates.g.proj, g_proj is out_gate, g_norm_swish_gate is
-    out_norm.
     """
     errors.size("num_heads", num_heads)
     if embed_dim % (2 * num_heads) and "head_dim" not in options:
@@ -131,10 +123,8 @@ def gated_delta_net(
     """Gated DeltaNet, Yang, Kautz and Hatamizadeh 2025 (arXiv 2412.06464); grouped value heads by num_value_heads.
 
     g = −exp(A_log) · softplus(W_a x + dt_bias), convolution 4 and silu, unit q and k, RMSNorm(o) ⊙ silu(W_g x).
-    transformers' OlmoHybridGatedDeltaNet (and flash-linear-attention's): a_proj is gates.g.proj, b_proj
-    gates.beta.proj, g_proj out_gate, o_norm out_norm, conv1d conv. Qwen3NextGatedDeltaNet joins q_proj, k_proj, v_proj,
-    out_gate in in_proj_qkvz and beta, g in in_proj_ba, by key heads; norm_eps is 1e-6 there. exp(A_log) starts between
-    1 and 16 here, and between 0 and 16 there.
+    transformers' Qwen3NextGatedDeltaNet has norm_eps=1e-6. exp(A_log) starts between 1 and 16 here, and between 0 and
+    16 in transformers.
     """
     return _layer(
         embed_dim,
@@ -150,14 +140,19 @@ def gated_delta_net(
     )
 
 
-def kda(embed_dim: int, num_heads: int, *, gate_rank: int | None = None, **options: Any) -> FastWeightAttention:
+def kda(
+    embed_dim: int,
+    num_heads: int,
+    *,
+    allow_neg_eigval: bool = False,
+    gate_rank: int | None = None,
+    **options: Any,
+) -> FastWeightAttention:
     """Kimi Delta Attention, Kimi Team 2025 (arXiv 2510.26692): Gated DeltaNet with a decay per key channel.
 
     The decay's and the output gate's projections go through gate_rank (default head_dim) features; the output gate is a
-    sigmoid. transformers' KimiLinearDeltaAttention: forget_gate.f_a_proj and f_b_proj are gates.g.proj.0 and .1,
-    b_proj gates.beta.proj, g_a_proj and g_b_proj out_gate.0 and .1, o_norm out_norm, conv1d conv.
-    flash-linear-attention's KimiDeltaAttention: f_proj is gates.g.proj, g_proj is out_gate, whose second matrix has a
-    bias there: out_gate_bias=True.
+    sigmoid. flash-linear-attention's KimiDeltaAttention has value_dim for head_dim there, and out_gate_bias=True.
+    allow_neg_eigval: β in (0, 2).
     """
     rank = _head_dim(embed_dim, num_heads, options) if gate_rank is None else gate_rank
     return _layer(
@@ -168,7 +163,7 @@ def kda(embed_dim: int, num_heads: int, *, gate_rank: int | None = None, **optio
         feature_norm="l2",
         short_conv=4,
         activation="silu",
-        gates={"beta": _beta(), "g": partial(SoftplusDecay, rank=rank)},
+        gates={"beta": _beta(allow_neg_eigval), "g": partial(SoftplusDecay, rank=rank)},
         out_norm="rms",
         out_gate="sigmoid",
         out_gate_rank=rank,
@@ -189,8 +184,6 @@ def gdn2(
     g = −exp(A_log) · softplus(W_f x + dt_bias) per key channel; convolution 4 and silu, unit q and k,
     RMSNorm(o) ⊙ silu(W_g x). W_f and W_g go through gate_rank (default value_dim) features. With more value heads than
     key heads, b and g are made per key head.
-    The authors' and flash-linear-attention's GatedDeltaNet2: f_proj is gates.g.proj, A_log and dt_bias are gates.g's,
-    b_proj gates.b.proj, w_proj gates.w.proj, g_proj out_gate, o_norm out_norm, q_conv1d, k_conv1d, v_conv1d conv.
     The paper and the authors' code have silu in the output gate, flash-linear-attention has out_gate="sigmoid". All
     linear weights start as PyTorch's do; the authors' are Xavier uniform with gain 2^−2.5.
     """
@@ -224,8 +217,6 @@ def comba(embed_dim: int, num_heads: int, *, correction: float = 1.0, **options:
     p = σ(decay) k, q ← q − D p, then q, k and p to unit length; β = σ(W_b x), g as in Gated DeltaNet, convolution 4 and
     silu, RMSNorm(o) ⊙ σ(W_g x). The paper's p keeps its length. The published kernels normalise it, so that their
     trained models have p = k in the state and σ(decay) in the queries only; this preset does too.
-    The authors' and flash-linear-attention's Comba: a_proj is gates.g.proj, b_proj gates.beta.proj, A_log and dt_bias
-    are gates.g's, g_proj out_gate, o_norm out_norm, q_conv1d, k_conv1d, v_conv1d conv; decay and D have our names.
     With more value heads than key heads p is repeated as k is; flash-linear-attention's layer does not repeat it.
     correction: D at first; the authors say 0.02 for models of 340M parameters, 1 for 1.3B.
     """
@@ -268,10 +259,9 @@ def delta_product(
 
     Convolution 4 and silu before the writes are laid out in time, unit q and k, β = 2σ(W_b x), or σ without
     allow_neg_eigval, RMSNorm of each head.
-    flash-linear-attention's GatedDeltaProduct with use_forget_gate=False: num_householder is writes_per_read, b_proj
-    gates.beta.proj, o_norm out_norm, q_conv1d, k_conv1d, v_conv1d conv; its use_output_gate=True is out_gate=True, with
-    g_proj, which the authors' language models don't have. The authors' k_projs.j, v_projs.j, b_projs.j and convolutions
-    are the j-th block of rows of ours; of q_conv1ds they use the first.
+    flash-linear-attention's GatedDeltaProduct with use_forget_gate=False: num_householder is writes_per_read, and
+    use_output_gate=True, which the authors' language models don't have, is out_gate=True. The authors' k_projs.j,
+    v_projs.j, b_projs.j and convolutions are the j-th block of rows of ours; of q_conv1ds they use the first.
     """
     return _layer(
         embed_dim,
@@ -293,10 +283,7 @@ def gated_delta_product(
     """Gated DeltaProduct, Siems et al. 2025 (arXiv 2502.10297): `delta_product` with a decay and an output gate.
 
     Each token decays once, before its first write: g = −exp(A_log) · softplus(W_a x + dt_bias). The output is
-    RMSNorm(o) ⊙ silu(W_g x).
-    flash-linear-attention's GatedDeltaProduct: as in `delta_product`, a_proj is gates.g.proj, A_log and dt_bias are
-    gates.g's, g_proj is out_gate. Its linear weights, too, start as PyTorch's do; the authors' are Xavier uniform with
-    gain 2^−2.5.
+    RMSNorm(o) ⊙ silu(W_g x). Linear weights start as PyTorch's do; the authors' are Xavier uniform with gain 2^−2.5.
     """
     return _layer(
         embed_dim,
@@ -318,11 +305,7 @@ def rwkv7(embed_dim: int, num_heads: int, **options: Any) -> RWKV7Attention:
 
     By default it is a first layer. In a stack, give layer=l and num_layers=L and pass v_first on from the first layer:
     `y, state, v_first = layer(x, state, v_first=v_first, return_v_first=True)`. The published heads have 64 features.
-    BlinkDL's RWKV_Tmix_x070: receptance, key, value, output are q_proj, k_proj, v_proj, o_proj; x_r, x_w, x_k, x_v,
-    x_a, x_g are the rows of mix; w1ᵀ, w2ᵀ, w0 are decay.down, decay.up, decay.bias; likewise a is rate, v is value_mix
-    and g is out_gate; ln_x is out_norm; k_k, k_a and r_k have our names.
-    flash-linear-attention's RWKV7Attention: r_proj is q_proj; w_lora.lora.0, .2 and .2.bias are decay.down, decay.up
-    and decay.bias; likewise a_lora, v_lora and g_lora; g_norm is out_norm. It normalises κ with 1e-6 under the root.
+    flash-linear-attention's RWKV7Attention normalises κ with 1e-6 under the root where fuse_norm=True.
     """
     return RWKV7Attention(embed_dim, num_heads, **options)
 

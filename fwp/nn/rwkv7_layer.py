@@ -88,6 +88,7 @@ class RWKV7Attention(Layer):
 
     own_starts = True
 
+    @errors.explains_options
     def __init__(
         self,
         embed_dim: int,
