@@ -33,7 +33,7 @@ from fwp.rules import Rule, lowering
 
 trust.use_canary(canary.fault_of_kernels)
 
-Backend = Literal["auto", "reference", "torch", "triton"]
+Backend = Literal["auto", "reference", "torch", "native", "triton"]
 
 
 def fast_weights(
@@ -307,6 +307,8 @@ def choose(core: Core | None, backend: str, form: str, q: Tensor) -> tuple[str, 
             if (reason := trust.reason_to_distrust(core, picked)) is None:
                 return "triton", picked
             trust.warn_of_torch(reason)
+        if q.device.type == "cpu" and _refusal("native", core, picked) is None:
+            return "native", picked
         return "torch", picked
     if why := _refusal(backend, core, picked):
         raise ValueError(f"backend: {backend!r} can't serve this: {why}")
@@ -328,6 +330,10 @@ def _backend(name: str) -> _Backend:
         from fwp.backends import triton
 
         return triton
+    if name == "native":
+        from fwp.backends import native
+
+        return native
     if name == "onnx":
         from fwp.backends import onnx
 

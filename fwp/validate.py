@@ -15,7 +15,7 @@ from fwp.errors import number, suggest, tensor
 from fwp.rules import Rule
 from fwp.rules.spec import OPTIONS
 
-BACKENDS = ("auto", "reference", "torch", "triton")
+BACKENDS = ("auto", "reference", "torch", "native", "triton")
 FORMS = ("auto", "recurrent", "chunk")
 
 

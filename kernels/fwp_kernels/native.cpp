@@ -3,7 +3,8 @@
 //   S <- Diag(exp g_t) S + k_t x_t',   x_t = w_t v_t - e_t S'' a_t,   o_t = S' q_t      (' transposes; S' q reads after or before)
 //
 // No headers of PyTorch and no intrinsics: vectors are GCC's and Clang's vector extensions, so one source gives AVX-512,
-// AVX2, SSE and NEON. A library is built for one pair of widths: KEYS and VALUES are the features rounded up to 32.
+// AVX2, SSE and NEON. A library is built for one pair of widths, KEYS and VALUES, the features rounded up to 32 and more,
+// and for one kind of decay and of erasure.
 //
 // Within a chunk of C tokens, with S the state before it and F[i, j] what of token j's write is left at token i:
 //   P = (Q K') * F,  L = -e (A K') * F strictly lower      a scores' row i decays up to token i, or to the one before
@@ -202,7 +203,6 @@ struct Rows { float *at; long batch, time, head, inner, share; };
 // What Python hands over. Pointers may be null: e, w, g, a, S: see fwp.core; kept, xs: nothing is kept for the backward pass.
 struct Problem {
   long sequences, heads, queries, keys, values;  // N, H, query heads per state head, K, V
-  long decay, erase;                             // 0 none, 1 per head, 2 per key channel; 0 none, 1 along k, 2 along a
   long read_before, erase_before;                // whether o, and the erase key, meet S before the token's own decay
   long every, part, parts;                       // chunks between two kept states; which share of the units, of how many
   const long *first, *length, *chunk, *segment;  // of each sequence: first token, tokens; chunks and segments before it
@@ -393,6 +393,7 @@ template <int DECAY, int C> struct Decays {
 
 // ------------------------------------------------------------------------------------------------------------ chunks
 
+// DECAY: 0 none, 1 per head, 2 per key channel. ERASE: 0 nothing, 1 along k, 2 along a.
 template <int DECAY, int ERASE> struct Cell {
   static constexpr int C = DECAY == 2 ? 16 : 32;
   using D = Decays<DECAY, C>;
@@ -423,9 +424,10 @@ template <int DECAY, int ERASE> struct Cell {
   };
 
   static void scores(const Problem &p, const Written &b, float *P, const float *Q) {
-    static const struct Ones { alignas(64) float x[C]; Ones() { for (float &y : x) y = 1; } } ones;
-    if (p.read_before) b.decays.template scores<true>(P, Q, b.K, b.Kt, ones.x, false);
-    else b.decays.template scores<false>(P, Q, b.K, b.Kt, ones.x, true);
+    alignas(64) float ones[C];
+    for (float &x : ones) x = 1;
+    if (p.read_before) b.decays.template scores<true>(P, Q, b.K, b.Kt, ones, false);
+    else b.decays.template scores<false>(P, Q, b.K, b.Kt, ones, true);
   }
   // next = lambda S + Ks' X; they may be the same
   static void advance(const Written &b, const float *S, const float *X, float *next) {
@@ -491,7 +493,8 @@ template <int DECAY, int ERASE> struct Cell {
       t.store(next + i * VP + j, VP);
     });
     memset(seen, 0, C * KP * 4);
-    static const struct Ones { alignas(64) float x[C]; Ones() { for (float &y : x) y = 1; } } ones;
+    alignas(64) float ones[C];
+    for (float &x : ones) x = 1;
     for (long r = 0; r < p.queries; r++) {
       long hq = h * p.queries + r;
       pack<C, KP>(Q, p.q, row(p, p.q, n, t, hq), count, p.keys);
@@ -507,9 +510,9 @@ template <int DECAY, int ERASE> struct Cell {
       product<C, KP, VP, false, false>(dQ, O, St, VP);
       b.decays.since_start(dQ, dQ, !p.read_before);
       lower_scores<C, VP>(A, O, Xt);
-      if (p.read_before) cut<C, true>(A, ones.x); else cut<C, false>(A, ones.x);
+      if (p.read_before) cut<C, true>(A, ones); else cut<C, false>(A, ones);
       b.decays.weigh(A, !p.read_before);
-      b.decays.spread(dQ, dK, A, Q, b.K, ones.x, !p.read_before);
+      b.decays.spread(dQ, dK, A, Q, b.K, ones, !p.read_before);
       for (int i = 0; i < C * KP; i += W) st(seen + i, ld(seen + i) + ld(Q + i) * ld(dQ + i));
       unpack<C, KP>(p.dq, row(p, p.dq, n, t, hq), dQ, count, p.keys);
     }
@@ -729,28 +732,16 @@ template <int DECAY, int ERASE> struct Run {
   }
 };
 
-// what: 0 forward in chunks, 1 backward, 2 forward token by token
-template <int DECAY, int ERASE> static void run(long what, const Problem &p) {
-  if (what == 0) Run<DECAY, ERASE>::forward(p);
-  else if (what == 1) Run<DECAY, ERASE>::backward(p);
-  else Run<DECAY, ERASE>::recurrent(p);
-}
+using This = Run<DECAY_OF, ERASE_OF>;
+
 }  // namespace
 
-extern "C" int fwp_run(long what, const Problem *p) {
+// what: 0 forward in chunks, 1 backward, 2 forward token by token
+extern "C" void fwp_run(long what, const Problem *p) {
   FlushDenormals flush;
-  switch (p->decay * 3 + p->erase) {
-    case 0: run<0, 0>(what, *p); break;
-    case 1: run<0, 1>(what, *p); break;
-    case 2: run<0, 2>(what, *p); break;
-    case 3: run<1, 0>(what, *p); break;
-    case 4: run<1, 1>(what, *p); break;
-    case 5: run<1, 2>(what, *p); break;
-    case 6: run<2, 0>(what, *p); break;
-    case 7: run<2, 1>(what, *p); break;
-    default: run<2, 2>(what, *p);
-  }
-  return 0;
+  if (what == 0) This::forward(*p);
+  else if (what == 1) This::backward(*p);
+  else This::recurrent(*p);
 }
-extern "C" long fwp_chunk(long decay) { return decay == 2 ? 16 : 32; }
+extern "C" long fwp_chunk() { return This::C; }
 extern "C" long fwp_size() { return sizeof(Problem); }  // for Python to compare

@@ -1,7 +1,7 @@
 """The C++ kernels of `native.cpp`: building them for this processor, and calling them on CPU tensors.
 
-A library serves one pair of widths, K and V rounded up to 32. It is compiled when first asked for, which takes some
-seconds, and kept in a folder of the user's cache. Nothing here needs PyTorch's headers.
+A library serves one pair of widths, K and V rounded up, and one kind of decay and of erasure. It is compiled when first
+asked for, which takes some seconds, and kept in a folder of the user's cache. Nothing here needs PyTorch's headers.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared")
-ALIGNED = 32  # K and V are rounded up to it
-WIDEST = 512  # the scratch memory of a thread grows with K · V
+WIDTHS = (32, 64, 96, 128, 192, 256, 384, 512)  # to which K and V are rounded up
 
 
 class BuildError(RuntimeError):
@@ -63,7 +63,9 @@ def processor() -> str:
     described = [platform.system(), platform.machine(), platform.processor()]
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
-        described += sorted({line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))})
+        described += sorted(
+            {line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))}
+        )
     return "\n".join(described)
 
 
@@ -81,21 +83,38 @@ def folder() -> Path:
     return Path(tempfile.gettempdir()) / f"fwp-{os.getuid() if hasattr(os, 'getuid') else platform.node()}"
 
 
-def widths(K: int, V: int) -> tuple[int, int]:
-    """K and V as a library has them."""
-    return -(-K // ALIGNED) * ALIGNED, -(-V // ALIGNED) * ALIGNED
+SEGMENT = 128  # tokens between two states that are kept for the backward pass
 
 
-def path_of(KP: int, VP: int) -> Path:
-    """The file of a library for this source, this processor and these widths."""
+def chunk_of(decay: int) -> int:
+    """Tokens of a chunk, as in `native.cpp`."""
+    return 16 if decay == 2 else 32
+
+
+class Kind(NamedTuple):
+    """What a library is compiled for."""
+
+    KP: int  # K and V rounded up to one of WIDTHS
+    VP: int
+    decay: int  # 0 none, 1 per head, 2 per key channel
+    erase: int  # 0 nothing, 1 along k, 2 along an erase key
+
+
+def rounded(features: int) -> int:
+    """The width of a library for so many features, at most the last of WIDTHS."""
+    return next(width for width in WIDTHS if features <= width)
+
+
+def path_of(kind: Kind) -> Path:
+    """The file of a library for this source and this processor."""
     command = " ".join([*(compiler() or ["none"]), *FLAGS, *target()])
     name = hashlib.sha256("\0".join([SOURCE.read_text("utf-8"), command, processor()]).encode()).hexdigest()[:16]
-    return folder() / f"native-{name}-{KP}x{VP}.so"
+    return folder() / f"native-{name}-{'-'.join(map(str, kind))}.so"
 
 
-def build(KP: int, VP: int) -> Path:
-    """The library for these widths, compiled if it isn't there yet. One process compiles and the others wait."""
-    path = path_of(KP, VP)
+def build(kind: Kind) -> Path:
+    """The library of that kind, compiled if it isn't there yet. One process compiles and the others wait."""
+    path = path_of(kind)
     if path.exists():
         return path
     command = compiler()
@@ -105,9 +124,9 @@ def build(KP: int, VP: int) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path.with_suffix(".lock")):
             if not path.exists():
-                print(f"fwp: compiling the CPU kernels for K ≤ {KP}, V ≤ {VP}, once", file=sys.stderr, flush=True)
+                print(f"fwp: compiling a CPU kernel, once: {kind}", file=sys.stderr, flush=True)
                 made = path.with_suffix(f".{os.getpid()}")
-                sizes = (f"-DKEYS={KP}", f"-DVALUES={VP}")
+                sizes = (f"-D{name}={value}" for name, value in zip(("KEYS", "VALUES", "DECAY_OF", "ERASE_OF"), kind))
                 done = subprocess.run(
                     [*command, *FLAGS, *target(), *sizes, str(SOURCE), "-o", str(made)], capture_output=True, text=True
                 )
@@ -135,10 +154,13 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 class _Rows(ctypes.Structure):
-    _fields_ = [("at", ctypes.c_void_p), *((name, ctypes.c_long) for name in ("batch", "time", "head", "inner", "share"))]
+    _fields_ = [
+        ("at", ctypes.c_void_p),
+        *((name, ctypes.c_long) for name in ("batch", "time", "head", "inner", "share")),
+    ]
 
 
-_LONGS = ("sequences", "heads", "queries", "keys", "values", "decay", "erase", "read_before", "erase_before")
+_LONGS = ("sequences", "heads", "queries", "keys", "values", "read_before", "erase_before")
 _ORDER = ("every", "part", "parts")
 _BORDERS = ("first", "length", "chunk", "segment")
 _INPUTS, _GRADIENTS = ("q", "k", "v", "a", "e", "w", "g", "o"), ("dq", "dk", "dv", "da", "de", "dw", "dg", "dout")
@@ -156,13 +178,24 @@ class _Problem(ctypes.Structure):
 
 
 @cache
-def library(KP: int, VP: int) -> ctypes.CDLL:
-    """The loaded library for these widths. BuildError where it can't be built."""
-    found = ctypes.CDLL(str(build(KP, VP)))
+def library(kind: Kind) -> ctypes.CDLL:
+    """The loaded library of that kind. BuildError where it can't be built."""
+    found = ctypes.CDLL(str(build(kind)))
     found.fwp_run.argtypes = [ctypes.c_long, ctypes.POINTER(_Problem)]
+    found.fwp_run.restype = None
     found.fwp_size.restype = found.fwp_chunk.restype = ctypes.c_long
-    assert found.fwp_size() == ctypes.sizeof(_Problem)
+    assert (found.fwp_size(), found.fwp_chunk()) == (ctypes.sizeof(_Problem), chunk_of(kind.decay))
     return found
+
+
+@cache
+def unbuilt(kind: Kind) -> str | None:
+    """Why there is no library of that kind and none can be made, in one line; None: it is there."""
+    try:
+        library(kind)
+    except BuildError as error:
+        return str(error)
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,6 +240,11 @@ class Problem:
         """0 nothing, 1 along k, 2 along an erase key."""
         return 2 if self.a is not None else 1 if self.e is not None else 0
 
+    @property
+    def kind(self) -> Kind:
+        """The library that serves it."""
+        return Kind(rounded(self.q.shape[3]), rounded(self.v.shape[3]), self.decay, self.erase)
+
     def one_read_per_write(self) -> Problem:
         """The same with a query for each write: zeros where nobody reads."""
         if self.writes == 1:
@@ -227,17 +265,16 @@ class _Call:
 
     def __init__(self, p: Problem) -> None:
         K, V = p.q.shape[3], p.v.shape[3]
-        self.p, self.library = p, library(*widths(K, V))
-        self.C = int(self.library.fwp_chunk(p.decay))
-        self.every = 128 // self.C
+        self.p, self.library = p, library(p.kind)
+        C = chunk_of(p.decay)
+        every = SEGMENT // C
         B, T = p.q.shape[:2]
         if p.cu_seqlens is None:
             first, length = torch.zeros(B, dtype=torch.int64), torch.full((B,), T, dtype=torch.int64)
         else:
             first, length = p.cu_seqlens[:-1].long(), p.cu_seqlens.diff().long()
-        chunks = (length + self.C - 1) // self.C
-        segments = (chunks + self.every - 1) // self.every
-        self.chunks, self.segments = int(chunks.sum()), int(segments.sum())
+        chunks = (length + C - 1) // C
+        segments = (chunks + every - 1) // every
         self.tensors = [first, length, chunks.cumsum(0) - chunks, segments.cumsum(0) - segments]
         self.raw = _Problem(
             sequences=p.N,
@@ -245,11 +282,9 @@ class _Call:
             queries=max(p.q.shape[2] // p.H, 1),
             keys=K,
             values=V,
-            decay=p.decay,
-            erase=p.erase,
             read_before=p.read_before,
             erase_before=p.erase_before_decay,
-            every=self.every,
+            every=every,
         )
         for name, x in zip(_BORDERS, self.tensors):
             setattr(self.raw, name, x.data_ptr())
@@ -286,10 +321,10 @@ class _Call:
             one = _Problem.from_buffer_copy(self.raw)
             one.part, one.parts = part, parts
             problems.append(one)
-        rest = [_threads().submit(self.library.fwp_run, what, one) for one in problems[1:]]
+        others = [_threads().submit(self.library.fwp_run, what, one) for one in problems[1:]]
         self.library.fwp_run(what, problems[0])
-        for one in rest:
-            one.result()
+        for other in others:
+            other.result()
 
 
 _pool: ThreadPoolExecutor | None = None
@@ -312,6 +347,21 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_threads)  # a forked child has none of its parent's threads
 
 
+def kept_shapes(problem: Problem) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of what `forward` keeps: S before each segment, and X of each chunk.
+
+    Each packed sequence takes at most one chunk and one segment more than its share of the tokens.
+    """
+    p, T = problem, problem.writes * problem.q.shape[1]
+    C = chunk_of(p.decay)
+    KP, VP, *_ = p.kind
+    if p.cu_seqlens is None:
+        segments, chunks = p.N * -(-T // SEGMENT), p.N * -(-T // C)
+    else:
+        segments, chunks = T // SEGMENT + p.N, T // C + p.N
+    return (segments, p.H, KP, VP), (chunks, p.H, C, VP)
+
+
 def forward(
     problem: Problem, form: str, keep: bool = False, over: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -327,8 +377,7 @@ def forward(
     S = p.S if over and p.S is not None and p.S.is_contiguous() else p.v.new_empty(p.N, p.H, K, V)
     kept = xs = None
     if keep:
-        KP, VP = widths(K, V)
-        kept, xs = p.v.new_empty(call.segments, p.H, KP, VP), p.v.new_empty(call.chunks, p.H, call.C, VP)
+        kept, xs = (p.v.new_empty(shape) for shape in kept_shapes(p))
     call.rows("o", o)
     for name, x in (("end", S), ("kept", kept), ("xs", xs)):
         call.plain(name, x)
@@ -337,12 +386,12 @@ def forward(
 
 
 def backward(
-    problem: Problem, kept: Tensor, xs: Tensor, d_o: Tensor | None, d_S: Tensor | None
+    problem: Problem, kept: Tensor | None, xs: Tensor | None, d_o: Tensor | None, d_S: Tensor | None
 ) -> dict[str, Tensor | None]:
     """The gradients of q, k, v, g, a, e, w and S by name, each in its input's shape; None for inputs that are None."""
     p = problem.one_read_per_write()
     call, (B, T), H, K, V = _Call(p), p.q.shape[:2], p.H, p.q.shape[3], p.v.shape[3]
-    if kept.shape[0] != call.segments or xs.shape[0] != call.chunks:  # a vmap came between
+    if kept is None or xs is None or (kept.shape, xs.shape) != kept_shapes(p):  # or a vmap came between
         _, _, again, written = forward(p, "chunk", keep=True)
         assert again is not None and written is not None
         kept, xs = again, written
@@ -367,7 +416,12 @@ def backward(
     for name, x in grads.items():
         if name != "S":
             call.rows(f"d{name}", x)
-    for name, x in (("kept", kept), ("xs", xs), ("dend", None if d_S is None else d_S.contiguous()), ("dS", grads["S"])):
+    for name, x in (
+        ("kept", kept),
+        ("xs", xs),
+        ("dend", None if d_S is None else d_S.contiguous()),
+        ("dS", grads["S"]),
+    ):
         call.plain(name, x)
     call.run(1)
     found = {}
