@@ -67,13 +67,35 @@ def _program(
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _program)
 
 
-class _ConvertedAttention:
+class _Derived:
+    """The first base of every class that is made of a class of transformers, which is the second base."""
+
+    @classmethod
+    def attributes(cls, base: Any) -> dict[str, Any]:
+        """What a class derived from `base` has beside the methods of this one."""
+        return {}
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickled by the bases, since the class has no place in a module."""
+        mixins: list[Any] = []
+        base: Any = type(self)
+        while issubclass(base, _Derived):
+            mixin, base = base.__bases__
+            mixins.append(mixin)
+        return _new, (mixins[::-1], base), self.__dict__
+
+
+class _ConvertedAttention(_Derived):
     """A self-attention module with fast weights; derived classes have the module's class as their second base."""
 
     _names: tuple[str, ...]
     alone: bool
     rotary: bool
     layer_idx: int
+
+    @classmethod
+    def attributes(cls, base: Any) -> dict[str, Any]:
+        return {"_names": _parameters(base)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self._names, args)) | kwargs
@@ -94,8 +116,12 @@ class _ConvertedAttention:
         return super().forward(**given, fast_weight_call=call)  # type: ignore[misc]
 
 
-class _ConvertedModel:
+class _ConvertedModel(_Derived):
     """A model, head included: it restores its converted modules when it is made, and prepares caches for them."""
+
+    @classmethod
+    def attributes(cls, base: Any) -> dict[str, Any]:
+        return {"config_class": _derived(_ConvertedConfig, base.config_class)}
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -114,17 +140,21 @@ class _ConvertedModel:
         return done
 
 
-class _ConvertedBase:
-    """The model without a head, which calls the layers: it hands the mask down to them."""
+class _ConvertedStack(_Derived):
+    """The part of a model that calls its layers: it hands the mask down to them."""
 
     _names: tuple[str, ...]
+
+    @classmethod
+    def attributes(cls, base: Any) -> dict[str, Any]:
+        return {"_names": _parameters(base)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self._names, args)) | kwargs
         return super().forward(**given, fast_weight_tokens=_tokens(given))  # type: ignore[misc]
 
 
-class _ConvertedConfig:
+class _ConvertedConfig(_Derived):
     """The configuration of a converted model, `fwp` being what `convert` was asked for."""
 
     fwp: dict[str, Any]
@@ -140,9 +170,9 @@ class ConvertedConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        base = CONFIG_MAPPING[config_dict["fwp"]["model_type"]]
+        base = CONFIG_MAPPING[config_dict["fwp"]["base"]]
         _tell_auto_classes(base)
-        return _config_class(base).from_dict(config_dict | {"model_type": base.model_type}, **kwargs)
+        return _derived(_ConvertedConfig, base).from_dict(config_dict | {"model_type": base.model_type}, **kwargs)
 
 
 CONFIG_MAPPING.register(MODEL_TYPE, ConvertedConfig)
@@ -191,13 +221,13 @@ def convert(
         raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}{suggest(str(rule), RULES)}")
     asked = suited_options(rule, options)
     found = {module.layer_idx: module for module in _self_attention(model)}
+    _check_model(model, list(found.values()), asked["rotary"])
     chosen = sorted(_chosen(found, layers, keep_every))
-    spec = {"model_type": model.config.model_type, "rule": rule, "layers": chosen, "options": asked}
-    _check_model(model, [found[i] for i in chosen], asked["rotary"])
+    spec = {"base": model.config.model_type, "rule": rule, "layers": chosen, "options": asked}
     _tell_auto_classes(type(model.config))
-    model.config.__class__ = _config_class(type(model.config))
+    model.config.__class__ = _derived(_ConvertedConfig, type(model.config))
     model.config.fwp = spec
-    model.__class__ = _model_class(type(model))
+    model.__class__ = _derived(_ConvertedModel, type(model))
     _swap(model)
     return model
 
@@ -214,9 +244,8 @@ def original(model: Any) -> Any:
         del module.fast_weights
         module.config = model.config
         module.__class__ = type(module).__bases__[1]
-    base = model.base_model
-    for part in {id(x): x for x in (base, model)}.values():
-        while issubclass(type(part), _ConvertedBase | _ConvertedModel):
+    for part in {id(x): x for x in (_stack(model), model)}.values():
+        while isinstance(part, _ConvertedStack | _ConvertedModel):
             part.__class__ = type(part).__bases__[1]
     del model.config.fwp
     model.config.__class__ = type(model.config).__bases__[1]
@@ -226,15 +255,16 @@ def original(model: Any) -> Any:
 
 
 def _swap(model: Any) -> None:
-    """Makes fast weight modules of those that `model.config.fwp` names."""
+    """Makes fast weight modules of those that `model.config.fwp` names. Some models are made with them already."""
     spec = model.config.fwp
     found = list(_self_attention(model))
     alone = len(spec["layers"]) == len(found)
     for module in found:
-        if module.layer_idx in spec["layers"]:
+        if module.layer_idx in spec["layers"] and not isinstance(module, _ConvertedAttention):
             _swap_module(module, spec, alone)
-    base = model.base_model
-    base.__class__ = _base_class(type(base))
+    stack = _stack(model)
+    if not isinstance(stack, _ConvertedStack):
+        stack.__class__ = _derived(_ConvertedStack, type(stack))
     if alone:  # no layer needs a mask of T × T
         model.config._attn_implementation = ATTENTION
 
@@ -251,7 +281,7 @@ def _swap_module(module: Any, spec: dict[str, Any], alone: bool) -> None:
     module.alone, module.rotary = alone, spec["options"]["rotary"]
     module.config = copy.copy(config)
     module.config._attn_implementation = ATTENTION
-    module.__class__ = _attention_class(type(module))
+    module.__class__ = _derived(_ConvertedAttention, type(module))
 
 
 def _self_attention(model: Any) -> Iterator[Any]:
@@ -259,8 +289,21 @@ def _self_attention(model: Any) -> Iterator[Any]:
     for module in model.modules():
         code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
         calls_interface = "ALL_ATTENTION_FUNCTIONS" in getattr(code, "co_names", ())
-        if calls_interface and isinstance(getattr(module, "layer_idx", None), int) and module.is_causal:
+        if isinstance(module, _ConvertedAttention) or (
+            calls_interface and isinstance(getattr(module, "layer_idx", None), int) and module.is_causal
+        ):
             yield module
+
+
+def _stack(model: Any) -> Any:
+    """The innermost model that holds all self-attention modules, such as the `LlamaModel` of a `LlamaForCausalLM`."""
+    wanted = {id(module) for module in _self_attention(model)}
+    whole = [
+        part
+        for part in model.modules()
+        if isinstance(part, PreTrainedModel) and wanted <= {id(module) for module in part.modules()}
+    ]
+    return whole[-1]
 
 
 def _chosen(found: dict[int, Any], layers: Iterable[int] | None, keep_every: int | None) -> set[int]:
@@ -308,7 +351,8 @@ def _tokens(given: dict[str, Any]) -> Tokens:
     elif cu_seqlens is None and positions is not None and x is not None and positions.dim() == 2:
         starts = positions.expand(x.shape[0], -1).diff(dim=1, prepend=positions.new_full((x.shape[0], 1), -2)) != 1
         if starts[:, 1:].any():
-            cu_seqlens = torch.cat([starts.flatten().nonzero()[:, 0], starts.new_full((1,), starts.numel()).long()])
+            borders = starts.flatten().nonzero()[:, 0]
+            cu_seqlens = torch.cat([borders, borders.new_full((1,), starts.numel())])
     return Tokens(mask, cu_seqlens)
 
 
@@ -320,28 +364,19 @@ def _parameters(module: Any) -> tuple[str, ...]:
 _classes: dict[tuple[Any, Any], Any] = {}
 
 
-def _derived(mixin: Any, base: Any, **attributes: Any) -> Any:
+def _derived(mixin: Any, base: Any) -> Any:
     """The class FastWeight… of a mixin and a class of transformers, always the same one."""
     if (mixin, base) not in _classes:
         name = base.__name__ if base.__name__.startswith("FastWeight") else f"FastWeight{base.__name__}"
-        _classes[mixin, base] = type(name, (mixin, base), {"__module__": __name__, **attributes})
+        _classes[mixin, base] = type(name, (mixin, base), {"__module__": __name__, **mixin.attributes(base)})
     return _classes[mixin, base]
 
 
-def _attention_class(base: Any) -> Any:
-    return _derived(_ConvertedAttention, base, _names=_parameters(base))
-
-
-def _base_class(base: Any) -> Any:
-    return _derived(_ConvertedBase, base, _names=_parameters(base))
-
-
-def _model_class(base: Any) -> Any:
-    return _derived(_ConvertedModel, base, config_class=_config_class(base.config_class))
-
-
-def _config_class(base: Any) -> Any:
-    return _derived(_ConvertedConfig, base)
+def _new(mixins: list[Any], base: Any) -> Any:
+    """An object without attributes, of a class derived from `base`."""
+    for mixin in mixins:
+        base = _derived(mixin, base)
+    return base.__new__(base)
 
 
 def _tell_auto_classes(base: Any) -> None:
@@ -351,5 +386,7 @@ def _tell_auto_classes(base: Any) -> None:
         if mapping is not None and base in mapping:
             models = mapping[base]
             several = isinstance(models, list | tuple)
-            converted = tuple(map(_model_class, models)) if several else _model_class(models)
-            mapping.register(_config_class(base), converted, exist_ok=True)
+            converted = [_derived(_ConvertedModel, x) for x in (models if several else [models])]
+            mapping.register(
+                _derived(_ConvertedConfig, base), tuple(converted) if several else converted[0], exist_ok=True
+            )
