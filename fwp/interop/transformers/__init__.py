@@ -14,7 +14,8 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
         f"fwp.interop.transformers: expected transformers ≥ 5.23, pip install 'fwp[hf]', got {transformers.__version__}"
     )
 
+from fwp.interop.transformers.attention import register
 from fwp.interop.transformers.cache import FastWeightCacheLayer
 from fwp.interop.transformers.convert import convert
 
-__all__ = ["FastWeightCacheLayer", "convert"]
+__all__ = ["FastWeightCacheLayer", "convert", "register"]

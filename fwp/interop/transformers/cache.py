@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer, StaticLayer
 
 from fwp._torch_private import tree_leaves, tree_map
 from fwp.functional import fast_weights
@@ -160,6 +160,11 @@ def fast_weight_layer(cache: Any, layer: int, alone: bool) -> FastWeightCacheLay
         return found
     if getattr(found, "is_initialized", False) and found.get_seq_length() > 0:
         raise ValueError(f"cache: expected fast weights in layer {layer}, got keys and values of another model")
+    if isinstance(found, StaticLayer) and not alone:
+        # transformers leaves out the mask of a single token where not all layers are static
+        raise ValueError(
+            "cache: expected a DynamicCache in a model with attention beside fast weights, got a StaticCache"
+        )
     cache.layers[layer] = made = LoneFastWeightCacheLayer() if alone else FastWeightCacheLayer()
     return made
 

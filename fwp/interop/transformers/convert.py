@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -130,10 +131,14 @@ class _ConvertedModel(_Derived):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
+        modules = converted_modules(self)
+        static = generation_config.cache_implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS
+        if static and not all(module.alone for module in modules):
+            generation_config.cache_implementation = None  # see fast_weight_layer
         done = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         cache = next((model_kwargs[name] for name in _CACHES if model_kwargs.get(name) is not None), None)
         if cache is not None:
-            for module in converted_modules(self):
+            for module in modules:
                 fast_weight_layer(cache, module.layer_idx, module.alone)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
