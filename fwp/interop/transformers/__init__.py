@@ -16,6 +16,6 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
 
 from fwp.interop.transformers.attention import register
 from fwp.interop.transformers.cache import FastWeightCacheLayer
-from fwp.interop.transformers.convert import convert
+from fwp.interop.transformers.conversion import convert
 
 __all__ = ["FastWeightCacheLayer", "convert", "register"]
