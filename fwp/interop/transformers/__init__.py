@@ -16,6 +16,16 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
 
 from fwp.interop.transformers.attention import register
 from fwp.interop.transformers.cache import FastWeightCacheLayer
-from fwp.interop.transformers.conversion import convert
+from fwp.interop.transformers.conversion import convert, original
+from fwp.interop.transformers.distill import Contribution, Losses, contribution, transfer
 
-__all__ = ["FastWeightCacheLayer", "convert", "register"]
+__all__ = [
+    "Contribution",
+    "FastWeightCacheLayer",
+    "Losses",
+    "contribution",
+    "convert",
+    "original",
+    "register",
+    "transfer",
+]

@@ -156,7 +156,7 @@ class _ConvertedStack(_Derived):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self._names, args)) | kwargs
-        return super().forward(**given, fast_weight_tokens=_tokens(given))  # type: ignore[misc]
+        return super().forward(**given, fast_weight_tokens=tokens_of(given))  # type: ignore[misc]
 
 
 class _ConvertedConfig(_Derived):
@@ -225,7 +225,7 @@ def convert(
     if not isinstance(rule, str) or rule not in RULES:
         raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}{suggest(str(rule), RULES)}")
     asked = suited_options(rule, options)
-    found = {module.layer_idx: module for module in _self_attention(model)}
+    found = {module.layer_idx: module for module in self_attention(model)}
     _check_model(model, list(found.values()), asked["rotary"])
     chosen = sorted(_chosen(found, layers, keep_every))
     spec = {"base": model.config.model_type, "rule": rule, "layers": chosen, "options": asked}
@@ -262,7 +262,7 @@ def original(model: Any) -> Any:
 def _swap(model: Any) -> None:
     """Makes fast weight modules of those that `model.config.fwp` names. Some models are made with them already."""
     spec = model.config.fwp
-    found = list(_self_attention(model))
+    found = list(self_attention(model))
     alone = len(spec["layers"]) == len(found)
     for module in found:
         if module.layer_idx in spec["layers"] and not isinstance(module, _ConvertedAttention):
@@ -289,7 +289,7 @@ def _swap_module(module: Any, spec: dict[str, Any], alone: bool) -> None:
     module.__class__ = _derived(_ConvertedAttention, type(module))
 
 
-def _self_attention(model: Any) -> Iterator[Any]:
+def self_attention(model: Any) -> Iterator[Any]:
     """The causal self-attention modules that call transformers' attention interface."""
     for module in model.modules():
         code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
@@ -302,7 +302,7 @@ def _self_attention(model: Any) -> Iterator[Any]:
 
 def _stack(model: Any) -> Any:
     """The innermost model that holds all self-attention modules, such as the `LlamaModel` of a `LlamaForCausalLM`."""
-    wanted = {id(module) for module in _self_attention(model)}
+    wanted = {id(module) for module in self_attention(model)}
     whole = [
         part
         for part in model.modules()
@@ -343,7 +343,7 @@ def _check_model(model: Any, modules: list[Any], rotary: bool) -> None:
         raise ValueError(f"rotary: False needs attention that is given position_embeddings, got {name}")
 
 
-def _tokens(given: dict[str, Any]) -> Tokens:
+def tokens_of(given: dict[str, Any]) -> Tokens:
     """The mask and the packing of the tokens that a model's forward is given."""
     x = given.get("input_ids")
     x = given.get("inputs_embeds") if x is None else x
