@@ -205,3 +205,15 @@ def test_dropout_of_weights_is_said_to_be_left_out() -> None:
     model = tiny("gpt2", attn_implementation="fwp_linear", attn_pdrop=0.1).train()
     with pytest.warns(UserWarning, match="dropout of attention weights is left out"):
         model(text(1, 9))
+
+
+@torch.no_grad()
+def test_with_a_mask_it_is_traced_as_one_graph() -> None:
+    model, ids, mask = tiny("llama", attn_implementation="fwp_linear"), text(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    logits = model(ids, attention_mask=mask, use_cache=False).logits
+    traced = torch.compile(model, backend="eager", fullgraph=True)
+    assert (traced(ids, attention_mask=mask, use_cache=False).logits - logits).abs().max() <= 1e-5
+    without = torch.compile(model, backend="eager")(ids, use_cache=False).logits
+    assert (without - model(ids, use_cache=False).logits).abs().max() <= 1e-5
+    torch.compiler.reset()

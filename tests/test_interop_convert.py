@@ -37,7 +37,7 @@ from fwp.interop.transformers.conversion import converted_modules, original
 register()
 KINDS = ("gpt2", "llama", "qwen3", "mistral", "gemma", "gemma2", "phi", "phi3", "gpt_neox", "opt")
 MAIN = ("gpt2", "llama", "qwen3", "mistral")
-LAYERS = (None, (0, 2), (1,))
+LAYERS = (None, (0, 2))
 
 
 def converted(kind: str, rule: str = "gated_delta", layers: Any = None, **options: Any) -> Any:
@@ -146,14 +146,14 @@ def test_generating_with_the_cache_says_the_same(kind: str, layers: Any) -> None
             said = []
             for how in ({"use_cache": False}, {}, {"cache_implementation": "static"}):
                 torch.manual_seed(5)
-                said.append(greedy(model, ids, 12, **given, **ways, **how))
+                said.append(greedy(model, ids, 7, **given, **ways, **how))
             assert torch.equal(said[0], said[1]) and torch.equal(said[0], said[2]), (ways, given)
     assert len(set(greedy(model, ids)[1, 9:].tolist())) > 2
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in MAIN])
 def test_other_models_generate_with_the_cache(kind: str) -> None:
-    for layers in LAYERS:
+    for layers in (None, (0, 2), (1,)):
         model, ids = converted(kind, layers=layers), text(2, 9)
         assert torch.equal(greedy(model, ids), greedy(model, ids, use_cache=False))
 
@@ -286,7 +286,7 @@ def test_assisted_generation_says_the_same(kind: str, layers: Any, monkeypatch: 
 
 
 def test_a_compiled_model_says_the_same() -> None:
-    model, ids = converted("llama", layers=[0, 2]), text(1, 9)
+    model, ids = convert(tiny("llama", num_hidden_layers=2), layers=[0]), text(1, 9)
     logits, said = model(ids, use_cache=False).logits, greedy(model, ids, 5)
     assert worst(torch.compile(model, backend="eager", fullgraph=True)(ids, use_cache=False).logits, logits) <= 1e-5
     model.forward = torch.compile(model.forward, backend="eager")

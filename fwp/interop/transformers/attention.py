@@ -43,7 +43,8 @@ def register() -> tuple[str, ...]:
     The functions raise a ValueError where they would be wrong: for masks that are not padding, a causal order or packed
     sequences, as those of a sliding window that is shorter than the text; for biases, sinks and soft caps of attention
     scores; for static caches, whose empty slots would count; and for `output_attentions`. Dropout of attention weights
-    can't be done, since there are none: in training a warning says so.
+    can't be done, since there are none: in training a warning says so. torch.compile and torch.export get one graph if
+    an attention_mask is given; without it transformers looks for packed sequences, which depends on values.
     """
     for name, (feature_map, scaled) in IMPLEMENTATIONS.items():
         AttentionInterface.register(name, partial(_attention, feature_map=feature_map, scaled=scaled))
