@@ -132,6 +132,51 @@ def test_every_rule_and_learned_features_generate_with_the_cache(rule: str) -> N
         assert torch.equal(greedy(model, ids, 8), greedy(model, ids, 8, use_cache=False))
 
 
+def test_learned_features_are_those_of_hedgehog() -> None:
+    model, x = converted("llama", "additive", feature_map="hedgehog").double(), torch.randn(2, 5, 4, 8).double()
+    memory = converted_modules(model)[0].fast_weights
+    for h in range(4):
+        y = x[:, :, h] @ memory.q_features.weight[h]
+        assert worst(memory.q_features(x)[:, :, h], torch.cat([y.softmax(-1), (-y).softmax(-1)], -1)) <= 1e-12
+    model(text(2, 9), labels=text(2, 9)).loss.backward()
+    assert all(phi.weight.grad.abs().amax((1, 2)).min() > 0 for phi in (memory.q_features, memory.k_features))
+
+
+@pytest.mark.parametrize("options", [{"rule": "kda"}, {"rule": "additive", "feature_map": "hedgehog"}])
+def test_gradients_are_those_of_differences(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model, ids, size = converted("gpt2", **options).double(), text(2, 9), 1e-5
+    before = [x.detach().clone() for x in model.parameters()]
+
+    def loss() -> Tensor:  # that of transformers is in float32
+        return model(ids, use_cache=False).logits.square().mean()
+
+    loss().backward()
+    for part in ("c_attn", "c_proj", "fast_weights"):
+        chosen = [(x, y) for (name, x), y in zip(model.named_parameters(), before) if part in name]
+        ways = [torch.randn_like(x) for x, _ in chosen]
+        found = []
+        for sign in (1, -1):
+            for (x, y), way in zip(chosen, ways):
+                x.data.copy_(y + sign * size * way)
+            found.append(loss().item())
+        for x, y in chosen:
+            x.data.copy_(y)
+        expected = (found[0] - found[1]) / (2 * size)
+        slope = sum((x.grad * way).sum().item() for (x, _), way in zip(chosen, ways))
+        assert abs(slope - expected) <= 1e-6 * max(1, abs(expected)), part
+
+
+def test_no_mask_of_all_pairs_is_made_where_nobody_needs_it(tmp_path: Path) -> None:
+    model, seen = converted("llama"), []
+    model.save_pretrained(tmp_path)
+    for each in (model, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        layer = each.model.layers[0]
+        layer.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
+        each(text(2, 9), attention_mask=torch.tensor([[0] * 4 + [1] * 5, [1] * 9]))
+    assert seen == [None, None]
+
+
 # ---- the cache ----
 
 
@@ -223,8 +268,9 @@ def test_sequences_of_the_cache_are_picked_and_repeated() -> None:
     model(ids[:, 6:8], **{CACHE: cache})
     cache.batch_repeat_interleave(2)  # 0 0 1 1 2 2
     cache.batch_select_indices(torch.tensor([4, 1, 2]))
-    cache.reorder_cache(torch.tensor([1, 2, 0]))  # 0 1 2
+    cache.reorder_cache(torch.tensor([0, 2, 1]))  # 2 1 0
     cache.crop(-1)
+    ids = ids[[2, 1, 0]]
     assert worst(model(ids[:, 7:], **{CACHE: cache}).logits, model(ids, use_cache=False).logits[:, 7:]) <= 1e-10
     cache.reset()
     assert cache.get_seq_length() == 0
@@ -287,10 +333,10 @@ def test_assisted_generation_says_the_same(kind: str, layers: Any, monkeypatch: 
 
 def test_a_compiled_model_says_the_same() -> None:
     model, ids = convert(tiny("llama", num_hidden_layers=2), layers=[0]), text(1, 9)
-    logits, said = model(ids, use_cache=False).logits, greedy(model, ids, 5)
+    logits, said = model(ids, use_cache=False).logits, greedy(model, ids, 4)
     assert worst(torch.compile(model, backend="eager", fullgraph=True)(ids, use_cache=False).logits, logits) <= 1e-5
     model.forward = torch.compile(model.forward, backend="eager")
-    assert torch.equal(greedy(model, ids, 5), said)
+    assert torch.equal(greedy(model, ids, 4), said)
     torch.compiler.reset()
 
 
@@ -379,6 +425,16 @@ def test_every_nth_layer_keeps_its_attention() -> None:
     model = fwp.convert(tiny("llama", num_hidden_layers=4), keep_every=2)
     assert [module.layer_idx for module in converted_modules(model)] == [0, 2]
     assert [m.layer_idx for m in converted_modules(fwp.convert(tiny("llama"), layers=[-1]))] == [2]
+
+
+def test_without_a_new_enough_transformers_one_line_says_so(tmp_path: Path) -> None:
+    (tmp_path / "transformers.py").write_text("__version__ = '5.22.1'")
+    paths = [str(tmp_path), *sys.path]
+    for first, found in ((f"sys.path[:] = {paths!r}", "got 5.22.1"), ("sys.modules['transformers'] = None", "")):
+        code = f"import sys; sys.path[:] = {sys.path!r}; {first}\nimport fwp.interop.transformers"
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        last = run.stderr.strip().splitlines()[-1]
+        assert "expected transformers ≥ 5.23, pip install 'fwp[hf]'" in last and last.endswith(found)
 
 
 # ---- files ----

@@ -73,6 +73,7 @@ def test_the_transfer_learns_and_the_fast_weights_are_used(
 def test_a_layer_is_compared_with_the_attention_in_its_place() -> None:
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[0, :3] = 0
+    mask[1, 7:] = 0
     batch, outputs = {"input_ids": text(2, 9), "attention_mask": mask}, []
     plain, model = tiny("gpt2"), convert(tiny("gpt2"))
     for module in (plain.transformer.h[0].attn, model.transformer.h[0].attn):  # before the first, all is the same
