@@ -229,6 +229,9 @@ def convert(
     _check_model(model, list(found.values()), asked["rotary"])
     chosen = sorted(_chosen(found, layers, keep_every))
     spec = {"base": model.config.model_type, "rule": rule, "layers": chosen, "options": asked}
+    with torch.device("meta"):  # whatever does not fit raises here, while the model is still as it was
+        for i in chosen:
+            _memory(found[i], spec)
     _tell_auto_classes(type(model.config))
     model.config.__class__ = _derived(_ConvertedConfig, type(model.config))
     model.config.fwp = spec
@@ -276,17 +279,22 @@ def _swap(model: Any) -> None:
 
 def _swap_module(module: Any, spec: dict[str, Any], alone: bool) -> None:
     """Makes a self-attention module one with fast weights, whose gates have its device and dtype."""
-    config, weight = module.config, next(x for x in module.parameters() if x.dim() == 2)
+    weight = next(x for x in module.parameters() if x.dim() == 2)
+    dtype = weight.dtype if weight.dtype in errors.FLOATS else torch.get_default_dtype()
+    module.fast_weights = _memory(module, spec).to(weight.device, dtype)
+    module.alone, module.rotary = alone, spec["options"]["rotary"]
+    module.config = copy.copy(module.config)
+    module.config._attn_implementation = ATTENTION
+    module.__class__ = _derived(_ConvertedAttention, type(module))
+
+
+def _memory(module: Any, spec: dict[str, Any]) -> FastWeightMemory:
+    """The fast weights for a self-attention module, with its heads."""
+    config = module.config
     query_heads = config.num_attention_heads
     heads = getattr(module, "kv_heads", None) or getattr(config, "num_key_value_heads", None) or query_heads
     head_dim = getattr(module, "head_dim", None) or getattr(module, "head_size", config.hidden_size // query_heads)
-    memory = FastWeightMemory(spec["rule"], config.hidden_size, query_heads, heads, head_dim, spec["options"])
-    dtype = weight.dtype if weight.dtype in errors.FLOATS else torch.get_default_dtype()
-    module.fast_weights = memory.to(weight.device, dtype)
-    module.alone, module.rotary = alone, spec["options"]["rotary"]
-    module.config = copy.copy(config)
-    module.config._attn_implementation = ATTENTION
-    module.__class__ = _derived(_ConvertedAttention, type(module))
+    return FastWeightMemory(spec["rule"], config.hidden_size, query_heads, heads, head_dim, spec["options"])
 
 
 def self_attention(model: Any) -> Iterator[Any]:
