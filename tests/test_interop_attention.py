@@ -49,7 +49,7 @@ def matrix_attention(
     weights = features(of, query, scaling) @ features(of, key, scaling).transpose(-1, -2)
     if mask is None:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
-        mask = mask.tril() if module.is_causal else mask
+        mask = mask.tril() if kwargs.get("is_causal", module.is_causal) else mask
     weights = weights.masked_fill(~mask, 0)
     total = weights.sum(-1, keepdim=True)
     return (weights / torch.where(total == 0, 1, total + 1e-6) @ value).transpose(1, 2), None
@@ -129,6 +129,10 @@ def test_a_bidirectional_encoder_reads_all_tokens() -> None:
         assert (ours - theirs)[real].abs().max() <= 1e-10
 
 
+def test_a_decoder_can_be_told_to_read_all_tokens() -> None:
+    both("llama", "fwp_linear", input_ids=text(2, 9), is_causal=False)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral"])
 def test_generating_with_a_cache_says_the_same(kind: str) -> None:
     ids, mask = text(2, 9), torch.ones(2, 9, dtype=torch.long)
@@ -183,7 +187,7 @@ def test_training_with_checkpointing_gives_the_same_gradients() -> None:
             {},
             "attention_mask: expected .B, T., got",
         ),
-        ("mistral", {}, {"sliding_window": 4}, "attention_mask: expected a causal mask .* sliding window shorter"),
+        ("mistral", {}, {"sliding_window": 4}, "attention_mask: expected padding, .* sliding window shorter"),
         ("gemma2", {}, {}, "softcap: expected None"),
         ("llama", {"output_attentions": True}, {}, "output_attentions: expected False"),
     ],

@@ -387,6 +387,8 @@ def test_what_would_be_wrong_is_refused() -> None:
         model(ids, attention_mask=torch.ones(1, 1, 9, 9, dtype=torch.bool))
     with pytest.raises(ValueError, match="cache: expected use_cache=False with packed sequences"):
         model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5]]), use_cache=True)
+    with pytest.raises(ValueError, match="is_causal: expected True in a model with fast weights"):
+        model(ids, is_causal=False)
     with pytest.raises(TypeError, match="hands no keyword arguments to its layers"):
         convert(tiny("stablelm"))(ids)
 

@@ -107,7 +107,7 @@ def _mask(
     if torch.equal(allowed, causal.expand_as(allowed)):
         return plain
     raise ValueError(
-        "attention_mask: expected a causal mask with padding or packed sequences, got another one, "
+        "attention_mask: expected padding, a causal order or packed sequences, got another mask, "
         f"as of a sliding window shorter than the {kv_length} tokens"
     )
 

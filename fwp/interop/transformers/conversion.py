@@ -53,6 +53,7 @@ def _program(
     value: Tensor,
     attention_mask: Tensor | None,
     fast_weight_call: _Call | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function of a converted module: q, k, v [B, H, T, K] → o [B, T, H, K]."""
@@ -60,6 +61,8 @@ def _program(
         raise ValueError(
             f"attn_implementation: expected {ATTENTION!r} in modules of fwp.convert only, got it elsewhere"
         )
+    if is_causal is False:
+        raise ValueError("is_causal: expected True in a model with fast weights, which hold the past only, got False")
     x, tokens, layer = fast_weight_call
     q, k, v = (y.transpose(1, 2) for y in (query, key, value))
     return module.fast_weights(x, q, k, v, *tokens, layer), None
