@@ -101,6 +101,10 @@ def test_packed_sequences_are_kept_apart() -> None:
         packed = model(ids, position_ids=positions, use_cache=False).logits
         alone = torch.cat([model(ids[:, :4]).logits, model(ids[:, 4:]).logits], 1)
         assert (packed - alone).abs().max() <= 1e-10
+    borders = {"cu_seq_lens_q": torch.tensor([0, 4, 9])}
+    assert torch.equal(model(ids, position_ids=positions, use_cache=False, **borders).logits, packed)
+    with pytest.raises(ValueError, match="cu_seq_lens_q: expected position_ids beside it"):
+        model(ids, use_cache=False, **borders)
 
 
 @pytest.mark.parametrize("name", NAMES)

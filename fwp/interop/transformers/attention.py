@@ -34,7 +34,8 @@ def register() -> tuple[str, ...]:
 
     After it `attn_implementation="fwp_linear"` works in `from_config`, `from_pretrained` and `set_attn_implementation`.
     Attention becomes o_t = Σ_i φ(k_i)ᵀφ(q_t) v_i / Σ_i φ(k_i)ᵀφ(q_t), over i ≤ t in a decoder and over all i in an
-    encoder and in cross attention. Padding and packed sequences are kept apart, and grouped queries share keys.
+    encoder and in cross attention. Grouped queries share keys. Padding is left out. Packed sequences are told apart as
+    in transformers: by position_ids, where there is neither an attention_mask nor a cache.
 
     transformers does not write the attention function into config.json, so that a saved model would silently come back
     with softmax. Therefore `register` makes configurations write these names. Such a model can't be loaded before
@@ -136,6 +137,9 @@ def _attention(
         warnings.warn("dropout of attention weights is left out: linear attention has none", stacklevel=2)
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(f"attention_mask: expected [B, T], got {tuple(attention_mask.shape)}")
+    borders = kwargs.get("cu_seq_lens_q")
+    if borders is not None and len(borders) > 2 and (attention_mask is None or attention_mask.dtype == torch.bool):
+        raise ValueError("cu_seq_lens_q: expected position_ids beside it, use_cache=False and no attention_mask")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, T, H, D]
     if scaled:
