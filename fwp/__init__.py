@@ -26,6 +26,7 @@ _HOME = {
     "Taylor": "feature_maps",
     **dict.fromkeys(RULES, "verbs"),  # each rule has a typed function of its name
 }
+_NEEDS_EXTRA = {"convert": "interop.transformers"}  # not in __all__, since `from fwp import *` works without extras
 _MODULES = ("inspect", "nn", "models", "testing")
 
 __all__ = ["RULES", "Gate", "Rule", "__version__", *_HOME, *_MODULES]
@@ -43,12 +44,15 @@ if TYPE_CHECKING:
     from fwp.feature_maps import Taylor as Taylor
     from fwp.functional import fast_weights as fast_weights
     from fwp.functional import read as read
+    from fwp.interop.transformers import convert as convert
     from fwp.verbs import *  # noqa: F403 - a list of its functions here would be one more list of rules
 else:  # a type checker that saw this would accept any name
 
     def __getattr__(name: str) -> Any:
         if name in _HOME:
             value = getattr(import_module(f"fwp.{_HOME[name]}"), name)
+        elif name in _NEEDS_EXTRA:
+            value = getattr(import_module(f"fwp.{_NEEDS_EXTRA[name]}"), name)
         elif name in _MODULES:
             value = import_module(f"fwp.{name}")
         else:
@@ -58,4 +62,4 @@ else:  # a type checker that saw this would accept any name
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_NEEDS_EXTRA})

@@ -145,6 +145,8 @@ MAY_KNOW: dict[str, set[str]] = {
     "fwp.config": HELPERS | {"fwp.nn.*"},
     "fwp.models.*": HELPERS | {"fwp.config", "fwp.nn.*", "fwp.models.*", "fwp.rules"},
     "fwp.interop.onnx": HELPERS | {"fwp.core", "fwp.backends.onnx", "fwp.models", "fwp.nn.layer", "fwp.states"},
+    "fwp.interop.transformers.*": BASE
+    | {"fwp.functional", "fwp.rules", "fwp.validate", "fwp.nn.attention", "fwp.interop.transformers.*"},
     "fwp.cli": {"fwp.*", "fwp_benchmarks.*"},
     "fwp.*": {"fwp.*"},
     "fwp_kernels.*": {"fwp_kernels.*"},
@@ -196,6 +198,7 @@ LOADS = {
     "fwp_benchmarks.static": {"triton", "fwp_kernels"},
     "fwp_benchmarks.tune": {"fwp_kernels"},
     "fwp_benchmarks.report": {"matplotlib"},
+    "fwp.interop.transformers.*": {"transformers"},
 }
 
 
@@ -204,7 +207,8 @@ def test_nothing_loads_triton_or_transformers_when_imported(ours: dict[str, set[
     for name, imported in ours.items():
         package = name.partition(".")[0]
         tops = {x.module.partition(".")[0] for x in imported if x.early} & set(HEAVY)
-        if package != "fwp_kernels" and (beyond := tops - LOADS.get(name, set()) - {package}):
+        allowed = set().union(*(loads for pattern, loads in LOADS.items() if fits(name, pattern)))
+        if package != "fwp_kernels" and (beyond := tops - allowed - {package}):
             found[name] = beyond
     assert found == {}
 

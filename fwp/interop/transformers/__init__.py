@@ -1,0 +1,31 @@
+"""Fast weights in models of Hugging Face's transformers: as an attention function, or in place of attention.
+
+`register` adds attention functions that transformers knows by name, such as `attn_implementation="fwp_linear"`.
+`convert` swaps the self-attention of a causal language model for fast weights with a state of constant size, and
+`transfer` trains the swapped layers to do what attention did.
+"""
+
+try:
+    import transformers
+except ImportError as error:
+    raise ImportError("fwp.interop.transformers: expected transformers ≥ 5.23, pip install 'fwp[hf]'") from error
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+    raise ImportError(
+        f"fwp.interop.transformers: expected transformers ≥ 5.23, pip install 'fwp[hf]', got {transformers.__version__}"
+    )
+
+from fwp.interop.transformers.attention import register
+from fwp.interop.transformers.cache import FastWeightCacheLayer
+from fwp.interop.transformers.conversion import convert, original
+from fwp.interop.transformers.distill import Contribution, Losses, contribution, transfer
+
+__all__ = [
+    "Contribution",
+    "FastWeightCacheLayer",
+    "Losses",
+    "contribution",
+    "convert",
+    "original",
+    "register",
+    "transfer",
+]
