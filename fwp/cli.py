@@ -159,6 +159,39 @@ def check(
 # --------------------------------------------------------------------------------------------------------- fwp bench
 
 
+@app.command(epilog="Examples: fwp build · fwp build --features 64 --features 128")
+def build(
+    features: Annotated[
+        list[int],
+        typer.Option("--features", metavar="N", min=1, help="key and value features per head; may be repeated"),
+    ] = [64, 128],  # noqa: B006 - typer copies it
+) -> None:
+    """Compile the CPU kernels ahead of time, for every kind of decay and erasure. It takes some seconds per kernel.
+
+    Without it each kernel is compiled when it is first used. Both keep it in the user's cache.
+    """
+    from itertools import product
+
+    from rich.progress import track
+
+    from fwp_kernels import native
+
+    if (most := native.WIDTHS[-1]) < max(features):
+        raise typer.BadParameter(f"--features: expected at most {most}, got {max(features)}")
+    kinds = [
+        native.Kind(width, width, *axes)
+        for width in map(native.rounded, features)
+        for axes in product(range(3), repeat=2)
+    ]
+    try:
+        for kind in track(kinds, "Compiling", console=Console(stderr=True)):
+            native.build(kind)
+    except native.BuildError as error:
+        print(f"fwp: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    print(f"{len(kinds)} kernels are in {native.folder()}.")
+
+
 @app.command(epilog="Examples: fwp bench · fwp bench --device cpu --peers · fwp bench --peers --json times.json")
 def bench(
     device: Annotated[str | None, typer.Option(metavar="cpu|cuda", help="where it runs; a GPU if there is one")] = None,

@@ -307,7 +307,7 @@ def choose(core: Core | None, backend: str, form: str, q: Tensor) -> tuple[str, 
             if (reason := trust.reason_to_distrust(core, picked)) is None:
                 return "triton", picked
             trust.warn_of_torch(reason)
-        if q.device.type == "cpu" and _refusal("native", core, picked) is None:
+        if q.is_cpu and not exports() and _refusal("native", core, picked) is None:
             return "native", picked
         return "torch", picked
     if why := _refusal(backend, core, picked):

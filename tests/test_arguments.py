@@ -46,7 +46,7 @@ WRONG = [
     (
         {"backend": "trition"},
         ValueError,
-        "backend: expected one of auto, reference, torch, triton, got 'trition'; did you mean 'triton'?",
+        "backend: expected one of auto, reference, torch, native, triton, got 'trition'; did you mean 'triton'?",
     ),
     (
         {"form": "chunks"},

@@ -138,7 +138,8 @@ MAY_KNOW: dict[str, set[str]] = {
     "fwp.trust": HELPERS | {"fwp.core"},
     "fwp.canary": BASE | {"fwp.measure", "fwp.trust", "fwp.backends.*"},
     "fwp.backends.reference": BASE | RULES,
-    "fwp.backends.triton": BASE | {"fwp.trust", "fwp_kernels.*"},
+    "fwp.backends.triton": BASE | {"fwp.trust", "fwp.backends.ops", "fwp_kernels.*"},
+    "fwp.backends.native": BASE | {"fwp.backends.ops", "fwp_kernels.native"},
     "fwp.backends.*": BASE,
     "fwp.validate": BASE | RULES,
     "fwp.nn.*": BASE | {"fwp.functional", "fwp.validate", "fwp.rules", "fwp.rules.spec", "fwp.states", "fwp.nn.*"},
@@ -147,7 +148,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "fwp.interop.onnx": HELPERS | {"fwp.core", "fwp.backends.onnx", "fwp.models", "fwp.nn.layer", "fwp.states"},
     "fwp.interop.transformers.*": BASE
     | {"fwp.functional", "fwp.rules", "fwp.validate", "fwp.nn.attention", "fwp.interop.transformers.*"},
-    "fwp.cli": {"fwp.*", "fwp_benchmarks.*"},
+    "fwp.cli": {"fwp.*", "fwp_benchmarks.*", "fwp_kernels.native"},
     "fwp.*": {"fwp.*"},
     "fwp_kernels.*": {"fwp_kernels.*"},
     "fwp_benchmarks.*": {"fwp.*", "fwp_kernels.*", "fwp_benchmarks.*"},

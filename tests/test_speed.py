@@ -50,7 +50,7 @@ def test_rows(tmp_path, capsys):
     both = ("forward", "forward + backward")
     assert [(row["rule"], row["pass"]) for row in found] == [(rule, x) for rule in rules.RULES for x in both]
     for row in found:
-        assert {"ours", "softmax"} <= row["seconds"].keys() and row["backend"] == "torch" and row["limit"] > 0
+        assert {"ours", "softmax"} <= row["seconds"].keys() and row["backend"] == "native" and row["limit"] > 0
         assert all(min(times) <= row["seconds"][name] <= max(times) for name, times in row["times"].items())
         assert all(len(times) == 3 and min(times) > 0 for times in row["times"].values())
         assert row["card"].startswith("CPU") and row["versions"]["torch"] == torch.__version__

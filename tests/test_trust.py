@@ -322,7 +322,7 @@ def test_an_explicit_request_raises_and_names_the_versions(monkeypatch):
 
 
 def test_auto_warns_and_takes_torch(monkeypatch):
-    core, seen = some_core(), SimpleNamespace(is_cuda=True, dtype=torch.float32, shape=(1, 5, 1, 4))
+    core, seen = some_core(), SimpleNamespace(is_cuda=True, is_cpu=False, dtype=torch.float32, shape=(1, 5, 1, 4))
     assert functional.choose(core, "auto", "auto", seen) == ("triton", "chunk")
     forget()
     for folder in trust.cache_folder().iterdir():

@@ -141,8 +141,8 @@ def in_case(case: CallCase, rule: Rule, backend: str, device: str, interpreted: 
     first = case is CASES[0]
     shape = {"B": 2, "T": 70, "K": 16, "V": 8}
     dtypes = [torch.float64, torch.float32, torch.bfloat16]
-    if device == "cuda":
-        dtypes.remove(torch.float64)  # a GPU's kernels accumulate in float32
+    if device == "cuda" or backend == "native":
+        dtypes.remove(torch.float64)  # these kernels accumulate in float32
     if interpreted:
         shape = {"B": 1, "T": 20, "H": 2 if first else 1, "K": 16, "V": 16}
         dtypes = [torch.float64, torch.float16] if first else [torch.float64]
@@ -449,8 +449,9 @@ def find(rule: str) -> Rule:
 def rule_rows(name: str, backend: str | None = None) -> Iterator[Row]:
     """All rows of one rule except those of kernels."""
     rule = find(name)
-    if backend in (None, "torch"):
-        yield from against_reference(rule, "torch", "cpu", False)
+    for served in ("torch", "native") if rule.lower else ("torch",):
+        if backend in (None, served):
+            yield from against_reference(rule, served, "cpu", False)
     for identity in IDENTITIES:
         found = guarded(rule, identity.__name__.replace("_", " "), ANY, identity(rule))
         yield from (r for r in found if backend is None or r["backend"] in (backend, ANY))

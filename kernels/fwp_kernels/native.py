@@ -257,7 +257,7 @@ class Problem:
 
     def of_reads(self, x: Tensor) -> Tensor:
         """The tokens of x [B, n·T, …] that belong to queries, [B, T, …]."""
-        return x if self.writes == 1 else x[:, (0 if self.read_before else self.writes - 1) :: self.writes]
+        return x if self.writes == 1 else x[:, (0 if self.read_before else self.writes - 1) :: self.writes].contiguous()
 
 
 class _Call:
