@@ -147,7 +147,14 @@ MAY_KNOW: dict[str, set[str]] = {
     "fwp.models.*": HELPERS | {"fwp.config", "fwp.nn.*", "fwp.models.*", "fwp.rules"},
     "fwp.interop.onnx": HELPERS | {"fwp.core", "fwp.backends.onnx", "fwp.models", "fwp.nn.layer", "fwp.states"},
     "fwp.interop.transformers.*": BASE
-    | {"fwp.functional", "fwp.rules", "fwp.validate", "fwp.nn.attention", "fwp.interop.transformers.*"},
+    | {
+        "fwp.functional",
+        "fwp.rules",
+        "fwp.validate",
+        "fwp.nn.attention",
+        "fwp.interop.fla",
+        "fwp.interop.transformers.*",
+    },
     "fwp.cli": {"fwp.*", "fwp_benchmarks.*", "fwp_kernels.native"},
     "fwp.*": {"fwp.*"},
     "fwp_kernels.*": {"fwp_kernels.*"},

@@ -2,7 +2,8 @@
 
 `register` adds attention functions that transformers knows by name, such as `attn_implementation="fwp_linear"`.
 `convert` swaps the self-attention of a causal language model for fast weights with a state of constant size, and
-`transfer` trains the swapped layers to do what attention did.
+`transfer` trains the swapped layers to do what attention did. `install` runs models that have fast weights already on
+ours.
 """
 
 try:
@@ -18,14 +19,18 @@ from fwp.interop.transformers.attention import register
 from fwp.interop.transformers.cache import FastWeightCacheLayer
 from fwp.interop.transformers.conversion import convert, original
 from fwp.interop.transformers.distill import Contribution, Losses, contribution, transfer
+from fwp.interop.transformers.serve import FAMILIES, install, uninstall
 
 __all__ = [
+    "FAMILIES",
     "Contribution",
     "FastWeightCacheLayer",
     "Losses",
     "contribution",
     "convert",
+    "install",
     "original",
     "register",
     "transfer",
+    "uninstall",
 ]
