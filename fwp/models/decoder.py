@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,18 +55,36 @@ class Decoder(Stateful):
         state, mask [B, T] and cu_seqlens [N + 1] as in `FastWeightAttention`.
         """
         errors.tensor("tokens", tokens, (None, None), torch.int64)
-        states = [None] * len(self.blocks) if state is None else state
-        if len(states) != len(self.blocks):
-            raise ValueError(f"state: expected {len(self.blocks)} layer states, got {len(states)}")
-        x = self.dropout(self.embedding(tokens))
+        if state is not None and len(state) != len(self.blocks):
+            raise ValueError(f"state: expected {len(self.blocks)} layer states, got {len(state)}")
+        x, after = self.mix(self.dropout(self.embedding(tokens)), state, mask, cu_seqlens)
+        return self.head(self.norm(x)), after
+
+    def mix(
+        self,
+        x: Tensor,
+        states: Sequence[LayerState | None] | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        call: Callable[..., Any] = carry,
+        seen: list[Tensor] | None = None,
+    ) -> tuple[Tensor, StackState]:
+        """The blocks alone: x [B, T, E] → x and the state after it.
+
+        call: runs a block, as block(x, state, mask, cu_seqlens). seen: gets the input of each block and the output.
+        """
         after, v_first = [], None
-        for block, before in zip(self.blocks, states):
+        for block, before in zip(self.blocks, [None] * len(self.blocks) if states is None else states):
+            if seen is not None:
+                seen.append(x)
             if self.config.preset == "rwkv7":
-                x, end, v_first = carry(block, x, before, mask, cu_seqlens, v_first=v_first, return_v_first=True)
+                x, end, v_first = call(block, x, before, mask, cu_seqlens, v_first=v_first, return_v_first=True)
             else:
-                x, end = carry(block, x, before, mask, cu_seqlens)
+                x, end = call(block, x, before, mask, cu_seqlens)
             after.append(end)
-        return self.head(self.norm(x)), StackState(after)
+        if seen is not None:
+            seen.append(x)
+        return x, StackState(after)
 
     @torch.no_grad()
     def generate(

@@ -3,7 +3,7 @@
 `register` adds attention functions that transformers knows by name, such as `attn_implementation="fwp_linear"`.
 `convert` swaps the self-attention of a causal language model for fast weights with a state of constant size, and
 `transfer` trains the swapped layers to do what attention did. `install` runs models that have fast weights already on
-ours.
+ours. `FwpForCausalLM` is `fwp.models.Decoder` as a model of transformers.
 """
 
 try:
@@ -19,12 +19,15 @@ from fwp.interop.transformers.attention import register
 from fwp.interop.transformers.cache import FastWeightCacheLayer
 from fwp.interop.transformers.conversion import convert, original
 from fwp.interop.transformers.distill import Contribution, Losses, contribution, transfer
+from fwp.interop.transformers.model import FwpConfig, FwpForCausalLM
 from fwp.interop.transformers.serve import FAMILIES, install, uninstall
 
 __all__ = [
     "FAMILIES",
     "Contribution",
     "FastWeightCacheLayer",
+    "FwpConfig",
+    "FwpForCausalLM",
     "Losses",
     "contribution",
     "convert",
