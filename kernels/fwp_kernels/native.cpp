@@ -186,12 +186,13 @@ template <int C, int N> static void lower_scores(float *p, const float *a, const
     Tile<W / 2, 1> t; t.zero(); t.mac(a + r * N, N, bt + j, C, N); t.store(p + r * C + j, C);
   }
 }
-// p *= f row by row, and 0 from the diagonal on (STRICT) or beyond it, as far as the block of W goes
+// p *= f row by row, and 0 from the diagonal on (STRICT) or beyond it: tiles read rows that are not aligned to W
 template <int C, bool STRICT> static INL void cut(float *p, const float *f) {
   for (int i = 0; i < C; i++) {
     float at = (float)(i % W) - STRICT, *x = p + i * C;
     for (int j = 0; j < i / W * W; j += W) st(x + j, f[i] * ld(x + j));
     st(x + i / W * W, lanes() <= at ? f[i] * ld(x + i / W * W) : (vf){});
+    for (int j = i / W * W + W; j < C; j += W) st(x + j, (vf){});
   }
 }
 
@@ -348,7 +349,7 @@ template <int DECAY, int C> struct Decays {
   // where p is already times F if DECAY is 1, and strictly lower or lower
   void spread(float *dq, float *dk, const float *p, const float *q, const float *k, const float *f, bool own) const {
     alignas(64) float fp[C * C];
-    for (int i = 0; i < C; i++) for (int j = 0; j <= i; j += W) st(fp + i * C + j, f[i] * ld(p + i * C + j));
+    for (int i = 0; i < C; i++) map<C>(fp + i * C, [&](int j) NOW { return f[i] * ld(p + i * C + j); });
     if constexpr (DECAY != 2) {
       for (int j = 0; j < KP; j += NR) {
         up<C>([&](auto &t, long i) NOW {
