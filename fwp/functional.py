@@ -307,8 +307,11 @@ def choose(core: Core | None, backend: str, form: str, q: Tensor) -> tuple[str, 
             if (reason := trust.reason_to_distrust(core, picked)) is None:
                 return "triton", picked
             trust.warn_of_torch(reason)
-        if q.is_cpu and not exports() and _refusal("native", core, picked) is None:
-            return "native", picked
+        if q.is_cpu and not exports():
+            if (reason := _refusal("native", core, picked)) is None:
+                return "native", picked
+            if reason.startswith("no kernel: "):
+                trust.warn_of_torch(reason)
         return "torch", picked
     if why := _refusal(backend, core, picked):
         raise ValueError(f"backend: {backend!r} can't serve this: {why}")

@@ -44,7 +44,8 @@ def _unbuilt(K: int, V: int, decay: int, erase: int) -> str | None:
     """Why there is no library for these widths, and none can be made."""
     from fwp_kernels import native
 
-    return native.unbuilt(native.Kind(native.rounded(K), native.rounded(V), decay, erase))
+    reason = native.unbuilt(native.Kind(native.rounded(K), native.rounded(V), decay, erase))
+    return None if reason is None else f"no kernel: {reason}"
 
 
 @constant_under_compile
