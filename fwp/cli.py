@@ -53,7 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(getattr(error, "exit_code", 1))
 
 
-@app.callback(invoke_without_command=True)
+@app.callback(
+    invoke_without_command=True,
+    epilog="Examples: fwp list · fwp check --rule delta · fwp reproduce schlag2021-setting1 --scale smoke",
+)
 def start(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="print the version and stop")] = False,

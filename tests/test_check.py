@@ -6,6 +6,7 @@ import json
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -13,10 +14,10 @@ import pytest
 import torch
 
 from fwp import rules
-from fwp.backends import chunked
+from fwp.backends import chunked, reference
 from fwp.cli import main
 from fwp.rules import lowering
-from fwp_benchmarks import equivalence, oracle
+from fwp_benchmarks import equivalence, laws, oracle
 
 KEYS = {"rule", "case", "backend", "form", "dtype", "device", "interpreted", "quantity", "error", "bound", "ok"}
 OUTSIDE = Path(__file__).parent / "outside"
@@ -145,13 +146,18 @@ def _module(path):
         ("dleta", "rule: expected one of .*did you mean 'delta'"),
         ("my.py", "rule: expected FILE.py:NAME with the name of a fwp.Rule in that file, got 'my.py'"),
         ("nowhere.py:RULE", "rule: expected a file, got 'nowhere.py'"),
-        (f"{OUTSIDE / 'pkda.py'}:NOBODY", "rule: expected a fwp.Rule called 'NOBODY'"),
+        (
+            f"{OUTSIDE / 'pkda.py'}:PKAD",
+            rf"rule: expected one of the rules PKDA in {OUTSIDE / 'pkda.py'}, got 'PKAD'; did you mean 'PKDA'\?",
+        ),
+        ("empty.py:RULE", "rule: expected the name of a fwp.Rule, but there is none, in empty.py, got 'RULE'"),
         ("syntax.py:RULE", r"rule: expected a file that runs, got 'syntax.py', which raises SyntaxError: .*line 1"),
         ("raises.py:RULE", r"rule: expected a file that runs, got 'raises.py', which raises RuntimeError: two lines$"),
     ],
 )
 def test_an_unknown_rule_is_one_line(rule, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    Path("empty.py").write_text("RULE = None\n")
     Path("syntax.py").write_text("def RULE(:\n")
     Path("raises.py").write_text("raise RuntimeError('two\\nlines')\n")
     with pytest.raises(ValueError, match=message):
@@ -247,7 +253,7 @@ def test_a_rule_that_raises_is_a_comparison_that_failed(one_case, tmp_path, caps
         assert main(["check", "--rule", f"{tmp_path / 'mine.py'}:{name}", *where]) == 1
         failed = [row for row in json.loads(file.read_text()) if row["ok"] is False]
         assert any(row["note"].startswith(message) for row in failed), [row["note"] for row in failed]
-        assert message in " ".join(capsys.readouterr().out.split())
+        assert message in _joined(capsys.readouterr().out)
 
 
 def test_what_a_backend_refuses_leaves_the_other_cases(monkeypatch):
@@ -280,13 +286,117 @@ def test_the_quadratic_form_by_hand():
         assert out.flatten().tolist() == pytest.approx([3 * (0.5 * 5 * 11 + 7 * (13 - 3 * found))])
 
 
-def test_the_table_fits_into_80_columns(one_case, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "80")
-    assert equivalence.main("additive", "torch") == 0
+WIDE, NARROW = r"case +on +64 +32 +16 +64 +32 +16 *\n", r"case +on +form +64 +32 +16 *\n"
+
+
+@pytest.mark.parametrize(("columns", "header"), [(80, WIDE), (60, NARROW)])
+@pytest.mark.parametrize("rule", ["gated_delta", f"{OUTSIDE / 'delta_rnn.py'}:DELTA_RNN"])
+def test_the_table_fits_into_few_columns(rule, columns, header, one_case, tmp_path, monkeypatch, capsys):
+    """No line is too long, and no word and no number is cut."""
+    file = tmp_path / "rows.json"
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert equivalence.main(rule, None if "DELTA" in rule else "torch", file) == 0
     printed = capsys.readouterr().out
-    assert printed.count("e-") > 20
-    assert re.search(r"case +on +64 +32 +16 +64 +32 +16 *\n", printed)
-    assert "…" not in printed
+    assert re.search(header, printed)
+    assert "…" not in printed and max(map(len, printed.splitlines())) <= columns
+    found = [row for row in json.loads(file.read_text()) if row["ok"]]
+    words = {word for row in found for word in row["case"].split()}
+    assert words | {equivalence.cell([max(found, key=lambda row: row["error"])])} <= set(printed.split())
+
+
+def test_what_failed_is_told_below_the_table(one_case, monkeypatch, capsys):
+    fault_in_the_gradient(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert equivalence.main("delta", "torch") == 1
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 60
+    assert re.search(r"equation, on torch: dk is off by \S+, more than 3e-04 \(chunk, float32\)", _joined(printed))
+
+
+def _joined(text):
+    return " ".join(text.split())
+
+
+# ---- a rule without a lowered form ----
+
+STEPS = {
+    "right": "0.99 * S + k.unsqueeze(-1) * v.unsqueeze(-2)",
+    "mixes sequences": "S + k.unsqueeze(-1) * v.unsqueeze(-2) + 1e-6 * S.mean(0)",
+    "mixes heads": "S + k.unsqueeze(-1) * v.unsqueeze(-2) + 1e-6 * S.mean(1, keepdim=True)",
+    "remembers calls": "S + k.unsqueeze(-1) * v.unsqueeze(-2) * next(count)",
+    "knows its place": "S + (k * (1 + 1e-6 * torch.arange(len(k)))[:, None, None]).unsqueeze(-1) * v.unsqueeze(-2)",
+    "loses a gradient": "S + (k + 1e-3 * (k.detach() - k)).unsqueeze(-1) * v.unsqueeze(-2)",
+    "rounds": "(S + k.unsqueeze(-1) * v.unsqueeze(-2)).float().to(S)",
+}
+FOUND = {
+    "right": set(),
+    "mixes sequences": {"equation"},
+    "mixes heads": {"equation", "packed"},
+    "remembers calls": {"equation", "split and carry", "causality", "masked as removed", "permuted batch"},
+    "knows its place": {"equation", "permuted batch"},
+    "loses a gradient": {"gradients as differences"},
+    "rounds": {"gradients as differences"},
+}
+
+
+def of_steps(tmp_path, step):
+    (tmp_path / "mine.py").write_text(
+        "import itertools, torch\nfrom fwp import Rule\ncount = itertools.count()\n"
+        f"RULE = Rule('mine', step=lambda S, k, v: {step})\n"
+    )
+    return f"{tmp_path / 'mine.py'}:RULE"
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_rule_without_a_lowered_form_obeys_laws(step, tmp_path):
+    """It may break no law, although nothing but the reference runs it."""
+    file = tmp_path / "rows.json"
+    assert equivalence.main(of_steps(tmp_path, STEPS[step]), None, file) == int(step != "right")
+    found = json.loads(file.read_text())
+    ran = {row["case"] for row in found if row["ok"] is not None}
+    assert ran >= {"equation", "read before", "normalised", "grouped heads", "masked", "packed", "writes, packed"}
+    assert ran >= {equivalence.in_words(law) for law in laws.LAWS} | {"split and carry"}
+    failed = {row["case"] for row in found if row["ok"] is False}
+    assert failed >= FOUND[step] if step != "right" else not failed
+    assert {row["backend"] for row in found if row["ok"] is None} == {"torch", "triton"}
+
+
+def sees_later_tokens(right):
+    def run(rule, core, gates, mask, state):
+        k = core.k + 1e-6 * core.k.mean(1, keepdim=True)
+        return right(rule, replace(core, k=k), gates, mask, state)
+
+    return run
+
+
+def ignores_the_mask(right):
+    return lambda rule, core, gates, mask, state: right(rule, core, gates, None, state)
+
+
+def carries_over_a_boundary(right):
+    def run(rule, core, gates, mask, state):
+        if core.cu_seqlens is None:
+            return right(rule, core, gates, mask, state)
+        whole = replace(core, cu_seqlens=core.cu_seqlens[[0, -1]])
+        out, _ = right(rule, whole, gates, mask, type(state)(*(x if x is None else x[:1] for x in state)))
+        return out, right(rule, core, gates, mask, state)[1]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("fault", "cases"),
+    [
+        (sees_later_tokens, {"causality", "equation", "split and carry"}),
+        (ignores_the_mask, {"masked", "masked as removed"}),
+        (carries_over_a_boundary, {"packed", "packed as separate"}),
+    ],
+)
+def test_the_laws_find_faults_of_the_reference(fault, cases, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "run", fault(reference.run))
+    file = tmp_path / "rows.json"
+    assert equivalence.main(of_steps(tmp_path, STEPS["right"]), "reference", file) == 1
+    assert {row["case"] for row in json.loads(file.read_text()) if row["ok"] is False} >= cases
 
 
 def test_auto_takes_the_reference_where_nothing_is_lowered(one_case, monkeypatch, capsys):
@@ -316,3 +426,9 @@ def test_the_version(capsys):
 
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"fwp {fwp.__version__}\n"
+
+
+def test_the_help_has_examples(capsys):
+    for arguments in ([], ["--help"]):
+        assert main(arguments) == 0
+        assert re.search("Examples: fwp list · fwp check .* · fwp reproduce ", _joined(capsys.readouterr().out))
