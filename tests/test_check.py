@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -18,6 +20,7 @@ from fwp.backends import chunked, reference
 from fwp.cli import main
 from fwp.rules import lowering
 from fwp_benchmarks import equivalence, laws, oracle
+from fwp_benchmarks.results import write_whole
 
 KEYS = {"rule", "case", "backend", "form", "dtype", "device", "interpreted", "quantity", "error", "bound", "ok"}
 OUTSIDE = Path(__file__).parent / "outside"
@@ -406,19 +409,72 @@ def test_auto_takes_the_reference_where_nothing_is_lowered(one_case, monkeypatch
 
 @pytest.mark.parametrize(
     ("command", "wrote", "said"),
-    [("check", False, "No rows"), ("bench", False, "No rows"), ("bench", True, "rows.json")],
+    [
+        ("check", False, "No rows were written; the same command starts anew."),
+        ("check", True, "The rows are in .*rows.json; the same command starts anew and replaces them."),
+        ("bench", False, "No rows were written; the same command starts anew."),
+        ("bench", True, "The rows are in .*rows.json; the same command goes on from there."),
+    ],
 )
-def test_a_stopped_command_says_what_is_kept(command, wrote, said, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("stop", "status"), [("Ctrl-C", 130), ("SIGTERM", 143)])
+def test_a_stopped_command_says_what_is_kept(command, wrote, said, stop, status, tmp_path, monkeypatch, capsys):
     from fwp_benchmarks import speed
 
-    def stop(first, second, file):
+    def run(first, second, file):
         if wrote:
             file.write_text("{}")
-        raise KeyboardInterrupt
+        if stop == "Ctrl-C":
+            raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(equivalence if command == "check" else speed, "main", stop)
-    assert main([command, "--json", str(tmp_path / "rows.json")]) == 130
-    assert re.search(f"^Stopped. .*{said}.*the same command", capsys.readouterr().err)
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(equivalence if command == "check" else speed, "main", run)
+    assert main([command, "--json", str(tmp_path / "rows.json")]) == status
+    assert re.fullmatch(f"Stopped. {said}\n", capsys.readouterr().err)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_stopped_check_writes_what_it_compared(one_case, tmp_path, monkeypatch, capsys):
+    """Also the rows of the rule that was under way."""
+    right = equivalence.rule_rows
+
+    def rows(name, backend):
+        for n, row in enumerate(right(name, backend)):
+            if name == "delta" and n == 3:
+                signal.raise_signal(signal.SIGTERM)
+            yield row
+
+    monkeypatch.setattr(equivalence.rules, "RULES", {name: rules.RULES[name] for name in ("additive", "delta", "kda")})
+    monkeypatch.setattr(equivalence, "rule_rows", rows)
+    file = tmp_path / "rows.json"
+    file.write_text("old")
+    assert main(["check", "--backend", "torch", "--json", str(file)]) == 143
+    found = [row["rule"] for row in json.loads(file.read_text())]
+    assert found == ["additive"] * (len(found) - 3) + ["delta"] * 3 and len(found) > 10
+    assert capsys.readouterr().err.startswith("Stopped. The rows are in ")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    file, link = tmp_path / "rows.json", tmp_path / "link.json"
+    file.write_text("old")
+    link.symlink_to(file)
+    write_whole(link, "new")
+    assert file.read_text() == "new" and link.is_symlink()
+
+    def full(descriptor):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_whole(file, "half")
+    assert file.read_text() == "new"
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.json", "link.json"}
+    monkeypatch.undo()
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as reader:
+        read = reader.submit((tmp_path / "pipe").read_text)
+        write_whole(tmp_path / "pipe", "through")
+        assert read.result() == "through"
 
 
 def test_the_version(capsys):
@@ -432,3 +488,31 @@ def test_the_help_has_examples(capsys):
     for arguments in ([], ["--help"]):
         assert main(arguments) == 0
         assert re.search("Examples: fwp list · fwp check .* · fwp reproduce ", _joined(capsys.readouterr().out))
+
+
+def cut(printed, words, columns):
+    """Whether a line is too long or one of the words is not printed whole."""
+    return max(map(len, printed.splitlines())) > columns or not set(words) <= set(printed.split())
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_the_table_of_rules_fits_into_few_columns(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["list"]) == 0
+    words = [
+        word for row in rules.RULES.values() for cell in (*row.extends, row.name, row.paper) for word in cell.split()
+    ]
+    assert not cut(capsys.readouterr().out, words, columns)
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_the_table_of_verdicts_fits_into_few_columns(columns, monkeypatch, capsys):
+    from fwp.cli import verdicts
+    from fwp_benchmarks.report import in_words
+
+    monkeypatch.setenv("COLUMNS", str(columns))
+    path = Path(__file__).parents[1] / "benchmarks/results/reduced/claims.json"
+    claims = json.loads(path.read_text())
+    verdicts(path, [claim["id"] for claim in claims])
+    cells = [in_words(claim[name]) for claim in claims for name in ("id", "published", "measured")]
+    assert not cut(capsys.readouterr().out, [word for cell in cells for word in cell.split()], columns)

@@ -41,6 +41,7 @@ from fwp.rules import Rule
 from fwp.validate import named_tensors
 
 from . import laws
+from .results import write_whole
 from .workers import cores, for_workers, start_worker
 
 Row = dict[str, Any]
@@ -520,7 +521,7 @@ def start_interpreter() -> None:
 def main(rule: str | None = None, backend: str | None = None, json_file: Path | None = None) -> int:
     """Prints one table per rule as soon as it is measured, and writes the rows as JSON.
 
-    Returns the exit status: 1 if a row failed or nothing was compared.
+    A stopped run writes the rows that it has. Returns the exit status: 1 if a row failed or nothing was compared.
     """
     from rich.console import Console
 
@@ -538,15 +539,18 @@ def main(rule: str | None = None, backend: str | None = None, json_file: Path | 
         with for_workers():
             elsewhere = {n: pool.submit(kernel_rows, n) for n in kernels if interpreted and find(n).lower}
         for name in names:
+            before = len(found)
             with console.status(f"comparing {name} with the reference …"):
-                measured = list(rule_rows(name, backend))
+                for measured in rule_rows(name, backend):
+                    found.append(measured)
                 if name in kernels:
-                    measured += elsewhere[name].result() if name in elsewhere else kernel_rows(name)
-            console.print(table(find(name), measured, console.width))
-            found.extend(measured)
+                    found += elsewhere[name].result() if name in elsewhere else kernel_rows(name)
+            console.print(table(find(name), found[before:], console.width))
     except BaseException:
         for process in set(active_children()) - others:
             process.terminate()
+        if found:
+            write_rows(json_file, found)
         raise
     finally:
         torch.set_num_threads(threads)
@@ -565,9 +569,14 @@ def main(rule: str | None = None, backend: str | None = None, json_file: Path | 
         f"{ran} comparison{'s' * (ran != 1)}, {failed} failed, {len(found) - ran} not run.",
         style="red" if bad else "green",
     )
-    if json_file is not None:
-        json_file.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_rows(json_file, found)
     return int(bad)
+
+
+def write_rows(json_file: Path | None, found: list[Row]) -> None:
+    """Writes the rows as JSON, if a file is given."""
+    if json_file is not None:
+        write_whole(json_file, json.dumps(found, indent=1, allow_nan=False) + "\n")
 
 
 def table(rule: Rule, found: list[Row], width: int = 80) -> Any:
