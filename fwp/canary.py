@@ -33,7 +33,8 @@ from fwp.trust import KernelCase, specialisation
 # Least sequence length: two chunks of 64 and a remainder, and at least two segments where sequences are cut.
 T = 131
 PROGRAMS = 2048  # of each kernel: some wrong code showed from 1,000 programs on
-STATE_BYTES = 2**27  # most bytes of all states; the widest have fewer sequences
+STATE_NUMBERS = 2**25  # most numbers of all states, where a backward keeps states for each chunk
+FORWARD_NUMBERS = 2**28  # the same without a backward: so many sequences of the widest states have enough chunks
 DISTINCT = 2  # sequences of which all others are copies
 REPEATS = 3
 TIMEOUT = 600.0  # seconds per case, with compilation
@@ -49,36 +50,42 @@ class _Worker:
     def __init__(self) -> None:
         self.lock, self.owner = threading.Lock(), os.getpid()
         self.process: subprocess.Popen[bytes] | None = None
+        self.answers: dict[Any, str | None] = {}
 
-    def ask(self, question: Any) -> Any:
-        """The answer, or RuntimeError if the process died or took too long."""
+    def ask(self, question: Any) -> str | None:
+        """What is wrong, or None. Threads that ask the same get one answer."""
         with self.lock:
-            if self.process is None or self.process.poll() is not None:
-                self.process = self._start()
-            process, late = self.process, threading.Event()
+            if question not in self.answers:
+                self.answers[question] = self._answer(question)
+            return self.answers[question]
 
-            def end() -> None:
-                late.set()
-                process.kill()
+    def _answer(self, question: Any) -> str | None:
+        if self.process is None or self.process.poll() is not None:
+            self.process = self._start()
+        process, late = self.process, threading.Event()
 
-            timer = threading.Timer(TIMEOUT, end)
-            timer.daemon = True
-            timer.start()
-            answer = None
-            try:
-                assert process.stdin is not None and process.stdout is not None
-                pickle.dump(question, process.stdin)
-                process.stdin.flush()
-                answer = pickle.load(process.stdout)
-                return answer[0]
-            except (EOFError, OSError, pickle.UnpicklingError) as error:
-                process.kill()
-                why = f"took more than {TIMEOUT:g} s" if late.is_set() else f"died with status {process.wait()}"
-                raise RuntimeError(f"the process of the check {why}") from error
-            finally:
-                timer.cancel()
-                if answer is None:  # interrupted too: no later question may get this one's answer
-                    self.stop()
+        def end() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(TIMEOUT, end)
+        timer.daemon = True
+        timer.start()
+        answer = None
+        try:
+            assert process.stdin is not None and process.stdout is not None
+            pickle.dump(question, process.stdin)
+            process.stdin.flush()
+            answer = pickle.load(process.stdout)
+            return answer[0]
+        except (EOFError, OSError, pickle.UnpicklingError):
+            process.kill()
+            why = f"took more than {TIMEOUT:g} s" if late.is_set() else f"died with status {process.wait()}"
+            return f"the process of the check {why}"
+        finally:
+            timer.cancel()
+            if answer != (None,):  # a fault may leave its GPU unusable, and after a stop it still has an answer to give
+                self.stop()
 
     def _start(self) -> subprocess.Popen[bytes]:
         if not sys.executable:
@@ -127,10 +134,10 @@ def serve() -> None:
         except EOFError:
             return
         fault = check(case)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the caller needs the memory while this process waits
         pickle.dump((fault,), answers)
         answers.flush()
-        if fault is not None:  # the GPU may be unusable for this process
-            return
 
 
 # ---- the check ----
@@ -150,30 +157,30 @@ def check(case: KernelCase) -> str | None:
     if case.layout:  # a missing state is compiled otherwise
         missing: dict[str, Any] = {name: None for name in "Sz" if f".{name}" not in case.layout}
         few = replace(few, **missing)
-    try:
-        times, run = copies(case), partial(kernels.run, form=case.form, segment=int(case.cut))
-        core, found = in_layout(copied(few, times), case.layout), None
-        for _ in range(REPEATS):
-            again = _results(run, core, case.gradients, times)
-            for name, x in (found or again).items():
-                if not _same_bits(x, again[name]):
-                    return f"{name} differs between two runs of {case.name}"
-            found = again
-        assert found is not None
-    except Exception as error:
-        return f"{type(error).__name__}: {error}".partition("\n")[0]
+    run = partial(kernels.run, form=case.form, segment=int(case.cut))
     truth = _results(exact, _on_cpu(few, torch.float64), case.gradients)
     with rounded_products(case.dtype):
         rough = _results(exact, _on_cpu(few, state_dtype(case.dtype)), case.gradients)
     half_the_digits = math.sqrt(torch.finfo(case.dtype).eps)
-    for name, x in truth.items():
-        axis = 1 if case.packed and name.removeprefix("d") not in "Sz" else 0
-        parts = found[name].unflatten(axis, (times, -1)).movedim(axis, 0)
-        off = row_error(parts[0].contiguous(), x)
-        if not off <= max(half_the_digits, 4 * row_error(rough[name], x)):
-            return f"{name} is off by {off:.1g} in {case.name}"
-        if not _same_bits(parts, parts[:1].expand_as(parts)):
-            return f"{name} differs between copies of a sequence in {case.name}"
+    bounds = {name: max(half_the_digits, 4 * row_error(rough[name], x)) for name, x in truth.items()}
+    for times, gradients in runs(case):
+        try:
+            core = in_layout(copied(few, times), case.layout)
+            found = _results(run, core, gradients, times)
+            for _ in range(REPEATS - 1):
+                for name, x in _results(run, core, gradients, times).items():
+                    if not _same_bits(x, found[name]):
+                        return f"{name} differs between two runs of {case.name}"
+        except Exception as error:
+            return f"{type(error).__name__}: {error}".partition("\n")[0]
+        for name, x in found.items():
+            axis = 1 if case.packed and name.removeprefix("d") not in "Sz" else 0
+            parts = x.unflatten(axis, (times, -1)).movedim(axis, 0)
+            off = row_error(parts[0].contiguous(), truth[name])
+            if not off <= bounds[name]:
+                return f"{name} is off by {off:.1g} in {case.name}"
+            if not _same_bits(parts, parts[:1].expand_as(parts)):
+                return f"{name} differs between copies of a sequence in {case.name}"
     return None
 
 
@@ -181,12 +188,19 @@ def _same_bits(x: Tensor, y: Tensor) -> bool:
     return torch.equal(x.nan_to_num(nan=7.0), y.nan_to_num(nan=7.0))
 
 
-def copies(case: KernelCase) -> int:
-    """How often the distinct sequences are repeated, so that each kernel has PROGRAMS programs."""
-    H = max(case.Hk, case.Hv)
-    width = Features(case.phi, case.norm).width(case.K)
-    most = max(1, STATE_BYTES // (H * width * case.V * state_dtype(case.dtype).itemsize))
-    return max(1, -(-min(most, -(-PROGRAMS // min(case.Hq, case.Hk, case.Hv))) // DISTINCT))
+def runs(case: KernelCase) -> list[tuple[int, bool]]:
+    """How often the distinct sequences are repeated in each run of a check, and whether the run has a backward.
+
+    In one of the runs each kernel has PROGRAMS programs. The widest states need a second run for that, of the forward.
+    """
+    numbers = max(case.Hk, case.Hv) * Features(case.phi, case.norm).width(case.K) * case.V
+    wanted = -(-PROGRAMS // min(case.Hq, case.Hk, case.Hv))
+
+    def times(most: int) -> int:
+        return max(1, -(-min(most // numbers, wanted) // DISTINCT))
+
+    few, many = times(STATE_NUMBERS), times(FORWARD_NUMBERS)
+    return [(few, case.gradients)] + ([(many, False)] if many > few else [])
 
 
 def copied(core: Core, times: int) -> Core:

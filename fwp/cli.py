@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from fwp.errors import suggest
 from fwp.rules import RULES, Rule
+from fwp.terminal import show
 
 if TYPE_CHECKING:
     from fwp_benchmarks.claims import Family
@@ -53,7 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(getattr(error, "exit_code", 1))
 
 
-@app.callback(invoke_without_command=True)
+@app.callback(
+    invoke_without_command=True,
+    epilog="Examples: fwp list · fwp check --rule delta · fwp reproduce schlag2021-setting1 --scale smoke",
+)
 def start(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="print the version and stop")] = False,
@@ -68,14 +72,45 @@ def start(
         print(context.get_help())
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, with which batch queues stop a job. It ends a command as Ctrl-C does."""
+
+
 @contextmanager
 def stoppable(kept: Callable[[], str]) -> Iterator[None]:
-    """A context that Ctrl-C leaves with exit status 130, and a line that says what is kept and how to go on."""
+    """A context that a stop leaves with a line that says what is kept and how to go on.
+
+    The exit status is 130 after Ctrl-C and 143 after SIGTERM.
+    """
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"Stopped. {kept()}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def rows_kept(json: Path | None, resumes: bool) -> Callable[[], str]:
+    """What a stopped command says of the rows in its file. resumes: whether the same command goes on from them."""
+
+    def stamp() -> tuple[int, int] | None:
+        return (json.stat().st_mtime_ns, json.stat().st_size) if json is not None and json.exists() else None
+
+    before = stamp()
+
+    def kept() -> str:
+        if json is None or stamp() is None:
+            return "No rows were written; the same command starts anew."
+        found = f"No rows were added to {json.resolve()}" if stamp() == before else f"The rows are in {json.resolve()}"
+        return f"{found}; the same command {'goes on from there' if resumes else 'starts anew and replaces them'}."
+
+    return kept
 
 
 def known(name: str, value: str, names: Iterable[str]) -> None:
@@ -101,12 +136,8 @@ def list_rules(
     elif markdown:
         print(as_markdown())
     else:
-        table = Table(title="Fast weight update rules: what S becomes at each token", title_justify="left")
-        for column in COLUMNS:
-            table.add_column(column, no_wrap=column in ("rule", "extends"))
-        for rule in RULES.values():
-            table.add_row(*described(rule))
-        Console().print(table)
+        rows = [[escape(cell) for cell in described(rule)] for rule in RULES.values()]
+        show(Console(highlight=False), "Fast weight update rules: what S becomes at each token", COLUMNS, rows)
 
 
 COLUMNS = ("rule", "S becomes", "gates", "extends", "paper")
@@ -152,7 +183,7 @@ def check(
     if backend is not None:
         known("backend", backend, [name for name in BACKENDS if name != "auto"])
     writable(json)
-    with stoppable(lambda: "No rows were written; the same command starts anew."):
+    with stoppable(rows_kept(json, resumes=False)):
         raise typer.Exit(equivalence.main(rule, backend, json))
 
 
@@ -196,7 +227,10 @@ def build(
 def bench(
     device: Annotated[str | None, typer.Option(metavar="cpu|cuda", help="where it runs; a GPU if there is one")] = None,
     peers: Annotated[bool, typer.Option("--peers", help="time other installed packages too")] = False,
-    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="rows go there, plots beside it")] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="rows go there, plots beside it; a rerun resumes there"),
+    ] = None,
     tune: Annotated[bool, typer.Option("--tune", help="only find and keep this GPU's block sizes")] = False,
 ) -> None:
     """Times each rule beside softmax attention and the machine's limit, in ten minutes.
@@ -214,23 +248,14 @@ def bench(
     if tune:
         if device == "cpu" or not torch.cuda.is_available():
             raise typer.BadParameter("tune: expected a machine with a CUDA GPU, found none")
-        from fwp_benchmarks.tune import tuned_rows
+        from fwp_benchmarks.tune import table_file, tuned_rows
 
-        for row in tuned_rows():
-            typer.echo(" ".join(f"{name}={value}" for name, value in row.items()))
+        with stoppable(lambda: f"The block sizes found so far are in {table_file()}; the same command starts anew."):
+            for row in tuned_rows():
+                typer.echo(" ".join(f"{name}={value}" for name, value in row.items()))
         raise typer.Exit()
     writable(json)
-
-    def kept() -> str:
-        if json is None or not measured(json):
-            return "No rows were written; the same command starts anew."
-        return f"The rows measured so far are in {json.resolve()}; the same command starts anew and replaces them."
-
-    def measured(file: Path) -> bool:
-        return file.exists() and (file.stat().st_mtime_ns, file.stat().st_size) != before
-
-    before = (json.stat().st_mtime_ns, json.stat().st_size) if json is not None and json.exists() else None
-    with stoppable(kept):
+    with stoppable(rows_kept(json, resumes=True)):
         from fwp_benchmarks import speed
 
         raise typer.Exit(speed.main(device, peers, json))
@@ -245,6 +270,8 @@ def writable(json: Path | None) -> None:
         json.open("ab").close()
         if not there:
             json.unlink()
+        if json.is_file() or not there:  # a new file takes its place
+            tempfile.TemporaryFile(dir=json.resolve().parent).close()
     except OSError as error:
         raise cannot_write("json", "file", json, error) from None
 
@@ -286,17 +313,9 @@ def reproduce(
         tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise cannot_write("out", "folder", out, error) from None
-    # batch queues stop a job with SIGTERM, which must end the workers as Ctrl-C does
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     again = shlex.join(["fwp", "reproduce", *(ids or ()), "--scale", scale, "--out", str(out)])
-    try:
-        with Lines() as lines:
-            report = runner.main(ids or (), scale, out, lines)
-    except KeyboardInterrupt:
-        print(f"Stopped. The finished runs are in {out.resolve()}; to go on: {again}", file=sys.stderr)
-        raise typer.Exit(130) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with stoppable(lambda: f"The finished runs are in {out.resolve()}; to go on: {again}"), Lines() as lines:
+        report = runner.main(ids or (), scale, out, lines)
     shown = [claim.id for name in ids or runner.FAMILIES for claim in runner.FAMILIES[name].claims]
     verdicts(report.parent / "claims.json", shown)
     print(f"The report: {report.resolve()}")
@@ -347,14 +366,13 @@ def verdicts(path: Path, ids: Collection[str]) -> None:
 
     from fwp_benchmarks.report import in_words
 
-    table = Table(title="Claims", title_justify="left")
-    for column in ("claim", "published", "measured", "holds"):
-        table.add_column(column)
-    for claim in json.loads(path.read_text(encoding="utf-8")):
-        holds = {True: "[green]yes[/]", False: "[red]no[/]", None: "undecided"}[claim["holds"]]
-        if claim["id"] in ids:
-            table.add_row(claim["id"], in_words(claim["published"]), in_words(claim["measured"]), holds)
-    Console().print(table)
+    words = {True: "[green]yes[/]", False: "[red]no[/]", None: "undecided"}
+    rows = [
+        (claim["id"], escape(in_words(claim["published"])), escape(in_words(claim["measured"])), words[claim["holds"]])
+        for claim in json.loads(path.read_text(encoding="utf-8"))
+        if claim["id"] in ids
+    ]
+    show(Console(highlight=False), "Claims", ("claim", "published", "measured", "holds"), rows)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,8 @@ def use_canary(canary: Canary) -> None:
 def reason_to_distrust(core: Core, form: Form) -> str | None:
     """Why the Triton kernels are not to be trusted with these inputs, in one line. None: they are.
 
-    It works under tracing, vmap, torch.func and the capture of a CUDA graph too, since another process runs the canary.
+    It works under tracing, vmap and torch.func too, since another process runs the canary. While a CUDA graph is
+    captured, only kernels that passed before are trusted.
     """
     if not runs_on_gpu(core.v):
         return None
@@ -192,7 +193,19 @@ def layout_of(core: Core) -> str:
 
 @constant_under_compile  # a traced call runs the canary as it is
 def _verdict(*fields: Any) -> str | None:
-    return _ask(KernelCase(*fields))
+    try:
+        return _ask(KernelCase(*fields))
+    except _Capturing:
+        return "a CUDA graph is being captured before these kernels were checked; make the same call once before"
+
+
+class _Capturing(Exception):
+    """Raised where a canary would have to run. So `_ask` does not remember it."""
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured. A canary would be compiled and run in the middle of it."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 _warps: dict[KernelCase, int] = {}  # the most warps with which a case passed, if fewer than tuned
@@ -231,6 +244,8 @@ def _ask(case: KernelCase) -> str | None:
         return None
     except (OSError, ValueError):
         pass
+    if capturing():
+        raise _Capturing
     if _canary is None:
         return "the function that checks the kernels is not set; import fwp.functional"
     fault = None

@@ -36,7 +36,7 @@ tokens = torch.tensor([number[letter] for letter in text])
 train, held_out = tokens[:-20_000], tokens[-20_000:]
 
 
-def batches(source, count, B=16, T=96):
+def batches(source, count, B=16, T=64):
     """Random pieces of the text, as a model's inputs."""
     starts = [torch.randint(len(source) - T, (B,)) for _ in range(count)]
     return [{"input_ids": torch.stack([source[s : s + T] for s in start])} for start in starts]
@@ -57,7 +57,7 @@ config = transformers.GPT2Config(
 model = transformers.GPT2LMHeadModel(config)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 losses = []
-for batch in batches(train, 500):
+for batch in batches(train, 300):
     loss = model(**batch, labels=batch["input_ids"]).loss
     optimizer.zero_grad()
     loss.backward()

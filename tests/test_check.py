@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import signal
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -13,10 +16,11 @@ import pytest
 import torch
 
 from fwp import rules
-from fwp.backends import chunked
+from fwp.backends import chunked, reference
 from fwp.cli import main
 from fwp.rules import lowering
-from fwp_benchmarks import equivalence, oracle
+from fwp_benchmarks import equivalence, laws, oracle
+from fwp_benchmarks.results import write_whole
 
 KEYS = {"rule", "case", "backend", "form", "dtype", "device", "interpreted", "quantity", "error", "bound", "ok"}
 OUTSIDE = Path(__file__).parent / "outside"
@@ -145,13 +149,18 @@ def _module(path):
         ("dleta", "rule: expected one of .*did you mean 'delta'"),
         ("my.py", "rule: expected FILE.py:NAME with the name of a fwp.Rule in that file, got 'my.py'"),
         ("nowhere.py:RULE", "rule: expected a file, got 'nowhere.py'"),
-        (f"{OUTSIDE / 'pkda.py'}:NOBODY", "rule: expected a fwp.Rule called 'NOBODY'"),
+        (
+            f"{OUTSIDE / 'pkda.py'}:PKAD",
+            rf"rule: expected one of the rules PKDA in {OUTSIDE / 'pkda.py'}, got 'PKAD'; did you mean 'PKDA'\?",
+        ),
+        ("empty.py:RULE", "rule: expected the name of a fwp.Rule, but there is none, in empty.py, got 'RULE'"),
         ("syntax.py:RULE", r"rule: expected a file that runs, got 'syntax.py', which raises SyntaxError: .*line 1"),
         ("raises.py:RULE", r"rule: expected a file that runs, got 'raises.py', which raises RuntimeError: two lines$"),
     ],
 )
 def test_an_unknown_rule_is_one_line(rule, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    Path("empty.py").write_text("RULE = None\n")
     Path("syntax.py").write_text("def RULE(:\n")
     Path("raises.py").write_text("raise RuntimeError('two\\nlines')\n")
     with pytest.raises(ValueError, match=message):
@@ -247,7 +256,7 @@ def test_a_rule_that_raises_is_a_comparison_that_failed(one_case, tmp_path, caps
         assert main(["check", "--rule", f"{tmp_path / 'mine.py'}:{name}", *where]) == 1
         failed = [row for row in json.loads(file.read_text()) if row["ok"] is False]
         assert any(row["note"].startswith(message) for row in failed), [row["note"] for row in failed]
-        assert message in " ".join(capsys.readouterr().out.split())
+        assert message in _joined(capsys.readouterr().out)
 
 
 def test_what_a_backend_refuses_leaves_the_other_cases(monkeypatch):
@@ -280,13 +289,117 @@ def test_the_quadratic_form_by_hand():
         assert out.flatten().tolist() == pytest.approx([3 * (0.5 * 5 * 11 + 7 * (13 - 3 * found))])
 
 
-def test_the_table_fits_into_80_columns(one_case, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "80")
-    assert equivalence.main("additive", "torch") == 0
+WIDE, NARROW = r"case +on +64 +32 +16 +64 +32 +16 *\n", r"case +on +form +64 +32 +16 *\n"
+
+
+@pytest.mark.parametrize(("columns", "header"), [(80, WIDE), (60, NARROW)])
+@pytest.mark.parametrize("rule", ["gated_delta", f"{OUTSIDE / 'delta_rnn.py'}:DELTA_RNN"])
+def test_the_table_fits_into_few_columns(rule, columns, header, one_case, tmp_path, monkeypatch, capsys):
+    """No line is too long, and no word and no number is cut."""
+    file = tmp_path / "rows.json"
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert equivalence.main(rule, None if "DELTA" in rule else "torch", file) == 0
     printed = capsys.readouterr().out
-    assert printed.count("e-") > 20
-    assert re.search(r"case +on +64 +32 +16 +64 +32 +16 *\n", printed)
-    assert "…" not in printed
+    assert re.search(header, printed)
+    assert "…" not in printed and max(map(len, printed.splitlines())) <= columns
+    found = [row for row in json.loads(file.read_text()) if row["ok"]]
+    words = {word for row in found for word in row["case"].split()}
+    assert words | {equivalence.cell([max(found, key=lambda row: row["error"])])} <= set(printed.split())
+
+
+def test_what_failed_is_told_below_the_table(one_case, monkeypatch, capsys):
+    fault_in_the_gradient(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert equivalence.main("delta", "torch") == 1
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 60
+    assert re.search(r"equation, on torch: dk is off by \S+, more than 3e-04 \(chunk, float32\)", _joined(printed))
+
+
+def _joined(text):
+    return " ".join(text.split())
+
+
+# ---- a rule without a lowered form ----
+
+STEPS = {
+    "right": "0.99 * S + k.unsqueeze(-1) * v.unsqueeze(-2)",
+    "mixes sequences": "S + k.unsqueeze(-1) * v.unsqueeze(-2) + 1e-6 * S.mean(0)",
+    "mixes heads": "S + k.unsqueeze(-1) * v.unsqueeze(-2) + 1e-6 * S.mean(1, keepdim=True)",
+    "remembers calls": "S + k.unsqueeze(-1) * v.unsqueeze(-2) * next(count)",
+    "knows its place": "S + (k * (1 + 1e-6 * torch.arange(len(k)))[:, None, None]).unsqueeze(-1) * v.unsqueeze(-2)",
+    "loses a gradient": "S + (k + 1e-3 * (k.detach() - k)).unsqueeze(-1) * v.unsqueeze(-2)",
+    "rounds": "(S + k.unsqueeze(-1) * v.unsqueeze(-2)).float().to(S)",
+}
+FOUND = {
+    "right": set(),
+    "mixes sequences": {"equation"},
+    "mixes heads": {"equation", "packed"},
+    "remembers calls": {"equation", "split and carry", "causality", "masked as removed", "permuted batch"},
+    "knows its place": {"equation", "permuted batch"},
+    "loses a gradient": {"gradients as differences"},
+    "rounds": {"gradients as differences"},
+}
+
+
+def of_steps(tmp_path, step):
+    (tmp_path / "mine.py").write_text(
+        "import itertools, torch\nfrom fwp import Rule\ncount = itertools.count()\n"
+        f"RULE = Rule('mine', step=lambda S, k, v: {step})\n"
+    )
+    return f"{tmp_path / 'mine.py'}:RULE"
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_rule_without_a_lowered_form_obeys_laws(step, tmp_path):
+    """It may break no law, although nothing but the reference runs it."""
+    file = tmp_path / "rows.json"
+    assert equivalence.main(of_steps(tmp_path, STEPS[step]), None, file) == int(step != "right")
+    found = json.loads(file.read_text())
+    ran = {row["case"] for row in found if row["ok"] is not None}
+    assert ran >= {"equation", "read before", "normalised", "grouped heads", "masked", "packed", "writes, packed"}
+    assert ran >= {equivalence.in_words(law) for law in laws.LAWS} | {"split and carry"}
+    failed = {row["case"] for row in found if row["ok"] is False}
+    assert failed >= FOUND[step] if step != "right" else not failed
+    assert {row["backend"] for row in found if row["ok"] is None} == {"torch", "triton"}
+
+
+def sees_later_tokens(right):
+    def run(rule, core, gates, mask, state):
+        k = core.k + 1e-6 * core.k.mean(1, keepdim=True)
+        return right(rule, replace(core, k=k), gates, mask, state)
+
+    return run
+
+
+def ignores_the_mask(right):
+    return lambda rule, core, gates, mask, state: right(rule, core, gates, None, state)
+
+
+def carries_over_a_boundary(right):
+    def run(rule, core, gates, mask, state):
+        if core.cu_seqlens is None:
+            return right(rule, core, gates, mask, state)
+        whole = replace(core, cu_seqlens=core.cu_seqlens[[0, -1]])
+        out, _ = right(rule, whole, gates, mask, type(state)(*(x if x is None else x[:1] for x in state)))
+        return out, right(rule, core, gates, mask, state)[1]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("fault", "cases"),
+    [
+        (sees_later_tokens, {"causality", "equation", "split and carry"}),
+        (ignores_the_mask, {"masked", "masked as removed"}),
+        (carries_over_a_boundary, {"packed", "packed as separate"}),
+    ],
+)
+def test_the_laws_find_faults_of_the_reference(fault, cases, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "run", fault(reference.run))
+    file = tmp_path / "rows.json"
+    assert equivalence.main(of_steps(tmp_path, STEPS["right"]), "reference", file) == 1
+    assert {row["case"] for row in json.loads(file.read_text()) if row["ok"] is False} >= cases
 
 
 def test_auto_takes_the_reference_where_nothing_is_lowered(one_case, monkeypatch, capsys):
@@ -296,19 +409,72 @@ def test_auto_takes_the_reference_where_nothing_is_lowered(one_case, monkeypatch
 
 @pytest.mark.parametrize(
     ("command", "wrote", "said"),
-    [("check", False, "No rows"), ("bench", False, "No rows"), ("bench", True, "rows.json")],
+    [
+        ("check", False, "No rows were written; the same command starts anew."),
+        ("check", True, "The rows are in .*rows.json; the same command starts anew and replaces them."),
+        ("bench", False, "No rows were written; the same command starts anew."),
+        ("bench", True, "The rows are in .*rows.json; the same command goes on from there."),
+    ],
 )
-def test_a_stopped_command_says_what_is_kept(command, wrote, said, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("stop", "status"), [("Ctrl-C", 130), ("SIGTERM", 143)])
+def test_a_stopped_command_says_what_is_kept(command, wrote, said, stop, status, tmp_path, monkeypatch, capsys):
     from fwp_benchmarks import speed
 
-    def stop(first, second, file):
+    def run(first, second, file):
         if wrote:
             file.write_text("{}")
-        raise KeyboardInterrupt
+        if stop == "Ctrl-C":
+            raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(equivalence if command == "check" else speed, "main", stop)
-    assert main([command, "--json", str(tmp_path / "rows.json")]) == 130
-    assert re.search(f"^Stopped. .*{said}.*the same command", capsys.readouterr().err)
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(equivalence if command == "check" else speed, "main", run)
+    assert main([command, "--json", str(tmp_path / "rows.json")]) == status
+    assert re.fullmatch(f"Stopped. {said}\n", capsys.readouterr().err)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_stopped_check_writes_what_it_compared(one_case, tmp_path, monkeypatch, capsys):
+    """Also the rows of the rule that was under way."""
+    right = equivalence.rule_rows
+
+    def rows(name, backend):
+        for n, row in enumerate(right(name, backend)):
+            if name == "delta" and n == 3:
+                signal.raise_signal(signal.SIGTERM)
+            yield row
+
+    monkeypatch.setattr(equivalence.rules, "RULES", {name: rules.RULES[name] for name in ("additive", "delta", "kda")})
+    monkeypatch.setattr(equivalence, "rule_rows", rows)
+    file = tmp_path / "rows.json"
+    file.write_text("old")
+    assert main(["check", "--backend", "torch", "--json", str(file)]) == 143
+    found = [row["rule"] for row in json.loads(file.read_text())]
+    assert found == ["additive"] * (len(found) - 3) + ["delta"] * 3 and len(found) > 10
+    assert capsys.readouterr().err.startswith("Stopped. The rows are in ")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    file, link = tmp_path / "rows.json", tmp_path / "link.json"
+    file.write_text("old")
+    link.symlink_to(file)
+    write_whole(link, "new")
+    assert file.read_text() == "new" and link.is_symlink()
+
+    def full(descriptor):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_whole(file, "half")
+    assert file.read_text() == "new"
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.json", "link.json"}
+    monkeypatch.undo()
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as reader:
+        read = reader.submit((tmp_path / "pipe").read_text)
+        write_whole(tmp_path / "pipe", "through")
+        assert read.result() == "through"
 
 
 def test_the_version(capsys):
@@ -316,3 +482,37 @@ def test_the_version(capsys):
 
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"fwp {fwp.__version__}\n"
+
+
+def test_the_help_has_examples(capsys):
+    for arguments in ([], ["--help"]):
+        assert main(arguments) == 0
+        assert re.search("Examples: fwp list · fwp check .* · fwp reproduce ", _joined(capsys.readouterr().out))
+
+
+def cut(printed, words, columns):
+    """Whether a line is too long or one of the words is not printed whole."""
+    return max(map(len, printed.splitlines())) > columns or not set(words) <= set(printed.split())
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_the_table_of_rules_fits_into_few_columns(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["list"]) == 0
+    words = [
+        word for row in rules.RULES.values() for cell in (*row.extends, row.name, row.paper) for word in cell.split()
+    ]
+    assert not cut(capsys.readouterr().out, words, columns)
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_the_table_of_verdicts_fits_into_few_columns(columns, monkeypatch, capsys):
+    from fwp.cli import verdicts
+    from fwp_benchmarks.report import in_words
+
+    monkeypatch.setenv("COLUMNS", str(columns))
+    path = Path(__file__).parents[1] / "benchmarks/results/reduced/claims.json"
+    claims = json.loads(path.read_text())
+    verdicts(path, [claim["id"] for claim in claims])
+    cells = [in_words(claim[name]) for claim in claims for name in ("id", "published", "measured")]
+    assert not cut(capsys.readouterr().out, [word for cell in cells for word in cell.split()], columns)

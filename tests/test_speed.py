@@ -5,18 +5,24 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import signal
+import subprocess
 import sys
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
+from threading import Timer
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import typer
+from matplotlib.text import Text
+from rich.console import Console
 
 from fwp import rules, testing
-from fwp.cli import main
+from fwp.cli import main, stoppable
 from fwp.testing import row_error
 from fwp_benchmarks import peers, precompile, speed
 from fwp_benchmarks import speed_report as report
@@ -76,12 +82,118 @@ def test_a_step_and_a_feature_map_with_denominator():
     assert mapped.width == 48
 
 
-def test_plots(tmp_path):
-    """Time against T for rules measured at several T."""
-    made = [row(T * 1e-6, T * 1e-7, point={"T": T}, peers={peers.LEADER: T * 2e-6}) for T in (1024, 4096)]
+def test_plots(tmp_path, monkeypatch):
+    """Time against T for rules measured at several T. All text has at least 7 points at the width of a page."""
+    made = [
+        row(T * 1e-6, T * 1e-7, point={"rule": rule, "T": T}, peers={peers.LEADER: T * 2e-6})
+        for rule in list(rules.RULES)[:5]
+        for T in (1024, 4096)
+    ]
+    figures = []
+    monkeypatch.setattr(
+        report, "save", lambda figure, *args, right=report.save: figures.append(figure) or right(figure, *args)
+    )
     found = report.plots(made, tmp_path / "rows.json")
     assert [path.name for path in found] == ["rows-time.png", "rows-limit.png"]
     assert all(path.stat().st_size > 10_000 for path in found)
+    for figure in figures:
+        texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+        assert len(texts) > 10 and min(text.get_fontsize() for text in texts) * 7.5 / figure.get_figwidth() >= 7
+        box = figure.bbox
+        assert all(box.x0 <= x.x0 and x.x1 <= box.x1 for x in (text.get_window_extent() for text in texts if text.axes))
+
+
+@pytest.mark.parametrize("columns", [60, 80, 160])
+def test_the_table_fits_into_few_columns(columns, monkeypatch, capsys):
+    """Less important columns are left out, and no number is cut. What is not timed has a line below."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    times = {"softmax": 2.345, peers.LEADER: 3.456, "flash-qla": 4.567}
+    mapped = {"D": 64, "T": 65536, "feature_map": "dpfp-3", "denominator": True}
+    found = [row(1.0, 0.5, backend="triton", peers=times), row(1.0, 0.5, backend="triton", point=mapped, mode="graph")]
+    found += [row(1.0, point=mapped) | {"red": "not timed, it is wrong by 0.1", "seconds": {}}]
+    report.show(found, Console(highlight=False))
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= columns
+    assert {"gated_delta", "65536", "1e+03", "2.35", "2.0", "denominator", "wrong"} - set(printed.split()) == {
+        "gated_delta"
+    }
+    assert ("triton" in printed, "3.46" in printed, "4.57" in printed) == (columns == 160, columns > 60, columns > 60)
+    below = "additive + dpfp-3 + denominator, T 65536, D 64, fwd+bwd: not timed, it is wrong by 0.1"
+    assert below in " ".join(printed.split())
+
+
+# ---- a run that was stopped ----
+
+
+def test_a_rerun_times_only_what_is_missing(tmp_path, monkeypatch, capsys):
+    timed, right = [], speed.measure
+    monkeypatch.setattr(speed, "measure", lambda point, *args: timed.append(point.rule) or right(point, *args))
+    file, todo = tmp_path / "rows.json", list(rules.RULES)
+
+    def run(peers=False):
+        timed.clear()
+        assert main(["bench", "--device", "cpu", "--json", str(file), *["--peers"] * peers]) == 0
+        assert [row["rule"] for row in read(file)] == [rule for rule in todo for _ in range(2)]
+        return list(timed)
+
+    assert run() == todo
+    whole = read(file)
+    stopped = [row for row in whole if row["rule"] not in ("decay", "kda")]
+    stopped[0] |= {"red": "not timed", "seconds": {}}
+    stopped[-1] |= {"seconds": {}, "note": "left out, no time"}
+    file.write_text(json.dumps({"rows": stopped}))
+    capsys.readouterr()
+    assert run() == [rule for rule in todo if rule in (todo[0], "decay", "kda", todo[-1])]
+    assert f"{len(todo) - 4} of {len(todo)} points are there already" in capsys.readouterr().out
+    kept = [row for row in whole if row["rule"] in todo[2:-1] and row["rule"] not in ("decay", "kda")]
+    assert all(row in read(file) for row in kept)
+    assert run() == []
+    assert run(peers=True) == todo
+    for name, value in (("code", "another"), ("processor", "another"), ("versions", {"torch": "another"})):
+        file.write_text(json.dumps({"rows": [row | {name: value} for row in read(file)]}))
+        assert run(peers=True) == todo
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": [1]}', '{"rows": {"a": 1}}', '{"rows": [{}]}'])
+def test_a_file_of_something_else_keeps_nothing(text, tmp_path):
+    (tmp_path / "rows.json").write_text(text)
+    assert speed.kept_rows(tmp_path / "rows.json", speed.points("cpu"), speed.describe_machine("cpu", False)) == {}
+
+
+def test_a_stopped_run_keeps_every_point(tmp_path, monkeypatch):
+    """Also those of an earlier run that come later in the list."""
+    file, todo = tmp_path / "rows.json", list(rules.RULES)
+    assert main(["bench", "--device", "cpu", "--json", str(file)]) == 0
+    file.write_text(json.dumps({"rows": [row for row in read(file) if row["rule"] not in todo[:2]]}))
+
+    def stops(point, *args):
+        if point.rule == todo[1]:
+            signal.raise_signal(signal.SIGTERM)
+        return right(point, *args)
+
+    right = speed.measure
+    monkeypatch.setattr(speed, "measure", stops)
+    assert main(["bench", "--device", "cpu", "--json", str(file)]) == 143
+    assert [row["rule"] for row in read(file)] == [rule for rule in todo if rule != todo[1] for _ in range(2)]
+
+
+def test_a_stop_ends_the_processes_that_compile(monkeypatch):
+    """They would run until the deadline, and the command would wait for them."""
+    point = Point("additive", 1, 4, 1, 4, "cpu", cold=True)
+    sleep = [sys.executable, "-c", "import time; time.sleep(100)"]
+    started, right = [], subprocess.Popen
+
+    def popen(command, **options):
+        started.append(right(sleep, **options))
+        Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM]).start()
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    begun = precompile.time.monotonic()
+    with pytest.raises(typer.Exit), stoppable(str):
+        precompile.Precompiler([point, replace(point, T=8)], "cpu", False, begun + 90)
+    assert precompile.time.monotonic() - begun < 30 and len(started) == 1
+    assert started[0].returncode == -signal.SIGKILL and not precompile.running
 
 
 # ---- wrong results are not timed ----
@@ -560,7 +672,21 @@ def test_bad_arguments_exit_2_before_any_work(arguments, message, capsys):
 
 def test_tuning_says_what_it_finds(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    found = SimpleNamespace(tuned_rows=lambda: [{"K": 64, "warps": 4}, {"K": 128, "warps": 8}])
+    found = SimpleNamespace(table_file=None, tuned_rows=lambda: [{"K": 64, "warps": 4}, {"K": 128, "warps": 8}])
     monkeypatch.setitem(sys.modules, "fwp_benchmarks.tune", found)
     assert main(["bench", "--tune"]) == 0
     assert capsys.readouterr().out == "K=64 warps=4\nK=128 warps=8\n"
+
+
+def test_stopped_tuning_says_where_the_table_is(capsys, monkeypatch):
+    def rows():
+        yield {"K": 64, "warps": 4}
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    fake = SimpleNamespace(tuned_rows=rows, table_file=lambda: "tiles.csv")
+    monkeypatch.setitem(sys.modules, "fwp_benchmarks.tune", fake)
+    assert main(["bench", "--tune"]) == 143
+    out, err = capsys.readouterr()
+    assert out == "K=64 warps=4\n"
+    assert err == "Stopped. The block sizes found so far are in tiles.csv; the same command starts anew.\n"

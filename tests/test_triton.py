@@ -467,6 +467,23 @@ def test_every_query_reads_the_end(denominator):
 
 # ---- features ----
 
+
+@pytest.mark.parametrize("norm", ["sum", "l2"])
+@pytest.mark.parametrize("form", ["recurrent", "chunk"])
+def test_norms_of_huge_features(form, norm):
+    """Squares of features from 1e19 on are out of float32's range, their norm is not. Both passes, for q and k."""
+    x = sample("gated_delta", B=1, T=C + 3, H=1, K=4, V=3, seed=3)
+    huge = torch.tensor([1e-4, 1.0, 1e18, 1e20, 1e25, 1e29]).repeat(C)[: C + 3].view(1, -1, 1, 1)
+    x |= {name: (x[name].abs() if norm == "sum" else x[name]) * huge for name in "qk"}
+    rough = cast(x, torch.float32)
+    truth = evaluate("gated_delta", cast(rough, torch.float64), backend="reference", feature_norm=norm)
+    there = {name: y.to(DEVICE) for name, y in rough.items()}
+    found = evaluate("gated_delta", there, backend="triton", form=form, feature_norm=norm)
+    assert {
+        name: error for name, y in found.items() if (error := result_error(name, y.cpu(), truth[name])) > 1e-4
+    } == {}
+
+
 MAPS, NORMS = (None, "relu", "elu+1", "exp", "dpfp-1", "dpfp-3"), (None, "sum", "l2")
 
 

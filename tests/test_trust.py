@@ -1,5 +1,8 @@
 """Kernels that a compiler got wrong are found before they are used."""
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
@@ -23,7 +26,7 @@ from fwp_kernels import launch, packing, problem, tiling
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 NAMES = ("q", "k", "v", "g", "a", "e", "w", "S")
-REAL_T = canary.T
+REAL_T, REAL_PROGRAMS, REAL_DISTINCT = canary.T, canary.PROGRAMS, canary.DISTINCT
 PAIR = f"Triton {triton.__version__} and torch {torch.__version__} on Some GPU 9000 (sm_99)"
 
 
@@ -311,6 +314,43 @@ def test_a_canary_has_two_segments():
             assert tiles.chunk * tiles.checkpoint_every <= tiling.KEPT < REAL_T
 
 
+ROWS_OF_TOKENS = {"norms_kernel", "features_back_kernel"}  # without matrix products, and the same for every V
+
+
+@pytest.mark.parametrize("K", [64, 256, 1024])
+def test_a_canary_has_thousands_of_programs_of_each_kernel(K, monkeypatch):
+    """In one of its runs, as the launch layer counts them. Faults have shown from 1,000 programs on."""
+    for name, value in (("T", REAL_T), ("PROGRAMS", REAL_PROGRAMS), ("DISTINCT", REAL_DISTINCT)):
+        monkeypatch.setattr(canary, name, value)
+    for dtype, V, H, decay, erase in product(
+        (torch.bfloat16, torch.float32), (64, 1024), (1, 8), (0, 2), (False, True)
+    ):
+        sizes = {"dtype": dtype, "K": K, "V": V, "Hq": H, "Hk": H, "Hv": H, "norm": "l2"}
+        case = CASE._replace(**sizes, decay=decay, erase_strength=erase)
+        core = canary._each_tensor(canary.small_inputs(case), lambda x: x.to("meta"))
+        most = {}
+        for times, gradients in canary.runs(case):
+            for kernel, count in programs(canary.copied(core, times), case.form, gradients).items():
+                most[kernel] = max(count, most.get(kernel, 0))
+        few = {kernel: count for kernel, count in most.items() if count < 2000}
+        assert few.keys() <= ROWS_OF_TOKENS and "walk_back_kernel" in most, (case.name, few)
+
+
+def programs(core, form, gradients):
+    """The least number of programs of each kernel of a call."""
+    counts = {}
+
+    def start(kernel, count, **_):
+        name = kernel.fn.__name__
+        counts[name] = min(count, counts.get(name, count))
+
+    p = problem.Problem(*kernels._Inputs.from_core(core, None, 0))
+    o, S, z, den = launch.forward(p, form, start=start)
+    if gradients:
+        launch.backward(p, o, den, o, S, z, start=start)
+    return counts
+
+
 # ---- consequences of distrust ----
 
 
@@ -463,6 +503,141 @@ def test_fewer_warps_are_tried_and_remembered(monkeypatch):
     assert tried == [None, 4, 2]
     launch.start_with_fewer_warps(lambda *_, num_warps: started.append(num_warps), 2, None, 1, num_warps=8)
     assert started == [2]
+
+
+class Recorded:
+    """A kernel that records the number of warps of each launch."""
+
+    def __init__(self, kernel, warps):
+        self.kernel, self.warps = kernel, warps
+
+    def __getitem__(self, grid):
+        def launched(**arguments):
+            self.warps.append(arguments.get("num_warps", 4))
+            return self.kernel[grid](**arguments)
+
+        return launched
+
+
+@pytest.mark.parametrize("most", [None, 2, 1])
+def test_a_launch_has_no_more_warps_than_passed(most, monkeypatch):
+    """From the failed canary to the launches of the next call and of its backward."""
+    passed = (None, 8) if most is None else range(most + 1)
+    monkeypatch.setattr(trust, "_canary", lambda case, warps: None if warps in passed else "wrong")
+    inputs, warps = arguments(), []
+    truth, _ = fast_weights("kda", **inputs, backend="torch")
+    for name in [name for name in vars(launch) if name.endswith("_kernel") and name != "start_kernel"]:
+        monkeypatch.setattr(launch, name, Recorded(getattr(launch, name), warps))
+    out, _ = fast_weights("kda", **inputs, backend="triton", form="chunk")
+    forward = len(warps)
+    out.sum().backward()
+    assert 0 < forward < len(warps)
+    assert set(warps) == {most} if most else max(warps) > 2
+    assert deviation(out, truth) < 1e-5
+
+
+# ---- where a canary may start ----
+
+
+@pytest.fixture
+def started(planted, monkeypatch):
+    """The processes that were started. They find every kernel right."""
+    found, start = [], canary._Worker._start
+    monkeypatch.setattr(canary._Worker, "_start", lambda self: found.append(start(self)) or found[-1])
+    planted("lambda case: time.sleep(0.2)")
+    return found
+
+
+class AsksInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, ask):
+        ctx.ask = ask
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, d_x):
+        ctx.ask()
+        return d_x, None
+
+
+def test_a_canary_starts_from_within_a_backward(started):
+    x, found, core = torch.ones(1, requires_grad=True), [], some_core()
+    AsksInBackward.apply(x, lambda: found.append(trust.reason_to_distrust(core, "chunk"))).backward()
+    assert found == [None] and len(started) == 1
+
+
+@pytest.mark.parametrize("check", ["time.sleep(0.2)", "'wrong'"])
+def test_threads_share_a_process_and_a_verdict(check, started, planted):
+    planted(f"lambda case: {check}")
+    core = some_core()
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda _: trust.reason_to_distrust(core, "chunk"), range(8)))
+    assert len(set(found)) == 1 and (found[0] is None) == ("sleep" in check)
+    # a process ends after a fault: one for each number of warps
+    assert len(started) == (1 if "sleep" in check else 4)
+
+
+def test_a_captured_graph_starts_no_process(started, monkeypatch):
+    """What passed before is trusted. All else is left to torch, and is asked after the capture."""
+    core, seen = some_core(), SimpleNamespace(is_cuda=True, dtype=torch.float32, shape=(1, 5, 1, 4))
+    with monkeypatch.context() as capture:
+        capture.setattr(trust, "capturing", lambda: True)
+        with pytest.warns(
+            RuntimeWarning, match="^backend: 'auto' takes 'torch'.*: a CUDA graph is being captured"
+        ) as said:
+            assert functional.choose(core, "auto", "auto", seen)[0] == "torch"
+        assert "\n" not in str(said[0].message)
+        with pytest.raises(RuntimeError, match="^backend: 'triton' is not to be trusted here: a CUDA graph"):
+            fast_weights("kda", **arguments(), backend="triton")
+    assert not started
+    assert functional.choose(core, "auto", "auto", seen)[0] == "triton" and len(started) == 1
+    monkeypatch.setattr(trust, "capturing", lambda: True)
+    for _ in range(2):  # from this process, then from the cache folder
+        assert functional.choose(core, "auto", "auto", seen)[0] == "triton"
+        forget()
+    assert len(started) == 1
+
+
+def run_script(text, tmp_path):
+    """The lines that a script prints. It has no `if __name__ == "__main__"`."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys, warnings\n"
+        "from fwp import canary\n"
+        "print('script')\n"
+        f"canary.WORKER = {PLANT.format('lambda case: str(os.getpid())')!r}\n"
+        f"{text}\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()
+
+
+def test_a_script_without_a_guard_runs_once(tmp_path):
+    lines = run_script("print(canary.fault_of_kernels(None), flush=True)", tmp_path)
+    assert lines[0] == "script" and len(lines) == 2 and lines[1].isdigit()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
+def test_a_fork_has_a_process_of_its_own(tmp_path):
+    """It neither uses nor ends its parent's. The parent's lock may be held when it forks."""
+    lines = run_script(
+        "import multiprocessing, threading\n"
+        "warnings.simplefilter('ignore')\n"
+        f"canary.WORKER = {PLANT.format('lambda case: None')!r}\n"
+        "assert canary.fault_of_kernels(1) is None\n"
+        "ours = canary._worker.process\n"
+        "def child():\n"
+        "    assert canary.fault_of_kernels(2) is None and canary._worker.process.pid != ours.pid\n"
+        "with canary._worker.lock:\n"
+        "    fork = multiprocessing.get_context('fork').Process(target=child)\n"
+        "    fork.start(); fork.join(30)\n"
+        "print(fork.exitcode)\n"
+        "assert canary.fault_of_kernels(3) is None and canary._worker.process is ours and ours.poll() is None\n",
+        tmp_path,
+    )
+    assert lines == ["script", "0"]
 
 
 def test_no_executable_is_no_trust(planted, monkeypatch):

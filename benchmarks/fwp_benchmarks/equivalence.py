@@ -34,14 +34,19 @@ import fwp
 from fwp import rules, testing
 from fwp._torch_private import tree_map
 from fwp.core import Core, Read, to_heads
+from fwp.errors import suggest
 from fwp.functional import choose
 from fwp.nn import FastWeightAttention, SlowFastNet
 from fwp.rules import Rule
+from fwp.validate import named_tensors
 
+from . import laws
+from .results import write_whole
 from .workers import cores, for_workers, start_worker
 
 Row = dict[str, Any]
 BOUNDS = {torch.float64: 1e-10, torch.float32: 3e-4}
+BITS = (64, 32, 16)
 ANY = "any"  # stands for the backend where a comparison of several backends raised
 FORMS: tuple[tuple[Any, Any], ...] = (("reference", "recurrent"), ("torch", "recurrent"), ("torch", "chunk"))
 
@@ -129,7 +134,7 @@ def guarded(rule: Rule, case: str, backend: str, comparison: Iterator[Row]) -> I
 def against_reference(rule: Rule, backend: str, device: str, interpreted: bool) -> Iterator[Row]:
     """Compares output, state and gradients in every case, form and dtype."""
     if rule.lower is None:
-        yield skipped(rule.name, "equation", backend, "no lowered form: the equation is what runs")
+        yield skipped(rule.name, "all cases", backend, "no lowered form, so only the reference serves this rule")
         return
     for case in CASES:
         if applies(rule, case) and (case.interpreted or not interpreted):
@@ -182,11 +187,47 @@ def moved(inputs: dict[str, Any], device: str) -> dict[str, Any]:
 def applies(rule: Rule, case: CallCase) -> bool:
     """Whether the rule is compared in this case.
 
-    A rule with a state of its own has no attention normalisation, and it is compared in the default shape only.
+    A rule with a state of its own has no attention normalisation and no grouped heads.
     """
     if case.options.get("denominator"):
         return rule.plain and (not rule.erases or rule.normalised is not None)
-    return rule.plain or not case.shape
+    return rule.plain or "Hq" not in case.shape
+
+
+# ---- a rule that has no lowered form ----
+
+
+def against_loop(rule: Rule, case: CallCase) -> Iterator[Row]:
+    """The reference in one case against a plain loop over sequences, heads and tokens."""
+    drawn, options = case.inputs(rule, B=2, T=20, K=16, V=8)
+    exact = testing.cast(testing.cast(drawn, torch.float32), torch.float64)
+    truth = testing.evaluate(rule, exact, call=laws.token_by_token, **options)
+    for dtype, bound in BOUNDS.items():
+        found = testing.evaluate(rule, testing.cast(exact, dtype), backend="reference", **options)
+        for name, x in found.items():
+            error = testing.result_error(name, x, truth[name])
+            yield row(rule.name, case.name, "reference", "recurrent", dtype, name, error, bound)
+
+
+def against_law(rule: Rule, law: Callable[[Rule], Iterator[laws.Comparison]]) -> Iterator[Row]:
+    """The comparisons of one law."""
+    for name, x, truth, bound in law(rule):
+        error, case = testing.result_error(name, x, truth), in_words(law)
+        yield row(rule.name, case, "reference", "recurrent", torch.float64, name, error, bound)
+
+
+def without_lower(rule: Rule) -> Iterator[Row]:
+    """All that can be compared for a rule without `lower`: its equation in every case, and the laws."""
+    for case in CASES:
+        if applies(rule, case):
+            yield from guarded(rule, case.name, "reference", against_loop(rule, case))
+    for law in laws.LAWS:
+        yield from guarded(rule, in_words(law), "reference", against_law(rule, law))
+
+
+def in_words(fn: Callable[..., Any]) -> str:
+    """The name of a function, for a table."""
+    return fn.__name__.replace("_", " ")
 
 
 # ---- named identities ----
@@ -271,14 +312,16 @@ def carried(rule: Rule) -> Iterator[Row]:
     for backend, form in FORMS:
         if rule.lower is None and backend == "torch":
             continue
-        truth, _ = fwp.fast_weights(rule, **inputs, state=state, backend="reference")
+        truth, last = fwp.fast_weights(rule, **inputs, state=state, backend="reference")
         parts, end = [], state
         for part in (slice(0, 30), slice(30, None)):
             given = {name: x[:, part] for name, x in inputs.items()}
             out, end = fwp.fast_weights(rule, **given, state=end, backend=backend, form=form)
             parts.append(out)
-        error = testing.row_error(torch.cat(parts, 1), truth)
-        yield row(rule.name, "split and carry", backend, form, torch.float64, "out", error, 1e-10)
+        found = {"out": torch.cat(parts, 1), **named_tensors("state", end)}
+        for name, x in {"out": truth, **named_tensors("state", last)}.items():
+            error = testing.row_error(found[name], x)
+            yield row(rule.name, "split and carry", backend, form, torch.float64, name, error, 1e-10)
 
 
 # The rules that all others extend, and the gates with which they recall exactly, under orthonormal keys.
@@ -437,12 +480,15 @@ def find(rule: str) -> Rule:
     if not Path(path).is_file():
         raise ValueError(f"rule: expected a file, got {path!r}")
     try:
-        found = runpy.run_path(path).get(name)
+        there = runpy.run_path(path)
     except Exception as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"rule: expected a file that runs, got {path!r}, which raises {why}") from error
+    found = there.get(name)
     if not isinstance(found, Rule):
-        raise ValueError(f"rule: expected a fwp.Rule called {name!r} in {path}, got {type(found).__name__}")
+        names = [key for key, value in there.items() if isinstance(value, Rule)]
+        known = f"one of the rules {', '.join(names)}" if names else "the name of a fwp.Rule, but there is none,"
+        raise ValueError(f"rule: expected {known} in {path}, got {name!r}{suggest(name, names)}")
     return found
 
 
@@ -452,8 +498,10 @@ def rule_rows(name: str, backend: str | None = None) -> Iterator[Row]:
     for served in ("torch", "native") if rule.lower else ("torch",):
         if backend in (None, served):
             yield from against_reference(rule, served, "cpu", False)
+    if rule.lower is None and backend in (None, "reference"):
+        yield from without_lower(rule)
     for identity in IDENTITIES:
-        found = guarded(rule, identity.__name__.replace("_", " "), ANY, identity(rule))
+        found = guarded(rule, in_words(identity), ANY, identity(rule))
         yield from (r for r in found if backend is None or r["backend"] in (backend, ANY))
 
 
@@ -474,7 +522,7 @@ def start_interpreter() -> None:
 def main(rule: str | None = None, backend: str | None = None, json_file: Path | None = None) -> int:
     """Prints one table per rule as soon as it is measured, and writes the rows as JSON.
 
-    Returns the exit status: 1 if a row failed or nothing was compared.
+    A stopped run writes the rows that it has. Returns the exit status: 1 if a row failed or nothing was compared.
     """
     from rich.console import Console
 
@@ -492,15 +540,18 @@ def main(rule: str | None = None, backend: str | None = None, json_file: Path | 
         with for_workers():
             elsewhere = {n: pool.submit(kernel_rows, n) for n in kernels if interpreted and find(n).lower}
         for name in names:
+            before = len(found)
             with console.status(f"comparing {name} with the reference …"):
-                measured = list(rule_rows(name, backend))
+                for measured in rule_rows(name, backend):
+                    found.append(measured)
                 if name in kernels:
-                    measured += elsewhere[name].result() if name in elsewhere else kernel_rows(name)
-            console.print(table(find(name), measured))
-            found.extend(measured)
+                    found += elsewhere[name].result() if name in elsewhere else kernel_rows(name)
+            console.print(table(find(name), found[before:], console.width))
     except BaseException:
         for process in set(active_children()) - others:
             process.terminate()
+        if found:
+            write_rows(json_file, found)
         raise
     finally:
         torch.set_num_threads(threads)
@@ -509,63 +560,88 @@ def main(rule: str | None = None, backend: str | None = None, json_file: Path | 
     console.print(
         "Shown: the error of the worst row of outputs, states and gradients, in 64, 32 and 16 bits; "
         "* means in Triton's interpreter. Bounds: "
-        "1e-10 in float64 (1e-12 for recall, oracle and 1991), 3e-4 in float32. In 16 bits: twice (gradients: three "
+        "1e-10 in float64 (1e-12 for recall, oracle and 1991, 1e-6 for differences), 3e-4 in float32. "
+        "In 16 bits: twice (gradients: three "
         f"times) the error of products of operands rounded to 16 bits. "
         f"Here, backend='auto' takes {automatic([find(name) for name in names])}."
     )
     bad = failed > 0 or not ran
-    console.print(f"{ran} comparisons, {failed} failed, {len(found) - ran} not run.", style="red" if bad else "green")
-    if json_file is not None:
-        json_file.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    console.print(
+        f"{ran} comparison{'s' * (ran != 1)}, {failed} failed, {len(found) - ran} not run.",
+        style="red" if bad else "green",
+    )
+    write_rows(json_file, found)
     return int(bad)
 
 
-def table(rule: Rule, found: list[Row]) -> Any:
-    """A rule's rows for the console: one line per case and backend, one column per form and precision.
-    Notes stand below. They say which cases did not run or raised, and why.
+def write_rows(json_file: Path | None, found: list[Row]) -> None:
+    """Writes the rows as JSON, if a file is given."""
+    if json_file is not None:
+        write_whole(json_file, json.dumps(found, indent=1, allow_nan=False) + "\n")
+
+
+def table(rule: Rule, found: list[Row], width: int = 80) -> Any:
+    """A rule's rows for a console of this width.
+
+    The table has one line per case and backend, and one column per form and precision. On a narrow console, each form
+    has a line of its own. Notes stand below. They say what failed, and which cases did not run, and why.
     """
     from rich import box
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    title = f"[bold]{rule.name}[/]: {rule.equation}"
-    result = Table(
-        title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
-    )
+    narrow = width < 80
+    title = Text(f"{rule.name}: {rule.equation}" if rule.equation else rule.name, style="bold")
+    result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     result.add_column("case")
     result.add_column("on", no_wrap=True)
-    columns = [(form, bits) for form in ("recurrent", "chunk") for bits in (64, 32, 16)]
-    for form, bits in columns:
-        result.add_column(
-            f"{form if bits == 64 else ''}\n{bits}", justify="right", min_width=len(form) if bits == 64 else None
-        )
-    lines: dict[tuple[str, str], dict[tuple[str, int], list[Row]]] = {}
-    notes: dict[tuple[str, str, bool], list[str]] = {}  # (where, note, whether it failed) → the cases
+    if narrow:
+        result.add_column("form", no_wrap=True)
+    for form in ("",) if narrow else ("recurrent", "chunk"):
+        for bits in BITS:
+            header, least = (f"{form}\n{bits}", len(form)) if form and bits == BITS[0] else (f"\n{bits}", None)
+            result.add_column(str(bits) if narrow else header, justify="right", min_width=least, no_wrap=True)
+    lines: dict[tuple[str, ...], dict[tuple[str, int], list[Row]]] = {}
+    notes: dict[tuple[str, bool], tuple[dict[str, None], dict[str, None]]] = {}  # (note, whether it failed) → cases, on
     for r in found:
-        where = r["backend"] + ("*" if r["interpreted"] else "")
-        if "note" in r:
-            notes.setdefault((where, r["note"], r["ok"] is False), []).append(r["case"])
-        else:
-            cells = lines.setdefault((r["case"], where), {})
-            cells.setdefault((r["form"], torch.finfo(getattr(torch, r["dtype"])).bits), []).append(r)
-    for (case, where), cells in lines.items():
-        result.add_row(case, where, *(cell(cells.get(column, [])) for column in columns))
+        on = r["backend"] + ("*" if r["interpreted"] else "")
+        note = r.get("note") or failure(r)
+        if note:
+            cases, where = notes.setdefault((note, r["ok"] is False), ({}, {}))
+            cases[r["case"]], where[on] = None, None
+        if "note" not in r:
+            line = (r["case"], on, *([r["form"]] if narrow else []))
+            lines.setdefault(line, {}).setdefault(("" if narrow else r["form"], bits_of(r)), []).append(r)
+    for line, cells in lines.items():
+        forms = ("",) if narrow else ("recurrent", "chunk")
+        result.add_row(*line, *(cell(cells.get((form, bits), [])) for form in forms for bits in BITS))
     said = [
-        Text(f"{', '.join(cases)}, {where}: {note}\n", style="red" if failed else "")
-        for (where, note, failed), cases in notes.items()
+        Text(f"{', '.join(cases)}, on {', '.join(where)}: {note}", style="red" if failed else "")
+        for (note, failed), (cases, where) in notes.items()
     ]
-    return Group(result, *said)
+    return Group(result, *said, *([""] if said else []))
+
+
+def bits_of(r: Row) -> int:
+    """The bits of a number of the row's dtype."""
+    return torch.finfo(getattr(torch, r["dtype"])).bits
+
+
+def failure(r: Row) -> str:
+    """What is wrong with a row's result, in words; empty if nothing is."""
+    if r["ok"] is not False:
+        return ""
+    off = "is not finite" if r["error"] is None else f"is off by {r['error']:.1e}, more than {r['bound']:.0e}"
+    return f"{r['quantity']} {off} ({r['form']}, {r['dtype']})"
 
 
 def cell(group: list[Row]) -> str:
-    """The worst error of one comparison, or, if quantities fail, the error and bound of each."""
+    """The worst error of one comparison, red if one is beyond its bound."""
     if not group:
         return ""
-    bad = [r for r in group if not r["ok"]]
-    if bad:
-        return "\n".join(f"[red]{r['quantity']} {r['error']} > {r['bound']:.0e}[/]" for r in bad)
-    return f"{max(r['error'] for r in group):.0e}"
+    worst = max(math.inf if r["error"] is None else r["error"] for r in group)
+    return f"{worst:.0e}" if all(r["ok"] for r in group) else f"[red]{worst:.0e}[/]"
 
 
 def automatic(checked: list[Rule]) -> str:

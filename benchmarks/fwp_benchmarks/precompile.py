@@ -8,7 +8,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from typing import Any
@@ -18,6 +20,7 @@ from .points import Point
 from .workers import cores
 
 Job = Future[tuple[float, str | None]]  # what `run_child` returns
+running: set[subprocess.Popen[str]] = set()
 
 
 def run_child(task: str, point: Point, who: str, until: float, environment: dict[str, str]) -> tuple[float, str | None]:
@@ -32,13 +35,33 @@ def run_child(task: str, point: Point, who: str, until: float, environment: dict
     if started >= until:
         return 0.0, None
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"} | environment
-    try:
-        run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=until - started)
-    except subprocess.TimeoutExpired:
-        return time.monotonic() - started, None
-    if run.returncode:
-        raise RuntimeError((run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1])
-    return time.monotonic() - started, run.stdout.strip().splitlines()[-1]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=variables, stdout=pipe, stderr=pipe, text=True) as process:
+        running.add(process)
+        try:
+            output, errors = process.communicate(timeout=until - started)
+        except subprocess.TimeoutExpired:
+            return time.monotonic() - started, None
+        finally:
+            process.kill()
+            running.discard(process)
+    if process.returncode:
+        raise RuntimeError((errors.strip().splitlines() or [f"exit status {process.returncode}"])[-1])
+    return time.monotonic() - started, output.strip().splitlines()[-1]
+
+
+@contextmanager
+def pool_of_children(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of threads that run children. At the end it waits for all of them, but a stop ends them."""
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            yield pool
+            pool.shutdown()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                process.kill()
+            raise
 
 
 def first_call(jobs: dict[str, Job]) -> dict[str, Any]:
@@ -74,7 +97,7 @@ class Precompiler:
         who = ["ours", *([LEADER] if peers and device == "cuda" and find_spec("fla") is not None else [])]
         workers = min(16, cores()) if device == "cuda" else 1
         self.note = f"timed while up to {workers - 1} other processes compiled" if workers > 1 else ""
-        with tempfile.TemporaryDirectory() as empty, ThreadPoolExecutor(workers) as pool:
+        with tempfile.TemporaryDirectory() as empty, pool_of_children(workers) as pool:
 
             def start(task: str, point: Point, name: str) -> Job:
                 # beside so many processes a peer's autotuner measures badly, so its results are not kept

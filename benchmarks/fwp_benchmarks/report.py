@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 import fwp
 
 from .claims import Claim, Family, Outcome, Paper
-from .results import finished
+from .results import finished, write_whole
 from .workers import cores
 
 STYLE = """
@@ -46,13 +46,9 @@ def write(families: Iterable[Family], scale: str, out: Path, asked: Sequence[str
         verdicts = [judge(family, claim, rows, scale) for claim in family.claims]
         claims += verdicts
         sections.append(section(family, rows, scale, verdicts, picture(family, rows, out)))
-    (out / "claims.json").write_text(
-        json.dumps(claims, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    write_whole(out / "claims.json", json.dumps(claims, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     path = out / "report.html"
-    path.write_text(
-        page(sections, claims, {family.paper.name: family.paper for family in families}, scale, asked), encoding="utf-8"
-    )
+    write_whole(path, page(sections, claims, {family.paper.name: family.paper for family in families}, scale, asked))
     return path
 
 

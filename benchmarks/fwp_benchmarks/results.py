@@ -1,4 +1,4 @@
-"""The finished runs of `fwp reproduce`, kept as lines of `<family>.jsonl` in the output folder."""
+"""Files of results that a stop at any time leaves whole. `fwp reproduce` keeps finished runs as lines of JSON."""
 
 from __future__ import annotations
 
@@ -45,6 +45,23 @@ def append(path: Path, row: dict[str, Any]) -> None:
                 line = b"\n" + line
         file.write(line)
         os.fsync(file.fileno())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file, whole or not at all. Anything but a regular file, such as a pipe, is written in place."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    path = path.resolve()  # a link stays one
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def finished(family: Family, scale: str, out: Path) -> list[dict[str, Any]]:

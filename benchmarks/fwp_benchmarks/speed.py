@@ -10,13 +10,16 @@ point for which no time is left is listed as left out.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,6 +40,7 @@ from . import peers as others
 from .peers import LEADER, Call, in_a_line
 from .points import BOTH, Point, points
 from .precompile import Precompiler, first_call
+from .results import write_whole
 
 Row = dict[str, Any]
 
@@ -45,6 +49,7 @@ ROUNDS = 30  # at most so many rounds per pass; in a round everybody takes a tur
 SECONDS = 0.5  # per function of a pass; at least 3 rounds are run
 TOTAL = 540.0  # seconds of a whole run
 PRECOMPILE = 240.0  # seconds of these for compiling, with peers
+LATE = "peers not compiled in time"
 SPREAD = {"cpu": 0, "cuda": 2**28}  # inputs rotate through so many bytes, so that no cache holds them
 
 
@@ -350,16 +355,16 @@ def cold(point: Point, who: str) -> dict[str, float]:
 # ---- the command ----
 
 
-def measurements(device: str, peers: bool, say: Callable[[str], None] = lambda line: None) -> Iterator[Row]:
-    """The rows of all points. In a row, "red" says what is wrong, and "note" what is missing.
+def measurements(
+    todo: list[Point], device: str, machine: Row, peers: bool, say: Callable[[str], None] = lambda line: None
+) -> Iterator[tuple[Point, list[Row]]]:
+    """The rows of each point. In a row, "red" says what is wrong, and "note" what is missing.
 
     say: called with one line per finished point.
     """
     started = time.monotonic()
-    todo = points(device)
-    machine = describe_machine(device)
     rates = ceilings(device, todo[0].dtype)
-    machine |= {"bytes_per_second": rates[0], "operations_per_second": rates[1]}
+    machine = machine | {"bytes_per_second": rates[0], "operations_per_second": rates[1]}
     say(f"{machine['card']}: copies {rates[0] / 1e12:.2f} TB/s, multiplies {rates[1] / 1e12:.1f} TFLOP/s")
     compiled = Precompiler(todo, device, peers, started + PRECOMPILE * (1 if peers else 0.6))
     costs = [20.0]
@@ -382,7 +387,7 @@ def measurements(device: str, peers: bool, say: Callable[[str], None] = lambda l
                 found.append(row | {"red": in_a_line(error)})
             if peers and not with_peers:
                 for made in found:
-                    made["note"] = "; ".join(filter(None, (made.get("note"), "peers not compiled in time")))
+                    made["note"] = "; ".join(filter(None, (made.get("note"), LATE)))
             costs.append(time.monotonic() - begun)
         if device == "cuda":
             torch.cuda.empty_cache()
@@ -390,8 +395,30 @@ def measurements(device: str, peers: bool, say: Callable[[str], None] = lambda l
         say(
             f"{done} of {len(todo)}, {left:.0f} s left: {point.what}, T {point.T}, D {point.D}: {times_in_words(found)}"
         )
-        for made in found:
-            yield made | machine
+        yield point, [made | machine for made in found]
+
+
+def kept_rows(json_file: Path | None, todo: list[Point], machine: Row) -> dict[Point, list[Row]]:
+    """The rows of points that an earlier run timed wholly, with this code on this machine."""
+    try:
+        rows = json.loads(json_file.read_text(encoding="utf-8"))["rows"] if json_file is not None else []
+        by_settings: dict[str, list[Row]] = {}
+        for row in rows:
+            by_settings.setdefault(_settings(row, machine), []).append(row)
+        found = {point: by_settings.get(_settings(blank(point) | machine, machine), []) for point in todo}
+        return {
+            point: rows
+            for point, rows in found.items()
+            if rows and all(row["seconds"] and not row.get("red") and LATE not in row["note"] for row in rows)
+        }
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # no file of this command
+        return {}
+
+
+def _settings(row: Row, machine: Row) -> str:
+    """What determines the times of a row, as text."""
+    names = [*(field.name for field in fields(Point)), *machine]
+    return json.dumps([row.get(name) for name in names], sort_keys=True)
 
 
 def times_in_words(found: list[Row]) -> str:
@@ -403,8 +430,8 @@ def times_in_words(found: list[Row]) -> str:
     return "; ".join(words)
 
 
-def describe_machine(device: str) -> Row:
-    """The machine's processor, the versions of the packages, and the commit of fwp."""
+def describe_machine(device: str, peers: bool) -> Row:
+    """What a time depends on beside its point: the processor, the packages, and the source code of fwp."""
     folder = Path(fwp.__file__).parent
     git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
@@ -413,37 +440,67 @@ def describe_machine(device: str) -> Row:
         commit = None
     threads = torch.get_num_threads()
     card = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads} thread{'s' * (threads > 1)}"
-    return {"card": card, "versions": others.versions() | {"fwp": fwp.__version__}, "commit": commit}
+    versions = others.versions() | {"fwp": fwp.__version__}
+    return {
+        "card": card,
+        "processor": processor(),
+        "versions": versions,
+        "commit": commit,
+        "code": code(),
+        "peers": peers,
+    }
+
+
+def processor() -> str:
+    """The model of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
+def code() -> str:
+    """A hash of the sources of fwp, its kernels and its benchmarks."""
+    specs = [find_spec(name) for name in ("fwp", "fwp_kernels", "fwp_benchmarks")]
+    folders = [Path(place) for spec in specs if spec for place in spec.submodule_search_locations or ()]
+    sources = [path.read_bytes() for folder in folders for path in sorted(folder.rglob("*.py"))]
+    return hashlib.sha256(b"\0".join(sources)).hexdigest()[:12]
 
 
 def main(device: str | None = None, peers: bool = False, json_file: Path | None = None) -> int:
     """Prints the times as they are measured, then a table. Returns the exit status: 1 if a row is red.
 
-    device: None takes the GPU if there is one. json_file: receives the rows; plots are drawn beside it.
+    device: None takes the GPU if there is one. json_file: receives the rows; plots are drawn beside it. Points that it
+    already has from the same machine and code are not timed again.
     """
     from rich.console import Console
 
     from . import speed_report as report
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    found: list[Row] = []
-    goals: list[dict[str, Any]] = []
-    for row in measurements(device, peers, lambda line: console.print(line, markup=False, soft_wrap=True)):
-        found.append(row)
-        goals = report.verdicts(found) if device == "cuda" else []
-        if json_file is not None:  # after each row, so that a stopped run keeps what it has measured
-            text = json.dumps({"rows": found, "goals": goals}, indent=1, allow_nan=False)
-            json_file.write_text(text + "\n", encoding="utf-8")
-    console.print(report.table(found))
-    for goal in goals:
-        console.print(report.in_words(goal), markup=False, soft_wrap=True)
-    console.print(
-        f"PyTorch {torch.__version__} on {found[0]['card']}; medians of up to {ROUNDS} rounds.", soft_wrap=True
-    )
+    console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
+    say = partial(console.print, markup=False, soft_wrap=True)
+    todo, machine = points(device), describe_machine(device, peers)
+    there = kept_rows(json_file, todo, machine)
+    if there:
+        say(f"{len(there)} of {len(todo)} points are there already; to time them anew, delete {json_file}")
+    missing = [point for point in todo if point not in there]
+    for point, rows in measurements(missing, device, machine, peers, say) if missing else ():
+        there[point] = rows
+        if json_file is not None:  # after each point, so that a stopped run keeps what it has measured
+            found = [row for point in todo for row in there.get(point, ())]
+            result = {"rows": found, "goals": report.verdicts(found) if device == "cuda" else []}
+            write_whole(json_file, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    found = [row for point in todo for row in there[point]]
+    report.show(found, console)
+    for goal in report.verdicts(found) if device == "cuda" else []:
+        say(report.in_words(goal))
+    say(f"PyTorch {torch.__version__} on {found[0]['card']}; medians of up to {ROUNDS} rounds.")
     if json_file is not None and find_spec("matplotlib") is not None:
         for path in report.plots(found, json_file):
-            console.print(f"Drawn: {path}", soft_wrap=True)
+            say(f"Drawn: {path}")
     return int(any(row.get("red") for row in found))
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.table import Table
+from rich.console import Console
+from rich.markup import escape
+
+from fwp.terminal import fitted
 
 from .peers import LEADER
 
@@ -130,31 +133,53 @@ def with_twin(row: Row, rows: list[Row]) -> dict[str, float]:
 # ---- tables ----
 
 
-def table(rows: list[Row]) -> Table:
-    """One line per row: our time, every other time over ours, and ours over the limit."""
+def show(rows: list[Row], console: Console) -> None:
+    """Prints one line per row: our time, every other time over ours, and ours over the limit.
+
+    Of columns that do not fit, the least important are left out. What was not timed has a line below.
+    """
     others = [name for name in timed_names(rows) if name != "ours"]
-    headers = (
-        "rule",
-        "on",
-        "B·H",
-        "T",
-        "D",
-        "pass",
-        "ms",
-        *(f"{name.replace(LEADER, 'fla')}\n/ ours" for name in others),
-    )
-    made = Table(*headers, "ours\n/ limit", box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = [columns_of(row, others) for row in rows]
+    headers = list(columns[0])
+    for left_out in ("", "on", "B·H", *reversed(headers[7:-1])):
+        headers = [header for header in headers if header != left_out]
+        made = fitted(console, None, headers, [[escape(cells[header]) for header in headers] for cells in columns])
+        if made is not None:
+            console.print(made)
+            break
     for row in rows:
-        start = (row["what"], row.get("backend", ""), str(row["B"] * row["H"]), str(row["T"]), str(row["D"]))
-        kind = row["pass"].replace("forward", "fwd").replace("backward", "bwd")
-        kind += " in a graph" if row.get("mode") == "graph" else ""
-        ours = row["seconds"].get("ours")
-        if row.get("red") or ours is None:
-            made.add_row(*start, kind, row.get("red") or row["note"])
-            continue
-        ratios = (f"{row['seconds'][name] / ours:.2f}" if name in row["seconds"] else "" for name in others)
-        made.add_row(*start, kind, f"{ours * 1e3:.3g}", *ratios, f"{ours / row['limit']:.1f}" if row["limit"] else "")
-    return made
+        if "ours" not in row["seconds"] or row.get("red"):
+            why = row.get("red") or row["note"]
+            console.print(f"{row['what']}, T {row['T']}, D {row['D']}, {short(row)}: {why}", markup=False)
+
+
+def columns_of(row: Row, others: list[str]) -> dict[str, str]:
+    """The cells of a row by their headers."""
+    seconds = {} if row.get("red") else row["seconds"]
+    ours = seconds.get("ours", math.inf)
+    ratios = {
+        f"{name.replace(LEADER, 'fla')} / ours": f"{seconds[name] / ours:.2f}"
+        if {name, "ours"} <= seconds.keys()
+        else ""
+        for name in others
+    }
+    return {
+        "rule": row["what"],
+        "on": row.get("backend", ""),
+        "B·H": str(row["B"] * row["H"]),
+        "T": str(row["T"]),
+        "D": str(row["D"]),
+        "pass": short(row),
+        "ms": f"{ours * 1e3:.3g}" if seconds else "wrong" if row.get("red") else "–",
+        **ratios,
+        "ours / limit": f"{ours / row['limit']:.1f}" if row["limit"] and seconds else "",
+    }
+
+
+def short(row: Row) -> str:
+    """The pass and mode of a row in few characters."""
+    kind = row["pass"].replace("forward + backward", "fwd+bwd").replace("forward", "fwd")
+    return kind + (", graph" if row.get("mode") == "graph" else "")
 
 
 def in_words(goal: dict[str, Any]) -> str:
@@ -170,6 +195,9 @@ def in_words(goal: dict[str, Any]) -> str:
 
 
 # ---- plots ----
+
+WIDTH = 7  # inches: that of a page, where text of 8 points and more is legible
+ACROSS = 2
 
 
 def plots(rows: list[Row], json_file: Path) -> list[Path]:
@@ -187,18 +215,20 @@ def plots(rows: list[Row], json_file: Path) -> list[Path]:
     for row in sorted(plain, key=lambda row: row["T"]):
         lengths.setdefault(row["rule"], []).append(row)
     swept = {rule: same for rule, same in lengths.items() if len({row["T"] for row in same}) > 1}
-    figure = Figure(figsize=(max(4, 4 * len(swept)), 4), layout="constrained")
+    down = -(-len(swept) // ACROSS)
+    figure = Figure(figsize=(WIDTH, 2.8 * max(1, down)), layout="constrained")
     for at, (rule, same) in enumerate(swept.items(), 1):
-        axes = figure.add_subplot(1, len(swept), at)
+        axes = figure.add_subplot(down, min(ACROSS, len(swept)), at)
         for name in timed_names(same):
             times = [(row["T"], ns_per_token(row, row["seconds"][name])) for row in same if name in row["seconds"]]
             axes.loglog(*zip(*times), marker="o", label=name)
         axes.loglog(*zip(*((row["T"], ns_per_token(row, row["limit"])) for row in same)), "k:", label="limit")
-        axes.set(title=f"{rule}, forward + backward, D = 128", xlabel="T", ylabel="ns per token and head")
-        axes.legend()
+        axes.set(title=rule, xlabel="T", ylabel="ns per token and head")
+    figure.suptitle("forward + backward, D = 128")
+    legend(figure)
     if swept:
         made.append(save(figure, json_file, "time"))
-    figure = Figure(figsize=(7, 1 + 0.3 * max(1, len(trained))), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1 + 0.3 * max(1, len(trained))), layout="constrained")
     axes = figure.add_subplot()
     for name in timed_names(trained):
         points = [(row["limit"] / row["seconds"][name], i) for i, row in enumerate(trained) if name in row["seconds"]]
@@ -208,10 +238,16 @@ def plots(rows: list[Row], json_file: Path) -> list[Path]:
     axes.invert_yaxis()
     axes.set(title="forward + backward", xlabel="fraction of the limit", xscale="log")
     axes.axvline(1, color="k", linestyle=":")
-    if trained:
-        axes.legend()
+    legend(figure)
     made.append(save(figure, json_file, "limit"))
     return made
+
+
+def legend(figure: Figure) -> None:
+    """Names the lines of all axes once, below them."""
+    named = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels())}
+    if named:
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3)
 
 
 def timed_names(rows: Iterable[Row]) -> list[str]:

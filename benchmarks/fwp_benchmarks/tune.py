@@ -8,10 +8,12 @@ from which later calls on this machine take them.
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -22,6 +24,7 @@ from fwp import testing
 from fwp.core import Core
 from fwp_kernels import tiling
 
+from .results import write_whole
 from .speed import timed
 
 WIDTHS = (64, 128, 256)
@@ -116,13 +119,19 @@ def tuned_rows(device: str = "cuda") -> Iterator[dict[str, Any]]:
             yield dict(zip(tiling.KEY, key)) | asdict(best) | {"gained": round(gained, 3)}
 
 
+def table_file() -> Path:
+    """The table in the user's cache folder."""
+    return tiling.measured_file()
+
+
 def write(table: dict[tuple[str, ...], tiling.Tiles]) -> None:
-    """Replaces the table in the user's cache folder, for this process too."""
+    """Replaces the table, for this process too."""
     columns = [*tiling.KEY, *(field.name for field in fields(tiling.Tiles))]
-    path = tiling.measured_file()
+    path = table_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows([*key, *asdict(tiles).values()] for key, tiles in sorted(table.items()))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([*key, *asdict(tiles).values()] for key, tiles in sorted(table.items()))
+    write_whole(path, text.getvalue())
     tiling.measured.cache_clear()

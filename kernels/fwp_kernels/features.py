@@ -42,10 +42,16 @@ def mapped(x, rows, h, f, phi: tl.constexpr, ACC: tl.constexpr):
     return b
 
 
+# In float32 the squares of features from 1e19 on are out of range. Times this power of 2 they are in range up to 1e29,
+# no bit of the factor changes, and squares that get too small are nothing beside the 1e-6.
+SHRINK = tl.constexpr(2.0**-36)
+
+
 @triton.jit
 def sum_for(b, NORM: tl.constexpr):
-    """The sum of the features b, or of their squares for NORM 2: [C, 1]."""
+    """The sum of the features b, or of the squares of SHRINK b for NORM 2: [C, 1]."""
     if NORM == 2:
+        b *= SHRINK
         b *= b
     return tl.sum(b, 1)[:, None]
 
@@ -56,7 +62,7 @@ def norm_factor(total, NORM: tl.constexpr):
     if NORM == 1:
         y = quotient(tl.full(total.shape, 1.0, total.dtype), total)
     else:
-        y = 1 / tl.sqrt(total + 1e-6)
+        y = SHRINK / tl.sqrt(total + 1e-6 * SHRINK * SHRINK)
     return y
 
 

@@ -242,7 +242,8 @@ def draw(rows: Rows) -> Figure:
     lines(top, rows, MEMORIES_1, AUTHORS)
 
     shares = [1 + i / 100 for i in range(901)]
-    left.plot([0.01, *shares], [0, *(0.5 * (1 - 1 / x) for x in shares)], "k-", lw=0.8, zorder=0, label="floor")
+    floors = [0, *(0.5 * (1 - 1 / x) for x in shares)]
+    left.plot([0.01, *shares], floors, "k-", lw=0.8, zorder=0, label="least loss of d_dot features")
     for name in MAPS:
         colour = MEMORIES[name].colour
         theirs, losses, *_ = over_seeds(AUTHORS, name, fullness)
