@@ -132,7 +132,7 @@ def test_a_rule_from_a_file(file, lowered, one_case, tmp_path, capsys):
     assert (("equation", "torch") in ran) is lowered
     noted = {row["backend"] for row in found if row["ok"] is None}  # comparisons that can't run have a note
     missing = set() if find_spec("triton") else {"triton"}
-    assert noted == (missing if lowered else {"torch", "triton"})
+    assert noted == (missing if lowered else {"torch", "native", "triton"})
     assert (("equation", "triton") in ran) is (lowered and not missing)
 
 
@@ -169,7 +169,7 @@ def test_an_unknown_rule_is_one_line(rule, message, tmp_path, monkeypatch, capsy
     assert re.fullmatch(rf"fwp: {message}.*\n", capsys.readouterr().err.replace("$", ""))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "native", "triton"])
 def test_nothing_compared_is_no_success(backend, tmp_path, capsys):
     """The backend can serve no form of the rule. Its note is the only one, and the exit status is 1."""
     file = tmp_path / "rows.json"
@@ -361,7 +361,7 @@ def test_a_rule_without_a_lowered_form_obeys_laws(step, tmp_path):
     assert ran >= {equivalence.in_words(law) for law in laws.LAWS} | {"split and carry"}
     failed = {row["case"] for row in found if row["ok"] is False}
     assert failed >= FOUND[step] if step != "right" else not failed
-    assert {row["backend"] for row in found if row["ok"] is None} == {"torch", "triton"}
+    assert {row["backend"] for row in found if row["ok"] is None} == {"torch", "native", "triton"}
 
 
 def sees_later_tokens(right):

@@ -13,6 +13,7 @@ import torch
 
 from fwp import canary, functional, trust
 from fwp.backends import chunked
+from fwp.backends.ops import Inputs
 from fwp.core import Core, Features
 from fwp.functional import fast_weights
 from fwp.testing import deviation, sample
@@ -344,7 +345,7 @@ def programs(core, form, gradients):
         name = kernel.fn.__name__
         counts[name] = min(count, counts.get(name, count))
 
-    p = problem.Problem(*kernels._Inputs.from_core(core, None, 0))
+    p = problem.Problem(*Inputs.from_core(core, None, 0))
     o, S, z, den = launch.forward(p, form, start=start)
     if gradients:
         launch.backward(p, o, den, o, S, z, start=start)
@@ -579,7 +580,7 @@ def test_threads_share_a_process_and_a_verdict(check, started, planted):
 
 def test_a_captured_graph_starts_no_process(started, monkeypatch):
     """What passed before is trusted. All else is left to torch, and is asked after the capture."""
-    core, seen = some_core(), SimpleNamespace(is_cuda=True, dtype=torch.float32, shape=(1, 5, 1, 4))
+    core, seen = some_core(), SimpleNamespace(is_cuda=True, is_cpu=False, dtype=torch.float32, shape=(1, 5, 1, 4))
     with monkeypatch.context() as capture:
         capture.setattr(trust, "capturing", lambda: True)
         with pytest.warns(

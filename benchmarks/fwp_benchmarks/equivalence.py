@@ -495,7 +495,7 @@ def find(rule: str) -> Rule:
 def rule_rows(name: str, backend: str | None = None) -> Iterator[Row]:
     """All rows of one rule except those of kernels."""
     rule = find(name)
-    for served in ("torch", "native") if rule.lower else ("torch",):
+    for served in ("torch", "native"):
         if backend in (None, served):
             yield from against_reference(rule, served, "cpu", False)
     if rule.lower is None and backend in (None, "reference"):
