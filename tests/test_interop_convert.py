@@ -579,3 +579,23 @@ def test_the_trainer_resumes_to_the_same_weights(tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
     for a, b in zip(resumed.model.parameters(), straight.model.parameters()):
         assert torch.equal(a, b)
+
+
+def test_latent_attention_is_refused() -> None:
+    config = transformers.AutoConfig.for_model(
+        "deepseek_v3",
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        first_k_dense_replace=1,
+        intermediate_size=16,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(
+        ValueError, match="^model: expected keys and values of one width, got latent attention, Deepseek"
+    ):
+        convert(model)
+    assert not hasattr(model.config, "fwp")

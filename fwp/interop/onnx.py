@@ -59,13 +59,14 @@ def export(
         model, args, derived = _with_state(model)
         options = derived | options
     shapes = options.pop("dynamic_shapes", None)
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     try:
         with exporting():
             traced = torch.export.export(model.eval(), tuple(args), dict(kwargs or {}), dynamic_shapes=shapes)
         program = torch.onnx.export(traced, dynamo=True, opset_version=WRITTEN, **options)
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
     assert program is not None
     nodes = [node for node in program.model.graph if node.op_type == "LinearAttention"]
     for node in nodes:  # out of the converter's sight, which knows no such operator

@@ -294,6 +294,8 @@ def _swap_module(module: Any, spec: dict[str, Any], alone: bool) -> None:
 def _memory(module: Any, spec: dict[str, Any]) -> FastWeightMemory:
     """The fast weights for a self-attention module, with its heads."""
     config = module.config
+    if getattr(config, "kv_lora_rank", None):
+        raise ValueError(f"model: expected keys and values of one width, got latent attention, {type(module).__name__}")
     query_heads = config.num_attention_heads
     heads = getattr(module, "kv_heads", None) or getattr(config, "num_key_value_heads", None) or query_heads
     head_dim = getattr(module, "head_dim", None) or getattr(module, "head_size", config.hidden_size // query_heads)
