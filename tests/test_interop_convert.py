@@ -21,6 +21,7 @@ if importlib.util.find_spec("transformers") is None:
 
 from tiny_transformers import CACHE, greedy, text, tiny
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -582,7 +583,7 @@ def test_the_trainer_resumes_to_the_same_weights(tmp_path: Path) -> None:
 
 
 def test_latent_attention_is_refused() -> None:
-    config = transformers.AutoConfig.for_model(
+    config = AutoConfig.for_model(
         "deepseek_v3",
         vocab_size=50,
         hidden_size=16,
@@ -593,7 +594,7 @@ def test_latent_attention_is_refused() -> None:
         first_k_dense_replace=1,
         intermediate_size=16,
     )
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(
         ValueError, match="^model: expected keys and values of one width, got latent attention, Deepseek"
     ):
